@@ -1,0 +1,412 @@
+"""The whole run as one nested, typed, strict config: YAML plus `key=value`, saved into `run_dir`.
+
+Every section below is the sub-config of one stage or room. Unknown keys, wrong types and contradictions
+raise `ConfigError` with one sentence: the key, its value and the remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+SetName = Literal["web", "natural", "heldout", "probe", "active", "benchmark"]
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used; its message is one sentence for the user."""
+
+
+class Section(BaseModel):
+    """A part of the config: unknown keys fail, values are not coerced, nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+def _require_order(name: str, low: float, high: float) -> None:
+    if low >= high:
+        raise ValueError(f"min_{name}={low:g} must be below max_{name}={high:g}")
+
+
+class RayConfig(Section):
+    address: str | None = None
+    """Cluster to join (`auto`, `ray://…`); none starts a local one."""
+    num_cpus: int | None = Field(None, ge=1)
+    """CPUs of a local Ray; none takes what the machine has."""
+
+
+class WorldConfig(Section):
+    """The embedded, procedural corpus (text/world.py)."""
+
+    num_natural: int = Field(3000, ge=1)
+    """Documents spoken as "natural" speech, in the heard domains only."""
+    num_heldout: int = Field(240, ge=1)
+    """Documents of all domains, kept for `measure`."""
+    num_web: int = Field(6000, ge=1)
+    """Documents of all domains, as web text; the tiny text LM is trained on them."""
+    unheard: tuple[str, ...] = ("law", "music")
+    """Domains that appear as text but never as natural speech."""
+
+
+class TextConfig(Section):
+    """How text documents become passages (stage `ingest`)."""
+
+    max_words: int = Field(180, ge=2)
+    """Longest passage, in words."""
+
+
+class QualityConfig(Section):
+    """What recorded speech must satisfy; the rest goes to `rejects` with its reason."""
+
+    min_duration_secs: float = Field(0.3, gt=0)
+    max_duration_secs: float = Field(60.0, gt=0)
+    min_level_dbfs: float = -60.0
+    """Quieter than this (root mean square) counts as silent."""
+    max_clipped_share: float = Field(0.01, ge=0, le=1)
+    """Largest share of samples at full scale."""
+    max_chars_per_sec: float = Field(40.0, gt=0)
+    """More text than anyone can say; fast readers reach 25."""
+    min_chars_per_sec: float = Field(1.0, ge=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> QualityConfig:
+        _require_order("duration_secs", self.min_duration_secs, self.max_duration_secs)
+        _require_order("chars_per_sec", self.min_chars_per_sec, self.max_chars_per_sec)
+        return self
+
+
+class IngestConfig(Section):
+    natural: Literal["world", "folder"] = "world"
+    """Where natural speech comes from: the embedded world, or folders with `transcripts.tsv`."""
+    folders: tuple[str, ...] = ()
+    """Folders (local or URL), each with a `transcripts.tsv`: utt_id, audio, text and, if known, speaker,
+    recording_id, offset, duration, domain, license."""
+    license: str = "unknown"
+    """Licence of the folders' recordings, where the table gives none."""
+    heldout_share: float = Field(0.1, ge=0, lt=1)
+    """Share of the recordings (by hash of recording_id) marked `split=test`."""
+    rows_per_shard: int = Field(256, ge=1)
+    """Rows of a shard: the unit of work, of resume and of retry."""
+    max_rejected_share: float = Field(0.5, ge=0, le=1)
+    """A stage that rejects more than this share of its rows stops: the input, or a setting, is wrong."""
+    quality: QualityConfig = QualityConfig()
+    text: TextConfig = TextConfig()
+
+    @model_validator(mode="after")
+    def _has_folders(self) -> IngestConfig:
+        if self.natural == "folder" and not self.folders:
+            raise ValueError("ingest.natural=folder needs ingest.folders, a list of folders with transcripts.tsv")
+        return self
+
+
+class AlignConfig(Section):
+    aligner: Literal["pocketsphinx", "none"] = "pocketsphinx"
+    """`none` leaves word times out: whole utterances of a recording then alternate between speech and text."""
+
+
+class SynthesizeConfig(Section):
+    synthesizer: Literal["espeak"] = "espeak"
+    voices: tuple[str, ...] = ("en-us", "en-gb", "en-us+f3")
+    """Voices of training speech, drawn per passage."""
+    evaluation_voices: tuple[str, ...] = ("en-us+m3", "en-gb+f4")
+    """Voices of held-out speech; never used for training speech."""
+    audio_format: Literal["FLAC", "OPUS"] = "FLAC"
+
+    @model_validator(mode="after")
+    def _disjoint(self) -> SynthesizeConfig:
+        shared = sorted(set(self.voices) & set(self.evaluation_voices))
+        if shared:
+            raise ValueError(
+                f"synthesize.voices and synthesize.evaluation_voices share {', '.join(shared)}; "
+                "a voice heard in training cannot be used for evaluation, so take it out of one of them"
+            )
+        return self
+
+
+class EncodeConfig(Section):
+    encoder: Literal["log_mel", "mimi"] = "log_mel"
+    path: str | None = None
+    """Hub id or folder of Mimi's weights."""
+    revision: str | None = None
+    batch_secs: float = Field(240.0, gt=0)
+    """Audio per encoder batch, padding included."""
+    num_shards: int = Field(16, ge=1)
+    """Feature shards, to which recordings are dealt by hash; a multiple of pack.num_lanes."""
+    num_gpus: float = Field(0.0, ge=0)
+    """GPUs of each encoding actor."""
+
+    @model_validator(mode="after")
+    def _mimi_has_weights(self) -> EncodeConfig:
+        if self.encoder == "mimi" and self.path is None:
+            raise ValueError("encode.encoder=mimi needs encode.path, for example kyutai/mimi")
+        return self
+
+
+class PackConfig(Section):
+    context: int = Field(2048, ge=16)
+    """Positions (text tokens and speech frames) of a training row."""
+    text_words: tuple[int, int] = (5, 30)
+    """Shortest and longest text span, in words (uniform; ours, the paper does not say)."""
+    speech_words: tuple[int, int] = (5, 15)
+    """Shortest and longest speech span, in words (ours)."""
+    num_lanes: int = Field(8, ge=1)
+    """Streams of rows; the number of training workers must divide it."""
+    rows_per_lane: int = Field(1, ge=1)
+    """Rows that each lane gives to one step; the global batch is num_lanes × rows_per_lane rows."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> PackConfig:
+        for name in ("text_words", "speech_words"):
+            low, high = getattr(self, name)
+            if low < 1 or high < low:
+                raise ValueError(f"pack.{name}=[{low}, {high}] must be [shortest, longest] with 1 ≤ shortest ≤ longest")
+        return self
+
+
+class TinyLMConfig(Section):
+    """The small Qwen2 that is trained on the world's text when model.teacher=world."""
+
+    hidden_size: int = 128
+    num_layers: int = 3
+    num_heads: int = 4
+    ffn_size: int = 384
+    num_steps: int = Field(600, ge=1)
+    batch_size: int = Field(32, ge=1)
+    learning_rate: float = Field(2e-3, gt=0)
+
+
+class AdapterConfig(Section):
+    """Llama-style causal decoder between encoder and LLM. The defaults have 122 M parameters at 3B and 7B."""
+
+    hidden_size: int = 1024
+    num_layers: int = 12
+    num_heads: int = 16
+    ffn_size: int = 1856
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> AdapterConfig:
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError(
+                f"model.adapter.hidden_size={self.hidden_size} must be an even multiple of "
+                f"model.adapter.num_heads={self.num_heads}"
+            )
+        return self
+
+
+class ModelConfig(Section):
+    teacher: str = "world"
+    """Text LLM: a hub id, a folder, or `world` (the tiny LM trained on the embedded corpus)."""
+    revision: str | None = None
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    adapter: AdapterConfig = AdapterConfig()
+    tiny_lm: TinyLMConfig = TinyLMConfig()
+
+
+class DistillConfig(Section):
+    alpha: float = Field(1.0, ge=0, le=1)
+    """L = α · L_DIST + (1 − α) · L_NLL."""
+    num_steps: int | None = Field(None, ge=1)
+    """Optimizer steps; give either this or num_positions."""
+    num_positions: float | None = Field(None, gt=0)
+    """Non-padding student positions to train on (D of the scaling law)."""
+    learning_rate: float = Field(5e-5, gt=0)
+    """Peak learning rate of the LLM."""
+    adapter_learning_rate: float = Field(3e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.1, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    warmup_share: float = Field(0.02, ge=0, le=1)
+    """Share of the steps in which the rate climbs to its peak."""
+    decay_share: float = Field(0.2, ge=0, le=1)
+    """Share of the steps, at the end, in which it falls linearly to zero."""
+    num_workers: int = Field(1, ge=1)
+    micro_batch_rows: int = Field(1, ge=1)
+    """Rows of one forward pass; accumulation follows from it, the lanes and the workers."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    precision: Literal["fp32", "bf16"] = "bf16"
+    use_gpu: bool = True
+    """Train on GPUs (one a worker), or on CPUs over gloo."""
+    cpus_per_worker: int = Field(1, ge=1)
+    activation_checkpointing: bool = False
+    compile: bool = False
+    loss_chunk_size: int | None = Field(None, ge=1)
+    """Positions whose logits exist at once; none chooses a sixteenth."""
+    checkpoint_every: int = Field(500, ge=1)
+    """Steps between checkpoints."""
+    keep_checkpoints: int = Field(2, ge=1)
+    max_failures: int = Field(3, ge=0)
+    """Worker-group failures that Ray Train may recover from."""
+    log_every: int = Field(10, ge=1)
+    wandb_project: str | None = None
+    mlflow_experiment: str | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DistillConfig:
+        if self.num_steps is not None and self.num_positions is not None:
+            raise ValueError(
+                f"distill.num_steps={self.num_steps} and distill.num_positions={self.num_positions:g} both say when to "
+                "stop; give one of them"
+            )
+        if self.warmup_share + self.decay_share > 1:
+            raise ValueError(
+                f"distill.warmup_share={self.warmup_share:g} and distill.decay_share={self.decay_share:g} add up to "
+                "more than the whole run; lower one of them"
+            )
+        return self
+
+
+class MeasureConfig(Section):
+    set: SetName = "heldout"
+    """Set whose `split=test` passages are measured."""
+    max_passages: int | None = Field(None, ge=1)
+    batch_rows: int = Field(8, ge=1)
+    distance_bins: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    """Bin edges, in text tokens after the last speech frame."""
+    num_gpus: float = Field(0.0, ge=0)
+
+
+class Config(Section):
+    run_dir: str = ""
+    """Where all tables go: a local path or a URL. `configs/X.yaml` writes to `runs/X` unless this says otherwise."""
+    seed: int = 0
+    strict: bool = False
+    """Stop at the first bad input, with the words that `rejects` would have."""
+    set: SetName = "natural"
+    """The set a single stage works on (`salad encode CONFIG set=heldout`)."""
+    ray: RayConfig = RayConfig()
+    world: WorldConfig = WorldConfig()
+    ingest: IngestConfig = IngestConfig()
+    align: AlignConfig = AlignConfig()
+    synthesize: SynthesizeConfig = SynthesizeConfig()
+    encode: EncodeConfig = EncodeConfig()
+    pack: PackConfig = PackConfig()
+    model: ModelConfig = ModelConfig()
+    distill: DistillConfig = DistillConfig()
+    measure: MeasureConfig = MeasureConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if self.pack.num_lanes % self.distill.num_workers:
+            raise ValueError(
+                f"distill.num_workers={self.distill.num_workers} must divide pack.num_lanes={self.pack.num_lanes}; "
+                "change one of them"
+            )
+        rows = self.pack.num_lanes // self.distill.num_workers * self.pack.rows_per_lane
+        if rows % self.distill.micro_batch_rows:
+            raise ValueError(
+                f"distill.micro_batch_rows={self.distill.micro_batch_rows} must divide the {rows} rows that each worker "
+                "gets per step (pack.num_lanes / distill.num_workers × pack.rows_per_lane)"
+            )
+        if self.encode.num_shards % self.pack.num_lanes:
+            raise ValueError(
+                f"encode.num_shards={self.encode.num_shards} must be a multiple of pack.num_lanes={self.pack.num_lanes}"
+            )
+        return self
+
+
+def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `key=value` overrides, and validate the whole.
+
+    Args:
+        path: YAML file; its stem names the default `run_dir`.
+        overrides: strings such as `distill.alpha=0`; the value is read as YAML.
+
+    Raises:
+        ConfigError: with one sentence naming the file or override, the key, the value and the remedy.
+    """
+    data = _read_yaml(Path(path))
+    for override in overrides:
+        _apply_override(data, override)
+    data.setdefault("run_dir", f"runs/{Path(path).stem}")
+    return parse_config(data, source=str(path))
+
+
+def parse_config(data: dict[str, Any], source: str = "config") -> Config:
+    """Validate a nested dictionary; raises `ConfigError`."""
+    try:
+        return Config.model_validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: " + "; ".join(_explain(item) for item in error.errors())) from None
+    except TypeError as error:
+        raise ConfigError(f"{source}: {error}; use plain numbers, words, lists and mappings") from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML that `load_config` reads back unchanged."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML follows YAML 1.1, where `5e-5` is a string; this one reads it as the number it is in YAML 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"), list("-+0123456789.")
+)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file; configs/quickstart.yaml is the one to start from") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a config file ({error})") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: holds a {type(data).__name__}, but a config is a mapping of keys to values")
+    return data
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override '{override}' is not of the form key=value, for example distill.alpha=0.5")
+    *parents, last = key.split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"override '{override}': '{parent}' is a value, not a section")
+    try:
+        data[last] = yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError:
+        raise ConfigError(f"override '{override}': the value is not valid YAML; quote it") from None
+
+
+def _explain(error: Any) -> str:
+    """One clause for one pydantic error: key, value, what is wrong, what to do."""
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, all_keys(Config), n=1, cutoff=0.6) or _same_leaf(key)
+        hint = f"did you mean '{near[0]}'?" if near else "see `salad run --help` for the keys"
+        return f"unknown key '{key}' ({error['input']!r}); {hint}"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return f"'{key}' is {error['input']!r}: {message}"
+
+
+def _same_leaf(key: str) -> list[str]:
+    leaf = key.rsplit(".", 1)[-1]
+    leaves = {name.rsplit(".", 1)[-1]: name for name in all_keys(Config)}
+    return [leaves[match] for match in difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.75)]
+
+
+def all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every dotted key of a section, sections themselves included."""
+    keys: list[str] = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += all_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+

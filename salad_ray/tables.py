@@ -1,0 +1,228 @@
+"""The tables between stages: row types, Parquet shards, rejects and manifests.
+
+A table is a folder `run_dir/<set>/<name>/` of Parquet shards plus `manifest.json`, which is written last. A shard is
+the unit of work, of resume and of retry: it appears whole or not at all, under a name fixed by its input, so a shard
+that is done twice is still there once. What a stage leaves out goes to `run_dir/<set>/rejects/` with the reason.
+Paths may be local or any URL that fsspec opens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+SCHEMA_VERSION = 1
+
+
+class TableError(RuntimeError):
+    """A table that is missing, damaged or of another config; the message says what to do."""
+
+
+class BadInput(ValueError):
+    """One input that cannot be used; the message is the reason that goes into `rejects`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """One whitespace-separated word of an utterance: `[w.text for w in words] == text.split()`."""
+
+    text: str
+    start_secs: float
+    end_secs: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Passage:
+    """A piece of text that is embedded, clustered, selected and spoken as a whole."""
+
+    passage_id: str
+    doc_id: str
+    text: str
+    source: str = ""
+    url: str = ""
+    license: str = ""
+    domain: str = ""
+    split: str = "train"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Utterance:
+    """Speech with its text; the audio by reference (`uri`, `offset_secs`) or, if synthetic, as encoded bytes."""
+
+    utt_id: str
+    text: str
+    duration_secs: float
+    recording_id: str
+    corpus: str
+    speaker: str = ""
+    language: str = "en"
+    license: str = ""
+    domain: str = ""
+    split: str = "train"
+    passage_id: str | None = None
+    cluster_id: int | None = None
+    words: list[Word] | None = None
+    uri: str | None = None
+    offset_secs: float = 0.0
+    audio: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Features:
+    """Encoded speech: `features` holds float16 (num_frames, dim) in C order; the rest is copied from the utterance."""
+
+    utt_id: str
+    recording_id: str
+    offset_secs: float
+    duration_secs: float
+    domain: str
+    split: str
+    text: str
+    words: list[Word] | None
+    num_frames: int
+    frame_rate: float
+    dim: int
+    features: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """An input that was left out, and why."""
+
+    stage: str
+    key: str
+    reason: str
+
+
+_WORDS = pa.list_(pa.struct([("text", pa.string()), ("start_secs", pa.float64()), ("end_secs", pa.float64())]))
+_TYPES = {
+    "str": pa.string(),
+    "str | None": pa.string(),
+    "int": pa.int64(),
+    "int | None": pa.int64(),
+    "float": pa.float64(),
+    "bytes": pa.binary(),
+    "bytes | None": pa.binary(),
+    "list[Word] | None": _WORDS,
+}
+
+
+def schema_of(row_type: type) -> pa.Schema:
+    """The Arrow schema of a row type."""
+    return pa.schema([(field.name, _TYPES[str(field.type)]) for field in dataclasses.fields(row_type)])
+
+
+def to_arrow(row_type: type, rows: Iterable[Any]) -> pa.Table:
+    """Rows (instances of `row_type`) as an Arrow table."""
+    return pa.Table.from_pylist([dataclasses.asdict(row) for row in rows], schema=schema_of(row_type))
+
+
+def from_arrow(row_type: type, table: pa.Table) -> list[Any]:
+    """The rows of an Arrow table as instances of `row_type`."""
+    rows = table.to_pylist()
+    for row in rows:
+        if row.get("words") is not None:
+            row["words"] = [Word(**word) for word in row["words"]]
+    return [row_type(**row) for row in rows]
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table of a run: `Table(run_dir, "natural", "utterances")`."""
+
+    run_dir: str
+    set: str
+    name: str
+
+    @property
+    def url(self) -> str:
+        return f"{self.run_dir}/{self.set}/{self.name}"
+
+    def shards(self) -> list[str]:
+        """Names of the finished shards, sorted."""
+        fs, path = fsspec.core.url_to_fs(self.url)
+        names = (entry.rsplit("/", 1)[-1] for entry in (fs.ls(path, detail=False) if fs.isdir(path) else []))
+        return sorted(name.removesuffix(".parquet") for name in names if name.endswith(".parquet"))
+
+    def read(self, shard: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """One shard as an Arrow table; raises `TableError` naming the file when it is missing or damaged."""
+        url = f"{self.url}/{shard}.parquet"
+        fs, path = fsspec.core.url_to_fs(url)
+        try:
+            with fs.open(path, "rb") as file:
+                return pq.read_table(file, columns=columns)
+        except FileNotFoundError:
+            raise TableError(f"{url} is missing; rerun the stage that writes '{self.name}'") from None
+        except pa.ArrowInvalid as error:
+            raise TableError(f"{url} is damaged ({error}); delete it and rerun the stage that writes it") from None
+
+    def read_rows(self, row_type: type, shard: str) -> list[Any]:
+        return from_arrow(row_type, self.read(shard))
+
+    def write(self, shard: str, table: pa.Table) -> None:
+        """Write one shard; it appears whole or not at all."""
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        write_bytes(f"{self.url}/{shard}.parquet", sink.getvalue().to_pybytes())
+
+    def delete(self) -> None:
+        fs, path = fsspec.core.url_to_fs(self.url)
+        if fs.exists(path):
+            fs.rm(path, recursive=True)
+
+    def manifest(self) -> dict[str, Any] | None:
+        """The manifest, or None while the table is unfinished."""
+        return read_json(f"{self.url}/manifest.json")
+
+
+def fingerprint(content: Mapping[str, Any]) -> str:
+    """A short hash of nested plain data, independent of key order."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def stable_hash(*parts: object) -> int:
+    """A 64-bit hash that is the same in every process: for splits, shards and seeds."""
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def read_json(url: str) -> dict[str, Any] | None:
+    """A JSON file, or None when there is none."""
+    fs, path = fsspec.core.url_to_fs(url)
+    if not fs.exists(path):
+        return None
+    return json.loads(fs.cat_file(path))
+
+
+def write_json(url: str, content: Mapping[str, Any]) -> None:
+    write_bytes(url, json.dumps(content, indent=1, ensure_ascii=False).encode())
+
+
+def write_bytes(url: str, data: bytes) -> None:
+    """Write a file that appears whole or not at all: renamed into place locally, one put on an object store."""
+    fs, path = fsspec.core.url_to_fs(url)
+    if not _is_local(fs):
+        fs.pipe_file(path, data)
+        return
+    fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    try:
+        fs.pipe_file(temporary, data)
+        fs.mv(temporary, path)
+    finally:
+        if fs.exists(temporary):
+            fs.rm(temporary)
+
+
+def _is_local(fs: fsspec.AbstractFileSystem) -> bool:
+    return "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
