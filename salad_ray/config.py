@@ -26,7 +26,9 @@ class ConfigError(ValueError):
 class Section(BaseModel):
     """A part of the config: unknown keys fail, values are not coerced, nothing changes after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
 
 
 def _require_order(name: str, low: float, high: float) -> None:
@@ -34,11 +36,21 @@ def _require_order(name: str, low: float, high: float) -> None:
         raise ValueError(f"min_{name}={low:g} must be below max_{name}={high:g}")
 
 
+# How fast or where, not what: changing these never makes finished output stale.
+OPERATIONAL = frozenset(
+    "max_rejected_share batch_secs num_gpus num_workers micro_batch_rows use_gpu cpus_per_worker loss_chunk_size "
+    "activation_checkpointing compile checkpoint_every keep_checkpoints max_failures log_every wandb_project "
+    "mlflow_experiment batch_rows attention zero_stage".split()
+)
+
+
 class RayConfig(Section):
     address: str | None = None
     """Cluster to join (`auto`, `ray://…`); none starts a local one."""
     num_cpus: int | None = Field(None, ge=1)
     """CPUs of a local Ray; none takes what the machine has."""
+    max_actors: int | None = Field(None, ge=1)
+    """Most actors of a stage; none takes what the cluster has room for now. On an autoscaled cluster, say how many."""
 
 
 class WorldConfig(Section):
@@ -91,8 +103,9 @@ class IngestConfig(Section):
     """Licence of the folders' recordings, where the table gives none."""
     heldout_share: float = Field(0.1, ge=0, lt=1)
     """Share of the recordings (by hash of recording_id) marked `split=test`."""
-    rows_per_shard: int = Field(256, ge=1)
-    """Rows of a shard: the unit of work, of resume and of retry."""
+    num_shards: int = Field(16, ge=1)
+    """Shards to which recordings are dealt by hash: the unit of work, of resume and of retry, and the one shuffle of
+    the data. A multiple of pack.num_lanes."""
     max_rejected_share: float = Field(0.5, ge=0, le=1)
     """A stage that rejects more than this share of its rows stops: the input, or a setting, is wrong."""
     quality: QualityConfig = QualityConfig()
@@ -136,8 +149,6 @@ class EncodeConfig(Section):
     revision: str | None = None
     batch_secs: float = Field(240.0, gt=0)
     """Audio per encoder batch, padding included."""
-    num_shards: int = Field(16, ge=1)
-    """Feature shards, to which recordings are dealt by hash; a multiple of pack.num_lanes."""
     num_gpus: float = Field(0.0, ge=0)
     """GPUs of each encoding actor."""
 
@@ -203,7 +214,8 @@ class ModelConfig(Section):
     teacher: str = "world"
     """Text LLM: a hub id, a folder, or `world` (the tiny LM trained on the embedded corpus)."""
     revision: str | None = None
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Literal["sdpa", "eager", "flash_attention_2", "varlen"] = "sdpa"
+    """`varlen` is the flash kernel inside torch (CUDA, 16 bit), the one for GPUs; `sdpa` runs anywhere."""
     adapter: AdapterConfig = AdapterConfig()
     tiny_lm: TinyLMConfig = TinyLMConfig()
 
@@ -303,9 +315,9 @@ class Config(Section):
                 f"distill.micro_batch_rows={self.distill.micro_batch_rows} must divide the {rows} rows that each worker "
                 "gets per step (pack.num_lanes / distill.num_workers × pack.rows_per_lane)"
             )
-        if self.encode.num_shards % self.pack.num_lanes:
+        if self.ingest.num_shards % self.pack.num_lanes:
             raise ValueError(
-                f"encode.num_shards={self.encode.num_shards} must be a multiple of pack.num_lanes={self.pack.num_lanes}"
+                f"ingest.num_shards={self.ingest.num_shards} must be a multiple of pack.num_lanes={self.pack.num_lanes}"
             )
         return self
 
@@ -324,7 +336,23 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     for override in overrides:
         _apply_override(data, override)
     data.setdefault("run_dir", f"runs/{Path(path).stem}")
-    return parse_config(data, source=str(path))
+    return _absolute(parse_config(data, source=str(path)))
+
+
+def _absolute(config: Config) -> Config:
+    """Local paths made absolute: workers on this machine may start in another folder."""
+
+    def resolve(path: str) -> str:
+        return path if "://" in path else str(Path(path).resolve())
+
+    def if_there(name: str | None) -> str | None:
+        return resolve(name) if name and Path(name).exists() else name  # otherwise it is a hub id
+
+    ingest = config.ingest.model_copy(update={"folders": tuple(resolve(path) for path in config.ingest.folders)})
+    encode = config.encode.model_copy(update={"path": if_there(config.encode.path)})
+    model = config.model.model_copy(update={"teacher": if_there(config.model.teacher)})
+    changes = {"run_dir": resolve(config.run_dir), "ingest": ingest, "encode": encode, "model": model}
+    return config.model_copy(update=changes)
 
 
 def parse_config(data: dict[str, Any], source: str = "config") -> Config:
@@ -349,6 +377,23 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"), list("-+0123456789.")
 )
+
+
+def identity(config: Config, *keys: str) -> dict[str, Any]:
+    """What of these (dotted) keys decides a stage's output: all but the operational ones, as plain data."""
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: strip(item) for key, item in value.items() if key not in OPERATIONAL}
+        return value
+
+    chosen: dict[str, Any] = {}
+    for key in keys:
+        value: Any = config.model_dump(mode="json")
+        for part in key.split("."):
+            value = value[part]
+        chosen[key] = strip(value)
+    return chosen
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

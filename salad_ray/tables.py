@@ -11,13 +11,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import tempfile
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import fsspec
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 SCHEMA_VERSION = 1
@@ -95,6 +98,52 @@ class Features:
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """Units [start, end) of a passage, heard (`is_speech`) or read; sequences/interleave.py says what a unit is."""
+
+    start: int
+    end: int
+    is_speech: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PlanSegment:
+    """One sample of a training row: consecutive utterances (`rows` of a feature `shard`) and their spans."""
+
+    shard: str
+    rows: list[int]
+    spans: list[Span]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRow:
+    """Row number `row` of a lane in an epoch, as references; `num_positions` and `num_labels` count the student's."""
+
+    lane: int
+    epoch: int
+    row: int
+    num_positions: int
+    num_labels: int
+    segments: list[PlanSegment]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """Sums over the scored positions of one passage at one distance from its last speech frame."""
+
+    system: str
+    passage: str
+    domain: str
+    distance: int
+    num_positions: int
+    misalignment: float
+    forgetting: float
+    distillation: float
+    nll_speech: float
+    nll_text: float
+
+
+@dataclass(frozen=True, slots=True)
 class Reject:
     """An input that was left out, and why."""
 
@@ -104,6 +153,8 @@ class Reject:
 
 
 _WORDS = pa.list_(pa.struct([("text", pa.string()), ("start_secs", pa.float64()), ("end_secs", pa.float64())]))
+_SPANS = pa.list_(pa.struct([("start", pa.int64()), ("end", pa.int64()), ("is_speech", pa.bool_())]))
+_SEGMENTS = pa.list_(pa.struct([("shard", pa.string()), ("rows", pa.list_(pa.int64())), ("spans", _SPANS)]))
 _TYPES = {
     "str": pa.string(),
     "str | None": pa.string(),
@@ -113,6 +164,7 @@ _TYPES = {
     "bytes": pa.binary(),
     "bytes | None": pa.binary(),
     "list[Word] | None": _WORDS,
+    "list[PlanSegment]": _SEGMENTS,
 }
 
 
@@ -128,16 +180,31 @@ def to_arrow(row_type: type, rows: Iterable[Any]) -> pa.Table:
 
 def from_arrow(row_type: type, table: pa.Table) -> list[Any]:
     """The rows of an Arrow table as instances of `row_type`."""
-    rows = table.to_pylist()
-    for row in rows:
-        if row.get("words") is not None:
-            row["words"] = [Word(**word) for word in row["words"]]
-    return [row_type(**row) for row in rows]
+    columns = {name: _values(name, table[name]) for name in table.column_names}
+    return [row_type(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+
+
+def _values(name: str, column: pa.ChunkedArray) -> list[Any]:
+    """A column as Python values; words, the many small ones, by way of flat columns, which is several times faster."""
+    if name == "segments":
+        return [[_plan_segment(**segment) for segment in row] for row in column.to_pylist()]
+    if name != "words":
+        return column.to_pylist()
+    lists = column.combine_chunks()
+    flat = lists.flatten().flatten()
+    words = iter([Word(*fields) for fields in zip(*(values.to_pylist() for values in flat), strict=True)])
+    return [
+        None if length is None else list(islice(words, length)) for length in pc.list_value_length(lists).to_pylist()
+    ]
+
+
+def _plan_segment(shard: str, rows: list[int], spans: list[dict[str, Any]]) -> PlanSegment:
+    return PlanSegment(shard, rows, [Span(**span) for span in spans])
 
 
 @dataclass(frozen=True)
 class Table:
-    """One table of a run: `Table(run_dir, "natural", "utterances")`."""
+    """One table of a run: `Table(run_dir, "natural", "utterances")`; set "" for what the whole run shares."""
 
     run_dir: str
     set: str
@@ -145,7 +212,7 @@ class Table:
 
     @property
     def url(self) -> str:
-        return f"{self.run_dir}/{self.set}/{self.name}"
+        return "/".join(filter(None, (self.run_dir, self.set, self.name)))
 
     def shards(self) -> list[str]:
         """Names of the finished shards, sorted."""
@@ -178,6 +245,12 @@ class Table:
         fs, path = fsspec.core.url_to_fs(self.url)
         if fs.exists(path):
             fs.rm(path, recursive=True)
+
+    def delete_shards(self, prefix: str) -> None:
+        fs, path = fsspec.core.url_to_fs(self.url)
+        for name in self.shards():
+            if name.startswith(prefix):
+                fs.rm(f"{path}/{name}.parquet")
 
     def manifest(self) -> dict[str, Any] | None:
         """The manifest, or None while the table is unfinished."""
@@ -222,6 +295,24 @@ def write_bytes(url: str, data: bytes) -> None:
     finally:
         if fs.exists(temporary):
             fs.rm(temporary)
+
+
+def put_folder(local: str, url: str) -> None:
+    """Copy a folder of finished files to a local path or object store, replacing what was there."""
+    fs, path = fsspec.core.url_to_fs(url)
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
+    fs.put(local.rstrip("/") + "/", path + "/", recursive=True)
+
+
+def local_folder(url: str) -> str:
+    """A local path with the contents of a folder: itself, or a copy of what lies on an object store."""
+    fs, path = fsspec.core.url_to_fs(url)
+    if _is_local(fs):
+        return path
+    copy = tempfile.mkdtemp(prefix="salad-")
+    fs.get(path.rstrip("/") + "/", copy, recursive=True)
+    return copy
 
 
 def _is_local(fs: fsspec.AbstractFileSystem) -> bool:

@@ -1,0 +1,46 @@
+# The two commands of the README are `make quickstart` and `make test`; each sets up what it needs.
+PYTHON ?= python3
+EXTRA ?= cpu
+BIN := .venv/bin
+INSTALLED := .venv/installed-$(EXTRA)
+
+.PHONY: install quickstart test test-all check bench lock clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): locks/$(EXTRA).txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' || \
+		{ echo 'salad_ray needs Python 3.11 or 3.12; choose one with make PYTHON=python3.11'; exit 1; }
+	@echo 'Installing the pinned packages into .venv (a few minutes the first time) …'
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r locks/$(EXTRA).txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+quickstart: $(INSTALLED)
+	$(BIN)/salad run configs/quickstart.yaml
+
+test: $(INSTALLED)
+	$(BIN)/pytest -m 'not slow'
+
+test-all: $(INSTALLED)
+	$(BIN)/pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks
+
+# The CPU lock leaves torch's CUDA packages out: torch itself names those that its build needs, exactly.
+lock: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile --quiet --upgrade --no-header --no-annotate --python-version 3.11 pyproject.toml \
+		--extra gpu --extra dev --output-file locks/gpu.txt
+	$(BIN)/uv pip compile --quiet --upgrade --no-header --no-annotate --python-version 3.11 pyproject.toml \
+		--extra cpu --extra dev | grep -Ev '^(nvidia-|triton|cuda-)' > locks/cpu.txt
+
+clean:
+	rm -rf .venv runs

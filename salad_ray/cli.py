@@ -1,0 +1,153 @@
+"""`salad …`: the command line."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated
+
+import typer
+from pydantic import BaseModel
+from rich.table import Table as Grid
+
+from salad_ray import pipeline
+from salad_ray.config import Config, ConfigError, dump_config, load_config
+from salad_ray.console import console, say
+from salad_ray.tables import TableError
+
+# What each stage does, and which sections of the config it reads.
+STAGES = {
+    "ingest": ("Read recordings or text, check them, and write utterances or passages.", ("ingest", "world")),
+    "teacher": ("Verify and pin the text LLM; for the embedded world, train it.", ("model",)),
+    "align": ("Give recorded utterances word times.", ("align",)),
+    "synthesize": ("Speak passages, with word times.", ("synthesize",)),
+    "encode": ("Turn speech into the encoder's features.", ("encode",)),
+    "pack": ("Draw interleavings and pack them into training rows.", ("pack",)),
+    "stage1": ("Distil the text LLM into the speech-adapted one.", ("distill", "model")),
+    "measure": ("Measure forgetting, misalignment and distillation loss on held-out passages.", ("measure",)),
+    "report": ("Print the gap table and write report/metrics.json.", ()),
+}
+USER_ERRORS = ("ConfigError", "StageError", "TableError", "ModelError")
+
+app = typer.Typer(
+    name="salad",
+    help="SALAD on Ray: teach a text LLM to listen, and measure how far its understanding of speech lies behind text.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[key=value …]", help="Overrides, such as distill.alpha=0.5.")
+]
+
+
+@app.command()
+def run(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve and validate; show the config and stop.")] = False,
+) -> None:
+    """Run all stages, skipping what is done and continuing what was interrupted."""
+    resolved = load_config(config, overrides or [])
+    if dry_run:
+        say(dump_config(resolved))
+        say("stages: " + " → ".join(f"{step.stage} {step.set}".strip() for step in pipeline.steps(resolved)))
+        return
+    pipeline.run_all(resolved)
+
+
+@app.command()
+def status(run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="Folder or URL of a run.")]) -> None:
+    """Show how far a run is."""
+    grid = Grid("stage", "set", "table", "state", "rows", "rejects", "time", title=run_dir)
+    for row in pipeline.status(load_config(f"{run_dir}/config.yaml")):
+        grid.add_row(*(row[str(column.header)] for column in grid.columns))
+    console.print(grid)
+
+
+def add_stage(name: str, summary: str, sections: tuple[str, ...]) -> None:
+    """Add `salad NAME CONFIG [key=value …]`; its help lists the keys of its sections."""
+
+    def command(
+        config: ConfigPath,
+        overrides: Overrides = None,
+        redo: Annotated[bool, typer.Option("--redo", help="Delete this stage's output first.")] = False,
+    ) -> None:
+        resolved = load_config(config, overrides or [])
+        if redo:
+            pipeline.redo(resolved, name, resolved.set)
+        pipeline.run_stage(resolved, name, resolved.set)
+
+    keys = "\n\n".join(line for section in sections for line in describe(section))
+    app.command(name=name, help=summary, epilog=keys)(command)
+
+
+def describe(section: str) -> Iterator[str]:
+    """One line for each key of a section: name, default, meaning."""
+    model = Config.model_fields[section].annotation
+    assert isinstance(model, type)
+    assert issubclass(model, BaseModel)
+    yield from _describe(model, section)
+
+
+def _describe(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _describe(field.annotation, f"{prefix}.{name}")
+        else:
+            meaning = f"  {' '.join(field.description.split())}" if field.description else ""
+            yield f"[bold]{prefix}.{name}[/bold]={field.default}{meaning}"
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend are one sentence, others leave their traceback in a file."""
+    sys.excepthook = _explain
+    typer.main.get_command(app)(prog_name="salad")  # calling `app` itself would install typer's own hook
+
+
+def job(command: str) -> None:
+    """Entry point of `jobs/`: `[--config C] [key=value …]`, the config defaulting to the quickstart."""
+    arguments = sys.argv[1:]
+    config = "configs/quickstart.yaml"
+    if "--config" in arguments:
+        place = arguments.index("--config")
+        config = arguments[place + 1] if len(arguments) > place + 1 else ""
+        del arguments[place : place + 2]
+    sys.argv[1:] = [command] if command == "--help" else [command, config, *arguments]
+    main()
+
+
+def _explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    cause = _user_error(error)
+    if cause is not None:
+        sys.stderr.write(f"salad: {cause}\n")
+        return
+    if isinstance(error, KeyboardInterrupt):
+        sys.stderr.write("salad: interrupted; run the same command again to continue\n")
+        return
+    with tempfile.NamedTemporaryFile("w", prefix="salad-", suffix=".log", delete=False) as file:
+        traceback.print_exception(kind, error, trace, file=file)
+    last = str(error).strip().splitlines()[-1:] or [""]
+    sys.stderr.write(f"salad: {kind.__name__}: {last[0]}\nsalad: the whole story is in {file.name}\n")
+
+
+def _user_error(error: BaseException | None) -> BaseException | None:
+    """The user's error in a chain of causes, however deep Ray has wrapped it."""
+    while error is not None:
+        if isinstance(error, ConfigError | TableError) or type(error).__name__ in USER_ERRORS:
+            return error
+        error = getattr(error, "cause", None) or error.__cause__
+    return None
+
+
+for _name, (_summary, _sections) in STAGES.items():
+    add_stage(_name, _summary, _sections)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Where the training curve goes while it grows: the terminal, TensorBoard, `progress.json`, W&B or MLflow."""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+import time
+from types import ModuleType
+
+from torch.utils.tensorboard import SummaryWriter
+
+from salad_ray.config import Config, ConfigError
+from salad_ray.console import clock, say
+from salad_ray.tables import write_json
+
+
+class Logger:
+    """Lives on the first worker only."""
+
+    def __init__(self, config: Config, name: str, num_steps: int) -> None:
+        self.url = f"{config.run_dir}/{name}"
+        self.name, self.num_steps = name, num_steps
+        # TensorBoard's writer appends, which no object store can: there the curve is in progress.json and the manifest.
+        folder = tempfile.mkdtemp() if "://" in config.run_dir else f"{self.url}/tensorboard"
+        self.tensorboard = SummaryWriter(folder)
+        self.wandb = self.mlflow = None
+        if config.distill.wandb_project:
+            self.wandb = optional("wandb", "distill.wandb_project").init(
+                project=config.distill.wandb_project, name=self.url, config=config.model_dump(), resume="allow"
+            )
+        if config.distill.mlflow_experiment:
+            self.mlflow = optional("mlflow", "distill.mlflow_experiment")
+            self.mlflow.set_experiment(config.distill.mlflow_experiment)
+            self.mlflow.start_run(run_name=self.url)
+        self.started: tuple[float, float] | None = None
+
+    def write(self, row: dict[str, float]) -> None:
+        """Log one row of the curve."""
+        step = int(row["step"])
+        for key, value in row.items():
+            self.tensorboard.add_scalar(f"{self.name}/{key}", value, step)
+        self.tensorboard.flush()
+        if self.wandb is not None:
+            self.wandb.log(row, step=step)
+        if self.mlflow is not None:
+            self.mlflow.log_metrics(row, step=step)
+        eta = self._eta(step)
+        write_json(f"{self.url}/progress.json", row | {"num_steps": self.num_steps, "eta_secs": eta})
+        mfu = f" · MFU {row['mfu']:.0%}" if "mfu" in row else ""
+        skipped = f" · {row['skipped_steps']:.0f} steps skipped" if row["skipped_steps"] else ""
+        say(
+            f"{self.name}: step {step}/{self.num_steps} · loss {row['loss']:.4f} · KL {row['kl']:.4f} · "
+            f"NLL {row['nll']:.4f} · {row['positions_per_sec']:,.0f} positions/s{mfu} · "
+            f"{row['memory_gib']:.1f} GiB · waiting {row['waiting_share']:.0%}{skipped} · ETA {clock(eta)}"
+        )
+
+    def _eta(self, step: int) -> float:
+        now = time.monotonic()
+        if self.started is None:
+            self.started = (step, now)
+            return 0.0
+        first, then = self.started
+        return (now - then) / max(step - first, 1) * (self.num_steps - step)
+
+
+def optional(package: str, key: str) -> ModuleType:
+    """Import a tracker that only its users install."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise ConfigError(f"{key} is set, but {package} is not installed; `pip install {package}`, or unset it") from None

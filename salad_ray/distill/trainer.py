@@ -1,0 +1,341 @@
+"""The training job: Ray Train workers, each with a DeepSpeed engine around the student and a frozen teacher beside it.
+
+Step s trains on rows s·b … of every lane of the plan, whatever the number of workers. Its gradient is that of the mean
+loss over all labels of the step, over workers and accumulation. A step whose loss is not finite never updates the
+weights. Checkpoints go through Ray Train, whole or not at all; a rerun continues from the last one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import tempfile
+import time
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero import GatheredParameters
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from torch import Tensor
+
+from salad_ray.config import Config, DistillConfig
+from salad_ray.distill.logger import Logger
+from salad_ray.distill.step import DTYPES, batch_loss, global_scale, learning_rate_factor, peak_flops, training_flops
+from salad_ray.model.speech_lm import (
+    EncoderSpec,
+    ModelError,
+    SpeechLM,
+    load_text_lm,
+    load_tokenizer,
+    parameter_groups,
+    weights_fingerprint,
+)
+from salad_ray.sequences.batch import Batch
+from salad_ray.sequences.loader import LaneReader
+from salad_ray.tables import Table, TableError, local_folder, put_folder
+
+SUMS = ("loss", "kl", "nll", "num_labels", "num_positions", "flops")
+
+
+class TrainingStopped(RuntimeError):
+    """Training that cannot go on; the weights on disk are those of the last checkpoint."""
+
+
+@dataclass
+class Progress:
+    """How far training is; travels with the checkpoint."""
+
+    step: int = 0
+    num_positions: int = 0
+    train_seconds: float = 0.0
+    log: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker is told."""
+
+    config: Config
+    name: str
+    """The stage, and its folder in run_dir."""
+    teacher: dict[str, Any]
+    """The teacher's manifest: path and revision."""
+    encoder: EncoderSpec
+    num_steps: int
+
+
+def train(job: Job) -> dict[str, Any]:
+    """Distil on the plan of the natural speech, from the last checkpoint if there is one, and write the model.
+
+    Returns:
+        The facts of the run: steps, positions, seconds, skipped steps and the training curve.
+
+    Raises:
+        TrainingStopped: the loss became infinite or NaN, or an input is missing or damaged.
+    """
+    settings = job.config.distill
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
+    per_worker = {"CPU": settings.cpus_per_worker} | ({"GPU": 1} if settings.use_gpu else {})
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config={"job": job},
+        scaling_config=ScalingConfig(
+            num_workers=settings.num_workers, use_gpu=settings.use_gpu, resources_per_worker=per_worker
+        ),
+        run_config=RunConfig(
+            name=job.name,
+            storage_path=job.config.run_dir,
+            failure_config=FailureConfig(max_failures=settings.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=settings.keep_checkpoints),
+        ),
+    )
+    facts = trainer.fit().metrics
+    if "stopped" in facts:
+        raise TrainingStopped(facts["stopped"])
+    return facts
+
+
+def deepspeed_config(settings: DistillConfig, num_micro_batches: int) -> dict[str, Any]:
+    """What the engine needs to know; the optimizer and the learning rate are ours."""
+    return {
+        "train_micro_batch_size_per_gpu": settings.micro_batch_rows,
+        "gradient_accumulation_steps": num_micro_batches,
+        "gradient_clipping": settings.max_grad_norm,
+        "bf16": {"enabled": settings.precision == "bf16"},
+        "zero_optimization": {"stage": settings.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+
+
+def _train_worker(loop_config: dict[str, Any]) -> None:
+    """Entry of every Ray Train worker. What a rerun cannot mend is reported, not raised: Ray would only retry it."""
+    try:
+        facts = Distiller(loop_config["job"]).run()
+    except (TrainingStopped, ModelError, TableError) as error:
+        facts = {"stopped": str(error)}
+    ray.train.report(facts)
+
+
+class Distiller:
+    """One worker: engine, teacher, data, and the loop over steps."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.config, self.settings = job, job.config, job.config.distill
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.device = ray.train.torch.get_device()
+        rows = self.config.pack.num_lanes // self.world_size * self.config.pack.rows_per_lane
+        self.num_micro_batches = rows // self.settings.micro_batch_rows
+        path = job.teacher["path"]
+        self.teacher_path = local_folder(path) if "://" in path else path
+        self.dtype = DTYPES[self.settings.precision]
+        self.teacher = self._load_teacher()
+        self.engine = self._make_engine()
+        self.progress = Progress()
+
+    def run(self) -> dict[str, Any]:
+        """Train to the last step and write the model; returns the facts of the run."""
+        teacher_weights = weights_fingerprint(self.teacher)
+        self._load_checkpoint()
+        self.logger = Logger(self.job.config, self.job.name, self.job.num_steps) if self.rank == 0 else None
+        self.sums = torch.zeros(len(SUMS), dtype=torch.float64)
+        self.reader = self._open_reader()
+        with closing(iter(self.reader)) as steps:
+            self.logged = (time.monotonic(), self.reader.wait_secs)
+            while self.progress.step < self.job.num_steps:
+                self._train_step(next(steps))
+                self._after_step()
+        if weights_fingerprint(self.teacher) != teacher_weights:
+            raise TrainingStopped("the teacher's weights changed during training; please report this as a bug")
+        self._export()
+        return asdict(self.progress) | {"skipped_steps": self.engine.skipped_steps, "num_workers": self.world_size}
+
+    def _load_teacher(self) -> torch.nn.Module:
+        teacher = load_text_lm(
+            self.teacher_path, self.job.teacher["revision"], self.dtype, self.config.model.attention
+        )
+        self.num_teacher = teacher.num_parameters()
+        return teacher.requires_grad_(False).eval().to(self.device)
+
+    def _make_engine(self) -> Any:
+        """The student under DeepSpeed; its optimizer steps parameters of two groups, adapter and LLM."""
+        settings, model = self.settings, self.config.model
+        student = SpeechLM.from_teacher(
+            self.teacher_path,
+            self.job.teacher["revision"],
+            model.adapter,
+            self.job.encoder,
+            self.config.seed,
+            self.dtype,
+            model.attention,
+        )
+        self.num_student = sum(parameter.numel() for parameter in student.parameters())
+        if settings.activation_checkpointing:
+            student.gradient_checkpointing()
+        groups = parameter_groups(
+            student, settings.learning_rate, settings.adapter_learning_rate, settings.weight_decay
+        )
+        for group in groups:
+            group["peak_lr"] = group["lr"]
+        optimizer = torch.optim.AdamW(groups, betas=settings.betas, fused=self.device.type == "cuda")
+        engine, *_ = deepspeed.initialize(
+            model=student.to(self.device),
+            optimizer=optimizer,
+            config=deepspeed_config(settings, self.num_micro_batches),
+            dist_init_required=False,
+        )
+        if settings.compile:
+            engine.compile()
+        return engine
+
+    def _open_reader(self) -> LaneReader:
+        return LaneReader(
+            Table(self.config.run_dir, "natural", "plan"),
+            Table(self.config.run_dir, "natural", "features"),
+            load_tokenizer(self.teacher_path, self.job.teacher["revision"]),
+            self.config.pack,
+            rank=self.rank,
+            world_size=self.world_size,
+            micro_batch_rows=self.settings.micro_batch_rows,
+            start_step=self.progress.step,
+        )
+
+    def _train_step(self, batches: list[Batch]) -> None:
+        """One optimizer step over this worker's micro-batches."""
+        step, settings = self.progress.step, self.settings
+        factor = learning_rate_factor(step, self.job.num_steps, settings.warmup_share, settings.decay_share)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        num_labels = self._sum_over_workers(torch.tensor([sum(len(batch.labels) for batch in batches)]))
+        sums = torch.zeros(len(SUMS), dtype=torch.float64)
+        for index, batch in enumerate(batches):
+            sums += self._forward_backward(batch, int(num_labels))
+            if index == len(batches) - 1:
+                sums = self._sum_over_workers(sums)
+                self._require_finite(sums)
+            self.engine.step()
+        self.sums += sums
+        self.progress.step += 1
+        self.progress.num_positions += int(sums[SUMS.index("num_positions")])
+
+    def _forward_backward(self, batch: Batch, num_labels: int) -> Tensor:
+        """Accumulate the gradient of one micro-batch; returns its `SUMS`."""
+        batch = batch.to(self.device, self.dtype)
+        head = self.engine.module.head
+        with ExitStack() as stack:
+            gathered = GatheredParameters([head], enabled=self.settings.zero_stage == 3)
+            loss = batch_loss(
+                self.engine,
+                head,
+                self.teacher,
+                batch,
+                self.settings.alpha,
+                self.settings.loss_chunk_size,
+                partial(stack.enter_context, gathered),
+            )
+            scale = global_scale(len(batch.labels), num_labels, self.world_size, self.num_micro_batches)
+            self.engine.backward(loss.loss * scale)
+        count = len(batch.labels)
+        flops = training_flops(self.num_student, self.num_teacher, self.teacher.config, batch)
+        means = (loss.loss.item(), loss.kl.item(), loss.nll.item())
+        return torch.tensor([*(mean * count for mean in means), count, batch.num_positions, flops], dtype=torch.float64)
+
+    def _sum_over_workers(self, values: Tensor) -> Tensor:
+        values = values.to(self.device, torch.float64)
+        dist.all_reduce(values)
+        return values.cpu()
+
+    def _require_finite(self, sums: Tensor) -> None:
+        """Every worker sees the same sums, so all of them stop, before any updates its weights."""
+        if not torch.isfinite(sums).all():
+            raise TrainingStopped(
+                f"the loss of step {self.progress.step + 1} is not finite; the weights were not updated. Lower "
+                "distill.learning_rate and distill.adapter_learning_rate, or look at this step's rows in natural/plan"
+            )
+
+    def _after_step(self) -> None:
+        step = self.progress.step
+        last = step == self.job.num_steps
+        if step % self.settings.log_every == 0 or last:
+            self._log()
+        if step % self.settings.checkpoint_every == 0 or last:
+            self._save_checkpoint()
+
+    def _log(self) -> None:
+        """Add a row to the training curve and show it."""
+        now, waited = time.monotonic(), self.reader.wait_secs
+        secs, waited_secs = now - self.logged[0], waited - self.logged[1]
+        self.logged = (now, waited)
+        self.progress.train_seconds += secs
+        sums = dict(zip(SUMS, self.sums.tolist(), strict=True))
+        self.sums.zero_()
+        row = {name: sums[name] / max(sums["num_labels"], 1) for name in ("loss", "kl", "nll")} | {
+            "step": self.progress.step,
+            "num_positions": self.progress.num_positions,
+            "learning_rate": self.engine.optimizer.param_groups[0]["lr"],
+            "grad_norm": float(self.engine.get_global_grad_norm() or 0.0),
+            "skipped_steps": self.engine.skipped_steps,
+            "positions_per_sec": sums["num_positions"] / secs,
+            "waiting_share": waited_secs / secs,
+            "memory_gib": peak_memory_gib(self.device),
+        }
+        if (peak := peak_flops(self.device)) is not None:
+            row["mfu"] = sums["flops"] / secs / peak / self.world_size
+        self.progress.log.append(row)
+        if self.logger is not None:
+            self.logger.write(row)
+
+    def _save_checkpoint(self) -> None:
+        """Weights, optimizer and progress; Ray Train makes it appear whole or not at all, and prunes old ones."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.engine.save_checkpoint(folder, tag="engine", save_latest=False)
+            if self.rank == 0:
+                state = asdict(self.progress) | {"world_size": self.world_size, "zero_stage": self.settings.zero_stage}
+                Path(folder, "progress.json").write_text(json.dumps(state))
+            ray.train.report(
+                {"step": self.progress.step},
+                checkpoint=Checkpoint.from_directory(folder),
+                checkpoint_dir_name=f"step-{self.progress.step:08d}",
+            )
+
+    def _load_checkpoint(self) -> None:
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return
+        with checkpoint.as_directory() as folder:
+            state = json.loads(Path(folder, "progress.json").read_text())
+            for key, now in (("world_size", self.world_size), ("zero_stage", self.settings.zero_stage)):
+                if state.pop(key) != now:
+                    raise TrainingStopped(
+                        f"{checkpoint.path} was written with another number of workers or ZeRO stage; continue with "
+                        "the same distill.num_workers and distill.zero_stage, or remove it and start again"
+                    )
+            self.engine.load_checkpoint(folder, tag="engine")
+        self.progress = Progress(**state)
+
+    def _export(self) -> None:
+        """Write the student as plain safetensors to `run_dir/<name>/model`."""
+        zero3 = self.settings.zero_stage == 3
+        weights = self.engine._zero3_consolidated_16bit_state_dict() if zero3 else self.engine.module.state_dict()
+        if self.rank == 0:
+            with tempfile.TemporaryDirectory() as folder:
+                self.engine.module.save_pretrained(f"{folder}/model", state_dict=weights)
+                put_folder(f"{folder}/model", f"{self.config.run_dir}/{self.job.name}/model")
+        dist.barrier()
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory so far: of the GPU, or of this process (Linux counts it in KiB)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

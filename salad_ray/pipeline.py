@@ -1,0 +1,122 @@
+"""The order of the stages, and what `salad run` and `salad status` make of it."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from dataclasses import dataclass
+from types import ModuleType
+
+from salad_ray.config import Config, SetName, dump_config
+from salad_ray.console import clock, say
+from salad_ray.tables import Table, read_json, write_bytes
+
+SHARED_STAGES = ("teacher", "stage1", "report")
+"""Stages that belong to the run, not to a set."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage on one set ("" for stages of the whole run), and the tables it writes."""
+
+    stage: str
+    set: str
+    tables: tuple[str, ...]
+
+
+def steps(config: Config) -> list[Step]:
+    """The whole flow for this config, in order."""
+    world = config.ingest.natural == "world"
+    flow = []
+    if config.model.teacher == "world":
+        flow.append(Step("ingest", "web", ("passages",)))
+    flow.append(Step("teacher", "", ("teacher",)))
+    flow += _spoken("natural") if world else _recorded("natural", config.align.aligner != "none")
+    if config.measure.set != "natural":
+        flow += _spoken(config.measure.set)
+    flow.append(Step("pack", "natural", ("plan",)))
+    flow.append(Step("stage1", "", ("stage1",)))
+    flow.append(Step("measure", config.measure.set, ("measurements_untrained", "measurements_stage1")))
+    flow.append(Step("report", "", ("report",)))
+    return flow
+
+
+def _spoken(name: str) -> list[Step]:
+    """Text that a synthesiser speaks."""
+    return [
+        Step("ingest", name, ("passages",)),
+        Step("synthesize", name, ("utterances",)),
+        Step("encode", name, ("features",)),
+    ]
+
+
+def _recorded(name: str, aligned: bool) -> list[Step]:
+    align = [Step("align", name, ("aligned",))] if aligned else []
+    return [Step("ingest", name, ("utterances",)), *align, Step("encode", name, ("features",))]
+
+
+def stage_module(stage: str) -> ModuleType:
+    """The stage's module; imported late, since `salad --help` should not wait for torch."""
+    return importlib.import_module(f"salad_ray.stages.{stage}")
+
+
+def run_all(config: Config) -> None:
+    """Every stage in order; what is done is skipped, what was interrupted continues."""
+    started = time.monotonic()
+    flow = steps(config)
+    for number, step in enumerate(flow, 1):
+        say(f"[{number}/{len(flow)}, {clock(time.monotonic() - started)}] {step.stage} {step.set}".rstrip())
+        run_stage(config, step.stage, step.set or config.set)
+    say(f"done in {clock(time.monotonic() - started)}; everything lies in {config.run_dir}")
+
+
+def run_stage(config: Config, stage: str, set_name: SetName | str) -> None:
+    """One stage on one set, the resolved config saved first."""
+    save_config(config)
+    stage_module(stage).run(config.model_copy(update={"set": set_name}))
+
+
+def save_config(config: Config) -> None:
+    write_bytes(f"{config.run_dir}/config.yaml", dump_config(config).encode())
+
+
+def redo(config: Config, stage: str, set_name: str) -> None:
+    """Delete what this stage wrote for this set, so that it can be written anew."""
+    for step in steps(config):
+        if step.stage == stage and step.set in ("", set_name):
+            for name in step.tables:
+                table = Table(config.run_dir, step.set, name)
+                table.delete()
+                Table(config.run_dir, step.set, "rejects").delete_shards(f"{name}-")
+
+
+def status(config: Config) -> list[dict[str, str]]:
+    """One row for each table of the run: stage, set, state, rows, rejects, time, place."""
+    return [
+        {"stage": step.stage, "set": step.set} | _table_status(Table(config.run_dir, step.set, name))
+        for step in steps(config)
+        for name in step.tables
+    ]
+
+
+def _table_status(table: Table) -> dict[str, str]:
+    manifest = table.manifest()
+    if manifest is not None:
+        rows = manifest.get("num_rows", manifest.get("num_positions"))
+        rejected = manifest.get("num_rejected", 0)
+        secs = manifest.get("train_seconds", manifest.get("seconds", 0))
+        return {
+            "table": table.name,
+            "state": "done",
+            "rows": "" if rows is None else f"{rows:,}",
+            "rejects": f"{rejected:,}" if rejected else "",
+            "time": clock(secs),
+        }
+    training = read_json(f"{table.url}/progress.json")
+    if training is not None:
+        state = f"step {training['step']}/{training['num_steps']}, ETA {clock(training['eta_secs'])}"
+    elif read_json(f"{table.url}/begun.json") is not None:
+        state = f"begun, {len(table.shards())} shards"
+    else:
+        state = "not begun"
+    return {"table": table.name, "state": state, "rows": "", "rejects": "", "time": ""}

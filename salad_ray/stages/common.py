@@ -1,0 +1,267 @@
+"""What all stages share: skip, resume or refuse; shards through Ray Data; manifests and rejects.
+
+A stage maps items (usually the shards of its input) to shards of one table. Each item is done by a worker that lives in
+a Ray Data actor and writes its shard itself, whole or not at all, under the item's name: an item that is done twice,
+after a lost node say, is still there once, and a rerun does only what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from salad_ray import __version__
+from salad_ray.config import Config
+from salad_ray.console import progress, say
+from salad_ray.tables import SCHEMA_VERSION, BadInput, Reject, Table, fingerprint, read_json, to_arrow, write_json
+
+Row = TypeVar("Row")
+
+
+class StageError(RuntimeError):
+    """A stage that cannot go on; the message is for the user."""
+
+
+@dataclass
+class ShardResult:
+    """What a worker makes of one item: `num_input == num_kept + len(rejects)`."""
+
+    rows: pa.Table
+    num_input: int
+    num_kept: int
+    rejects: list[Reject] = field(default_factory=list)
+
+
+class Worker(Protocol):
+    def __call__(self, payload: Any) -> ShardResult: ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage's work on one table, as its manifest describes it."""
+
+    name: str
+    table: Table
+    own_config: dict[str, Any]
+    inputs: dict[str, str]
+    """Fingerprints of what it reads."""
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint({"schema": SCHEMA_VERSION, "config": self.own_config, "inputs": self.inputs})
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} set={self.table.set}" if self.table.set else self.name
+
+    def is_done(self) -> bool:
+        """Whether the table is finished; refuses one that was begun with another config."""
+        begun = read_json(f"{self.table.url}/begun.json")
+        if begun is not None and begun["fingerprint"] != self.fingerprint:
+            raise StageError(
+                f"{self.table.url} was written with another config ({self._difference(begun)}); "
+                f"to replace it run `salad {self.name} CONFIG set={self.table.set} --redo`, or choose another run_dir"
+            )
+        return self.table.manifest() is not None
+
+    def begin(self) -> None:
+        """Say whose output this is before the first shard is written."""
+        write_json(f"{self.table.url}/begun.json", self._description())
+
+    def finish(self, **facts: Any) -> dict[str, Any]:
+        """Write the manifest: from now on the table counts as done."""
+        manifest = self._description() | facts
+        write_json(f"{self.table.url}/manifest.json", manifest)
+        return manifest
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            "stage": self.name,
+            "fingerprint": self.fingerprint,
+            "config": self.own_config,
+            "inputs": self.inputs,
+            "schema_version": SCHEMA_VERSION,
+            "salad_ray": __version__,
+            "written_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+
+    def _difference(self, begun: dict[str, Any]) -> str:
+        old, new = _flatten(begun["config"]), _flatten(self.own_config)
+        changes = [f"{key}: {old.get(key)} → {new.get(key)}" for key in new | old if old.get(key) != new.get(key)]
+        changes += [f"its input {name} changed" for name in self.inputs if begun["inputs"].get(name) != self.inputs[name]]
+        if begun["schema_version"] != SCHEMA_VERSION:
+            changes.append(f"schema version {begun['schema_version']} → {SCHEMA_VERSION}")
+        return "; ".join(changes[:5])
+
+
+def finished(table: Table, writer: str) -> dict[str, Any]:
+    """The manifest of an input; without it, say which stage to run."""
+    manifest = table.manifest()
+    if manifest is None:
+        raise StageError(f"{table.url} is not finished; run `salad {writer} CONFIG set={table.set}` first")
+    return manifest
+
+
+def run_shards(
+    config: Config,
+    stage: Stage,
+    items: dict[str, Any],
+    make_worker: Callable[[], Worker],
+    num_gpus: float = 0.0,
+    **facts: Any,
+) -> None:
+    """Skip the stage if it is done; else do every item whose shard is missing and write the manifest, with `facts`."""
+    if stage.is_done():
+        say(f"{stage.label}: done already, {stage.table.url}")
+        return
+    started = time.monotonic()
+    stage.begin()
+    counts = make_shards(config, stage, items, make_worker, num_gpus)
+    stage.finish(**counts, **facts, seconds=round(time.monotonic() - started, 2))
+    say(f"{stage.label}: {counts['num_kept']:,} kept in {time.monotonic() - started:.1f} s → {stage.table.url}")
+
+
+def make_shards(
+    config: Config, stage: Stage, items: dict[str, Any], make_worker: Callable[[], Worker], num_gpus: float = 0.0
+) -> dict[str, Any]:
+    """Do every item whose shard is missing; returns the counts over all items.
+
+    Args:
+        items: shard name → payload (plain JSON data) for the worker.
+        make_worker: builds the worker inside its actor (a `functools.partial` of its class).
+        num_gpus: GPUs of each actor.
+
+    Raises:
+        StageError: with strict=true at the first bad input; when too large a share is rejected; without items.
+    """
+    done = set(stage.table.shards())
+    pending = {name: payload for name, payload in items.items() if name not in done}
+    if done and pending:
+        say(f"{stage.label}: continuing, {len(items) - len(pending)} of {len(items)} shards are there already")
+    if pending:
+        _map_on_ray(config, stage, pending, make_worker, num_gpus)
+    counts = count_shards(stage.table, list(items))
+    _check_counts(config, stage, counts)
+    if counts["num_rejected"]:
+        rejects = Table(stage.table.run_dir, stage.table.set, "rejects")
+        say(f"{stage.label}: {counts['num_rejected']:,} rejected, the reasons are in {rejects.url}")
+    return counts
+
+
+def keep_or_reject(
+    stage: str, rows: Sequence[Row], key: Callable[[Row], str], work: Callable[[Row], Any], strict: bool
+) -> tuple[list[Any], list[Reject]]:
+    """Apply `work` to every row; `BadInput` puts the row among the rejects (or stops a strict run)."""
+    kept, rejects = [], []
+    for row in rows:
+        try:
+            kept.append(work(row))
+        except BadInput as error:
+            if strict:
+                raise StageError(f"{stage}: {key(row)}: {error}") from None
+            rejects.append(Reject(stage, key(row), str(error)))
+    return kept, rejects
+
+
+def count_shards(table: Table, shards: Sequence[str]) -> dict[str, Any]:
+    """Sum the counts that the shards carry in their footers."""
+    counts: dict[str, Any] = {"num_input": 0, "num_kept": 0, "num_rejected": 0, "num_rows": 0, "shards": {}}
+    for shard in shards:
+        with fsspec.open(f"{table.url}/{shard}.parquet", "rb") as file:
+            metadata = pq.ParquetFile(file).metadata
+            own = json.loads(metadata.metadata[b"counts"])
+        for name, value in own.items():
+            counts[name] += value
+        counts["num_rows"] += metadata.num_rows
+        counts["shards"][shard] = metadata.num_rows
+    return counts
+
+
+def start_ray(config: Config) -> None:
+    """Start or join Ray once per process."""
+    if ray.is_initialized():
+        return
+    options = {"num_cpus": config.ray.num_cpus, "include_dashboard": False} if config.ray.address is None else {}
+    ray.init(address=config.ray.address or "local", logging_level=logging.ERROR, **options)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+class _ShardWriter:
+    """The actor: makes its worker once, then turns items into shards."""
+
+    def __init__(self, make_worker: Callable[[], Worker], stage: Stage) -> None:
+        self.worker = make_worker()
+        self.stage = stage
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        try:
+            result = self.worker(json.loads(item["payload"]))
+        except StageError as error:
+            return {"shard": item["shard"], "num_input": 0, "num_rejected": 0, "error": str(error)}
+        table, shard = self.stage.table, item["shard"]
+        if result.rejects:
+            rejects = Table(table.run_dir, table.set, "rejects")
+            rejects.write(f"{table.name}-{shard}", to_arrow(Reject, result.rejects))
+        counts = {
+            "num_input": result.num_input,
+            "num_kept": result.num_kept,
+            "num_rejected": len(result.rejects),
+        }
+        table.write(shard, result.rows.replace_schema_metadata({"counts": json.dumps(counts)}))
+        return {"shard": shard, "num_input": result.num_input, "num_rejected": len(result.rejects), "error": ""}
+
+
+def _map_on_ray(
+    config: Config, stage: Stage, items: dict[str, Any], make_worker: Callable[[], Worker], num_gpus: float
+) -> None:
+    start_ray(config)
+    cluster = ray.cluster_resources()
+    room = int(cluster.get("GPU", 0) / num_gpus) if num_gpus else int(cluster.get("CPU", 1))
+    if not room:
+        raise StageError(f"{stage.label} asks for {num_gpus:g} GPUs an actor, but this Ray cluster has none")
+    num_actors = max(1, min(config.ray.max_actors or room, len(items)))
+    rows = [{"shard": name, "payload": json.dumps(payload)} for name, payload in items.items()]
+    results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+        _ShardWriter,
+        fn_constructor_args=(make_worker, stage),
+        compute=ray.data.ActorPoolStrategy(min_size=min(room, num_actors), max_size=num_actors),
+        num_cpus=1,
+        num_gpus=num_gpus or None,
+    )
+    with progress(stage.label, len(items), "shards") as advance:
+        for result in results.iter_rows():
+            if result["error"]:
+                raise StageError(result["error"])
+            advance(1)
+
+
+def _check_counts(config: Config, stage: Stage, counts: dict[str, Any]) -> None:
+    if counts["num_input"] != counts["num_kept"] + counts["num_rejected"]:
+        raise StageError(f"{stage.label}: rows were lost ({counts}); please report this as a bug")
+    share = counts["num_rejected"] / max(counts["num_input"], 1)
+    if share > config.ingest.max_rejected_share or counts["num_kept"] == 0:
+        rejects = Table(stage.table.run_dir, stage.table.set, "rejects")
+        first = next((n for n in rejects.shards() if n.startswith(f"{stage.table.name}-")), None)
+        reason = rejects.read(first).to_pylist()[0] if first else {"key": "", "reason": "no input"}
+        raise StageError(
+            f"{stage.label}: {counts['num_rejected']:,} of {counts['num_input']:,} rows were rejected, first "
+            f"{reason['key']}: {reason['reason']}; mend the input, or raise ingest.max_rejected_share"
+        )
+
+
+def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

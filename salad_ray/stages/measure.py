@@ -1,0 +1,94 @@
+"""`measure`: forgetting, misalignment and distillation loss of a model on held-out passages."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from salad_ray.config import Config, identity
+from salad_ray.console import say
+from salad_ray.distill.step import DTYPES
+from salad_ray.evaluation.misalignment import measure_batch, summarise
+from salad_ray.model.speech_lm import EncoderSpec, SpeechLM, load_text_lm
+from salad_ray.sequences.batch import collate
+from salad_ray.sequences.loader import samples_of
+from salad_ray.sequences.plan import plan_lane
+from salad_ray.stages.common import ShardResult, Stage, StageError, finished, run_shards
+from salad_ray.tables import Features, Measurement, PlanRow, Table, local_folder, to_arrow
+
+SYSTEMS = ("untrained", "stage1")
+
+
+def run(config: Config) -> None:
+    """Write `<measure.set>/measurements_<system>` for every model there is: untrained, and Stage I's once trained."""
+    teacher = finished(Table(config.run_dir, "", "teacher"), "teacher")
+    features = finished(Table(config.run_dir, config.measure.set, "features"), "encode")
+    trained = Table(config.run_dir, "", "stage1").manifest()
+    for system in SYSTEMS:
+        if system == "untrained":
+            inputs, own = {}, identity(config, "model.adapter")
+        elif trained is not None:
+            inputs, own = {"model": trained["fingerprint"]}, {}
+        else:
+            say(f"measure: no {system} model yet; run `salad {system} CONFIG` to have one")
+            continue
+        stage = Stage(
+            "measure",
+            Table(config.run_dir, config.measure.set, f"measurements_{system}"),
+            own | identity(config, "measure", "pack.context", "pack.text_words", "pack.speech_words", "seed"),
+            inputs | {"teacher": teacher["fingerprint"], "features": features["fingerprint"]},
+        )
+        items = {name: name for name in features["shards"]}
+        worker = partial(MeasureShard, config, system, teacher, features)
+        run_shards(config, stage, items, worker, config.measure.num_gpus)
+
+
+class MeasureShard:
+    """The model and its teacher; scores the `split=test` utterances of a feature shard, interleaved as in training."""
+
+    def __init__(self, config: Config, system: str, teacher: dict[str, Any], features: dict[str, Any]) -> None:
+        self.config, self.system = config, system
+        self.device = "cuda" if config.measure.num_gpus else "cpu"
+        self.dtype, attention = DTYPES[config.distill.precision], config.model.attention
+        path, revision = local_folder(teacher["path"]), teacher["revision"]
+        self.teacher = load_text_lm(path, revision, self.dtype, attention).to(self.device)
+        if system == "untrained":
+            encoder = EncoderSpec(**features["encoder"])
+            model = SpeechLM.from_teacher(
+                path, revision, config.model.adapter, encoder, config.seed, self.dtype, attention
+            )
+        else:
+            model = SpeechLM.from_pretrained(local_folder(f"{config.run_dir}/{system}/model"), self.dtype, attention)
+        self.student = model.eval().to(self.device)
+
+    def __call__(self, shard: str) -> ShardResult:
+        config = self.config
+        utterances = Table(config.run_dir, config.measure.set, "features").read_rows(Features, shard)
+        num_input = sum(row.split == "test" for row in utterances)
+        rows, rejects = plan_lane(
+            lambda _: utterances,
+            [shard],
+            self.student.tokenizer,
+            config.pack,
+            lane=0,
+            epoch=0,
+            seed=config.seed,
+            split="test",
+        )
+        if rejects and config.strict:
+            raise StageError(f"measure: {rejects[0].key}: {rejects[0].reason}")
+        size = config.measure.batch_rows
+        scored = [self._measure(rows[i : i + size], utterances) for i in range(0, len(rows), size)]
+        measured = [measurement for part in scored for measurement in part]
+        return ShardResult(to_arrow(Measurement, measured), num_input, num_input - len(rejects), rejects)
+
+    def _measure(self, rows: list[PlanRow], utterances: list[Features]) -> list[Measurement]:
+        segments = [[[utterances[i] for i in segment.rows] for segment in row.segments] for row in rows]
+        samples = [
+            samples_of(row.segments, passages, self.student.tokenizer)
+            for row, passages in zip(rows, segments, strict=True)
+        ]
+        batch = collate(samples, self.config.pack.context).to(self.device, self.dtype)
+        values = measure_batch(self.student, self.teacher, batch)
+        passages = [(passage[0].utt_id, passage[0].domain) for row in segments for passage in row]
+        return summarise(self.system, values, passages, self.config.measure.distance_bins)

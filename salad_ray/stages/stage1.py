@@ -1,0 +1,39 @@
+"""`stage1`: distil the frozen text LLM into the speech-adapted one over the natural speech's plan."""
+
+from __future__ import annotations
+
+from salad_ray.config import Config, identity
+from salad_ray.console import clock, say
+from salad_ray.distill.trainer import Job, TrainingStopped, train
+from salad_ray.model.speech_lm import EncoderSpec
+from salad_ray.stages.common import Stage, StageError, finished, start_ray
+from salad_ray.tables import Table
+
+
+def run(config: Config) -> None:
+    """Write `stage1/model` and its manifest, with the training curve."""
+    teacher = finished(Table(config.run_dir, "", "teacher"), "teacher")
+    features = finished(Table(config.run_dir, "natural", "features"), "encode")
+    plan = finished(Table(config.run_dir, "natural", "plan"), "pack")
+    inputs = {"teacher": teacher, "features": features, "plan": plan}
+    stage = Stage(
+        "stage1",
+        Table(config.run_dir, "", "stage1"),
+        identity(config, "distill", "model.adapter", "pack.rows_per_lane", "seed"),
+        {name: manifest["fingerprint"] for name, manifest in inputs.items()},
+    )
+    if stage.is_done():
+        say(f"stage1: done already, {stage.table.url}")
+        return
+    stage.begin()
+    start_ray(config)
+    say(f"stage1: training {plan['num_steps']:,} steps; curves: `tensorboard --logdir {stage.table.url}/tensorboard`")
+    try:
+        facts = train(Job(config, "stage1", teacher, EncoderSpec(**features["encoder"]), plan["num_steps"]))
+    except TrainingStopped as error:
+        raise StageError(f"stage1: {error}") from None
+    stage.finish(**facts)
+    say(
+        f"stage1: {facts['num_positions']:,} positions in {clock(facts['train_seconds'])}, "
+        f"{facts['skipped_steps']} optimizer steps skipped → {stage.table.url}/model"
+    )

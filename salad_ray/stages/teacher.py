@@ -1,0 +1,60 @@
+"""`teacher`: the frozen text LLM, verified and pinned; or, for the embedded world, trained."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from salad_ray.config import Config, identity
+from salad_ray.console import progress, say
+from salad_ray.model.speech_lm import load_text_lm, load_tokenizer
+from salad_ray.model.tiny_lm import train_tiny_lm
+from salad_ray.stages.common import Stage, finished
+from salad_ray.tables import Table, put_folder
+
+
+def run(config: Config) -> None:
+    """Write `teacher/manifest.json` (path, revision, tokenizer hash), and `teacher/model` for the embedded world."""
+    table = Table(config.run_dir, "", "teacher")
+    own = identity(config, "model.teacher", "model.revision")
+    inputs = {}
+    if config.model.teacher == "world":
+        own = identity(config, "model.teacher", "model.tiny_lm", "seed")
+        inputs = {"passages": finished(Table(config.run_dir, "web", "passages"), "ingest")["fingerprint"]}
+    stage = Stage("teacher", table, own, inputs)
+    if stage.is_done():
+        say(f"teacher: done already, {table.url}")
+        return
+    stage.begin()
+    started = time.monotonic()
+    facts = _train_on_world(config, table) if config.model.teacher == "world" else {"path": config.model.teacher}
+    facts |= _verify(facts["path"], config)
+    stage.finish(**facts, seconds=round(time.monotonic() - started, 2))
+    say(f"teacher: {facts['num_parameters']:,} parameters, {facts['vocabulary']:,} tokens ← {facts['path']}")
+
+
+def _train_on_world(config: Config, table: Table) -> dict[str, Any]:
+    passages = Table(config.run_dir, "web", "passages")
+    texts = [text for shard in passages.shards() for text in passages.read(shard, ["text"])["text"].to_pylist()]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        progress("teacher: training", config.model.tiny_lm.num_steps, "steps") as advance,
+    ):
+        summary = train_tiny_lm(texts, config.model.tiny_lm, config.seed, folder, lambda *_: advance(1))
+        put_folder(folder, f"{table.url}/model")
+    return {"path": f"{table.url}/model", "training": summary}
+
+
+def _verify(path: str, config: Config) -> dict[str, Any]:
+    """Load the model once, so that a wrong path or missing weights end here and not in a worker."""
+    tokenizer = load_tokenizer(path, config.model.revision)
+    llm = load_text_lm(path, config.model.revision, "float32", "sdpa")
+    return {
+        "revision": getattr(llm.config, "_commit_hash", None),
+        "num_parameters": llm.num_parameters(),
+        "vocabulary": llm.get_output_embeddings().weight.shape[0],
+        "tokenizer_hash": hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode(), digest_size=8).hexdigest(),
+    }

@@ -1,0 +1,94 @@
+"""The config: strict, typed, and clear about what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from salad_ray.config import Config, ConfigError, all_keys, dump_config, identity, load_config, parse_config
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"distill": {"alhpa": 1}}, ["distill.alhpa", "did you mean 'distill.alpha'"]),
+        ({"alpha": 1}, ["'alpha'", "did you mean 'distill.alpha'"]),
+        ({"distill": {"alpha": "much"}}, ["distill.alpha", "'much'", "number"]),
+        ({"distill": {"alpha": 1.5}}, ["distill.alpha", "1.5", "less than or equal to 1"]),
+        ({"distill": {"num_steps": True}}, ["distill.num_steps", "True", "integer"]),
+        ({"distill": {"num_steps": 3, "num_positions": 1e6}}, ["num_steps=3", "num_positions=1e+06", "give one"]),
+        ({"pack": {"text_words": [9, 5]}}, ["pack.text_words=[9, 5]", "shortest"]),
+        ({"distill": {"num_workers": 3}}, ["num_workers=3", "num_lanes=8", "divide"]),
+        ({"encode": {"encoder": "mini"}}, ["encode.encoder", "'mini'", "'log_mel' or 'mimi'"]),
+        ({"encode": {"encoder": "mimi"}}, ["encode.path", "kyutai/mimi"]),
+        ({"ingest": {"natural": "folder"}}, ["ingest.folders"]),
+        ({"synthesize": {"voices": ["en-us"], "evaluation_voices": ["en-us"]}}, ["share en-us"]),
+        ({"distill": 3}, ["'distill'", "3"]),
+    ],
+)
+def test_a_wrong_config_is_one_sentence_with_key_value_and_remedy(data: dict, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_config(data, "run.yaml")
+    message = str(error.value)
+    assert message.startswith("run.yaml: ")
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_overrides_are_read_as_yaml_and_checked_like_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("distill: {learning_rate: 1e-4}\n")
+    config = load_config(path, ["distill.alpha=0", "pack.text_words=[2, 6]", "distill.adapter_learning_rate=3e-4"])
+    assert config.distill.learning_rate == 1e-4
+    assert config.distill.adapter_learning_rate == 3e-4
+    assert config.pack.text_words == (2, 6)
+    assert config.run_dir == str(Path("runs/mine").resolve())
+    for wrong in ("distill.alpha", "=3", "distill.alpha.x=1", "seed=[1"):
+        with pytest.raises(ConfigError, match="override|'distill.alpha'"):
+            load_config(path, [wrong])
+
+
+def test_a_file_that_is_no_config_is_named(tmp_path: Path) -> None:
+    for name, content in (("list.yaml", "[1, 2]"), ("torn.yaml", "a: [1"), ("binary.yaml", None)):
+        path = tmp_path / name
+        path.write_bytes(b"\xff\xfe\x00") if content is None else path.write_text(content)
+        with pytest.raises(ConfigError, match=name):
+            load_config(path)
+    with pytest.raises(ConfigError, match=r"gone\.yaml: no such config file"):
+        load_config(tmp_path / "gone.yaml")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_are_valid_and_survive_a_round_trip(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    copy = tmp_path / "config.yaml"
+    copy.write_text(dump_config(config))
+    assert load_config(copy) == config
+
+
+def test_the_paper_recipe_says_what_the_paper_says() -> None:
+    for name, teacher in (("salad_3b", "Qwen/Qwen2.5-3B"), ("salad_7b", "Qwen/Qwen2.5-7B")):
+        config = load_config(ROOT / "configs" / f"{name}.yaml")
+        assert config.model.teacher == teacher
+        assert (config.distill.alpha, config.distill.num_positions, config.pack.context) == (1.0, 24e9, 2048)
+        assert (config.encode.encoder, config.model.adapter.num_layers) == ("mimi", 12)
+        rows = config.pack.num_lanes * config.pack.rows_per_lane
+        assert rows * config.pack.context == pytest.approx(1e6, rel=0.05)
+
+
+def test_every_key_is_documented_or_speaks_for_itself() -> None:
+    keys = all_keys(Config)
+    assert len(keys) == len(set(keys)) > 60
+    assert "distill.alpha" in keys
+
+
+def test_identity_ignores_how_and_where() -> None:
+    config = parse_config({})
+    faster = parse_config({"encode": {"batch_secs": 10, "num_gpus": 1}, "distill": {"num_workers": 2}})
+    assert identity(config, "encode", "distill") == identity(faster, "encode", "distill")
+    other = parse_config({"distill": {"alpha": 0}})
+    assert identity(config, "distill") != identity(other, "distill")
+    assert identity(config, "pack.context") == {"pack.context": 2048}

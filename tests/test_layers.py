@@ -1,0 +1,87 @@
+"""Who may import whom: config, tables, console ← pure rooms ← stages, trainer ← pipeline, cli ← jobs."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BASE = {"config", "tables", "console", "__init__"}
+ON_RAY = {"distill.trainer", "scaling.sweep"}
+TOP = {"pipeline", "cli"}
+HEAVY = {"ray", "deepspeed"}
+
+
+def layer(module: str) -> int:
+    """0 base, 1 pure room, 2 stages and what else runs on Ray, 3 pipeline and cli."""
+    if module in BASE or module == "":
+        return 0
+    if module in TOP:
+        return 3
+    return 2 if module.startswith("stages") or module in ON_RAY else 1
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def modules() -> list[str]:
+    files = (ROOT / "salad_ray").rglob("*.py")
+    return sorted(str(path.relative_to(ROOT / "salad_ray").with_suffix("")).replace("/", ".") for path in files)
+
+
+def own_imports(module: str) -> set[str]:
+    path = ROOT / "salad_ray" / (module.replace(".", "/") + ".py")
+    known = set(modules())
+    names = {name.removeprefix("salad_ray.") for name in imports(path) if name.startswith("salad_ray.")}
+    return {name for name in names if name in known}
+
+
+def test_the_walk_sees_the_house() -> None:
+    assert {"config", "distill.trainer", "stages.ingest", "sequences.interleave"} <= set(modules())
+    assert "config" in own_imports("stages.ingest")
+    assert layer("stages.ingest") == 2
+
+
+@pytest.mark.parametrize("module", modules())
+def test_no_module_imports_from_a_higher_layer(module: str) -> None:
+    higher = {name for name in own_imports(module) if layer(name) > layer(module)}
+    assert not higher, f"{module} may not import {higher}"
+
+
+@pytest.mark.parametrize("module", [name for name in modules() if name.startswith("stages.")])
+def test_stages_meet_only_through_tables(module: str) -> None:
+    others = {name for name in own_imports(module) if name.startswith("stages.")} - {"stages.common"}
+    assert not others, f"{module} imports the stages {others}"
+
+
+@pytest.mark.parametrize("module", [name for name in modules() if layer(name) < 2 or name in TOP])
+def test_only_stages_and_trainers_know_ray(module: str) -> None:
+    path = ROOT / "salad_ray" / (module.replace(".", "/") + ".py")
+    assert not {name.split(".")[0] for name in imports(path)} & HEAVY
+
+
+def test_jobs_import_only_the_cli() -> None:
+    for path in (ROOT / "jobs").glob("*.py"):
+        assert {name for name in imports(path) if name.startswith("salad_ray")} <= {"salad_ray.cli", "salad_ray.cli.job"}
+
+
+def test_nothing_reads_pickles_or_runs_remote_code() -> None:
+    for path in (ROOT / "salad_ray").rglob("*.py"):
+        assert not {"pickle", "dill", "joblib", "cloudpickle"} & {name.split(".")[0] for name in imports(path)}, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                assert isinstance(node.value, ast.Constant), path
+                assert node.value.value is False, path
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                assert (node.value.id, node.attr) != ("torch", "load"), path

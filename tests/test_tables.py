@@ -1,0 +1,119 @@
+"""Tables: what is written is what is read, and a shard is there whole or not at all."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import fsspec
+import pytest
+from salad_ray.tables import (
+    Features,
+    Measurement,
+    Passage,
+    PlanRow,
+    PlanSegment,
+    Reject,
+    Span,
+    Table,
+    TableError,
+    Utterance,
+    Word,
+    fingerprint,
+    local_folder,
+    put_folder,
+    stable_hash,
+    to_arrow,
+    write_bytes,
+)
+
+ROWS = [
+    Passage(passage_id="p", doc_id="d", text="Ein Wort — 語\n", domain="law"),
+    Utterance(utt_id="u", text="a b", duration_secs=1.5, recording_id="r", corpus="c", words=[Word("a", 0.0, 0.5)]),
+    Utterance(utt_id="u", text="a b", duration_secs=1.5, recording_id="r", corpus="c", audio=b"\x00fLaC"),
+    Features(
+        utt_id="u",
+        recording_id="r",
+        offset_secs=0.0,
+        duration_secs=0.16,
+        domain="",
+        split="train",
+        text="a",
+        words=None,
+        num_frames=2,
+        frame_rate=12.5,
+        dim=1,
+        features=b"\x00\x01\x02\x03",
+    ),
+    PlanRow(
+        lane=0, epoch=1, row=2, num_positions=9, num_labels=3, segments=[PlanSegment("s", [4, 5], [Span(0, 2, True)])]
+    ),
+    Reject("ingest", "u", "empty"),
+    Measurement(
+        system="stage1",
+        passage="p",
+        domain="law",
+        distance=4,
+        num_positions=7,
+        misalignment=0.5,
+        forgetting=0.25,
+        distillation=1.0,
+        nll_speech=2.0,
+        nll_text=1.5,
+    ),
+]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: type(row).__name__)
+@pytest.mark.parametrize("place", ["{tmp}", "memory://{tmp}"])
+def test_rows_survive_a_shard(row: object, place: str, tmp_path: Path) -> None:
+    table = Table(place.format(tmp=tmp_path), "natural", "rows")
+    table.write("part-0", to_arrow(type(row), [row, row]))
+    assert table.shards() == ["part-0"]
+    assert table.read_rows(type(row), "part-0") == [row, row]
+    assert table.manifest() is None
+    table.delete()
+    assert table.shards() == []
+
+
+def test_a_missing_and_a_damaged_shard_name_the_file_and_the_remedy(tmp_path: Path) -> None:
+    table = Table(str(tmp_path), "natural", "rows")
+    with pytest.raises(TableError, match=r"part-0\.parquet is missing; rerun"):
+        table.read("part-0")
+    table.write("part-0", to_arrow(Reject, [Reject("a", "b", "c")] * 100))
+    whole = (tmp_path / "natural/rows/part-0.parquet").read_bytes()
+    (tmp_path / "natural/rows/part-0.parquet").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(TableError, match=r"part-0\.parquet is damaged"):
+        table.read("part-0")
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "shard.parquet"
+    write_bytes(str(target), b"old")
+    local = fsspec.filesystem("file")
+    monkeypatch.setattr(type(local), "mv", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_bytes(str(target), b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["shard.parquet"]
+    assert target.read_bytes() == b"old"
+
+
+def test_folders_go_to_a_store_and_come_back(tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    (source / "llm").mkdir(parents=True)
+    (source / "config.json").write_text("{}")
+    (source / "llm" / "weights").write_bytes(b"abc")
+    for url in (str(tmp_path / "copy"), "memory://store/copy"):
+        put_folder(str(source), url)
+        put_folder(str(source), url)  # replaces
+        back = Path(local_folder(url))
+        assert sorted(str(p.relative_to(back)) for p in back.rglob("*") if p.is_file()) == ["config.json", "llm/weights"]
+
+
+def test_hashes_are_the_same_in_every_process() -> None:
+    code = "from salad_ray.tables import *; print(stable_hash(1, 'a'), fingerprint({'b': [1], 'a': None}))"
+    seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert seen == [str(stable_hash(1, "a")), fingerprint({"a": None, "b": [1]})]
+    assert stable_hash(1, "a") != stable_hash(1, "b")
+    assert 0 <= stable_hash("x") < 2**64
