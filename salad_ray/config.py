@@ -76,10 +76,10 @@ class TextConfig(Section):
 class QualityConfig(Section):
     """What recorded speech must satisfy; the rest goes to `rejects` with its reason."""
 
-    min_duration_secs: float = Field(0.3, gt=0)
+    min_duration_secs: float = Field(0.15, gt=0)
     max_duration_secs: float = Field(60.0, gt=0)
-    min_level_dbfs: float = -60.0
-    """Quieter than this (root mean square) counts as silent."""
+    min_level_dbfs: float = -75.0
+    """Quieter than this (root mean square) counts as silent; real quiet speech has been seen at -67."""
     max_clipped_share: float = Field(0.01, ge=0, le=1)
     """Largest share of samples at full scale."""
     max_chars_per_sec: float = Field(40.0, gt=0)
@@ -183,13 +183,13 @@ class PackConfig(Section):
 class TinyLMConfig(Section):
     """The small Qwen2 that is trained on the world's text when model.teacher=world."""
 
-    hidden_size: int = 128
-    num_layers: int = 3
-    num_heads: int = 4
-    ffn_size: int = 384
-    num_steps: int = Field(600, ge=1)
-    batch_size: int = Field(32, ge=1)
-    learning_rate: float = Field(2e-3, gt=0)
+    hidden_size: int = 160
+    num_layers: int = 2
+    num_heads: int = 5
+    ffn_size: int = 448
+    num_steps: int = Field(1000, ge=1)
+    batch_size: int = Field(16, ge=1)
+    learning_rate: float = Field(3e-3, gt=0)
 
 
 class AdapterConfig(Section):

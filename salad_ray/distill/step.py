@@ -67,14 +67,13 @@ def learning_rate_factor(step: int, num_steps: int, warmup_share: float, decay_s
 def training_flops(num_student: int, num_teacher: int, llm_config: object, batch: Batch) -> float:
     """Useful FLOP of one micro-batch: 6N per student position, 2N per teacher position, and causal attention.
 
-    No recompute and no padding is counted. Attention costs 4·D FLOP per layer and pair of positions forward (scores and
-    values, half of the pairs are masked), three times that with the backward.
+    No recompute and no padding is counted. A pair of positions that attend costs 4 · width FLOP a layer in the forward
+    (scores and values), three times that with the backward.
     """
     width = llm_config.num_attention_heads * head_dim(llm_config)  # type: ignore[attr-defined]
-    pairs_student, pairs_teacher = batch.num_pairs()
-    attention = 2 * width * llm_config.num_hidden_layers  # type: ignore[attr-defined]
+    attention = 4 * width * llm_config.num_hidden_layers  # type: ignore[attr-defined]
     dense = 6 * num_student * batch.num_positions + 2 * num_teacher * batch.num_teacher_positions
-    return dense + attention * (3 * pairs_student + pairs_teacher)
+    return dense + attention * (3 * batch.num_pairs + batch.num_teacher_pairs)
 
 
 def head_dim(llm_config: object) -> int:

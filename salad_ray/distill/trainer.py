@@ -24,11 +24,19 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero import GatheredParameters
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+    WorkerGroupError,
+)
 from ray.train.torch import TorchTrainer
 from torch import Tensor
 
-from salad_ray.config import Config, DistillConfig
+from salad_ray.config import Config, ConfigError, DistillConfig
 from salad_ray.distill.logger import Logger
 from salad_ray.distill.step import DTYPES, batch_loss, global_scale, learning_rate_factor, peak_flops, training_flops
 from salad_ray.model.speech_lm import (
@@ -42,7 +50,7 @@ from salad_ray.model.speech_lm import (
 )
 from salad_ray.sequences.batch import Batch
 from salad_ray.sequences.loader import LaneReader
-from salad_ray.tables import Table, TableError, local_folder, put_folder
+from salad_ray.tables import Table, TableError, local_folder, put_folder, read_json, write_json
 
 SUMS = ("loss", "kl", "nll", "num_labels", "num_positions", "flops")
 
@@ -97,12 +105,27 @@ def train(job: Job) -> dict[str, Any]:
             storage_path=job.config.run_dir,
             failure_config=FailureConfig(max_failures=settings.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=settings.keep_checkpoints),
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    facts = trainer.fit().metrics
-    if "stopped" in facts:
-        raise TrainingStopped(facts["stopped"])
+    try:
+        trainer.fit()
+    except WorkerGroupError as error:
+        raise _first_cause(error) from error
+    facts = read_json(_result_url(job))
+    if facts is None or "stopped" in facts:
+        raise TrainingStopped(facts["stopped"] if facts else "the workers ended without a result")
     return facts
+
+
+def _result_url(job: Job) -> str:
+    return f"{job.config.run_dir}/{job.name}/result.json"
+
+
+def _first_cause(error: WorkerGroupError) -> Exception:
+    """What a user can mend, if any worker failed for that; else the error as it is."""
+    causes = (getattr(failure, "cause", None) or failure for failure in error.worker_failures.values())
+    return next((cause for cause in causes if isinstance(cause, ConfigError | ModelError | TableError)), error)
 
 
 def deepspeed_config(settings: DistillConfig, num_micro_batches: int) -> dict[str, Any]:
@@ -119,12 +142,14 @@ def deepspeed_config(settings: DistillConfig, num_micro_batches: int) -> dict[st
 
 
 def _train_worker(loop_config: dict[str, Any]) -> None:
-    """Entry of every Ray Train worker. What a rerun cannot mend is reported, not raised: Ray would only retry it."""
+    """Entry of every Ray Train worker."""
+    job: Job = loop_config["job"]
     try:
-        facts = Distiller(loop_config["job"]).run()
-    except (TrainingStopped, ModelError, TableError) as error:
+        facts = Distiller(job).run()
+    except TrainingStopped as error:  # in all workers at once; raised, it would only be tried again
         facts = {"stopped": str(error)}
-    ray.train.report(facts)
+    if dist.get_rank() == 0:
+        write_json(_result_url(job), facts)
 
 
 class Distiller:

@@ -187,13 +187,12 @@ def count_shards(table: Table, shards: Sequence[str]) -> dict[str, Any]:
 
 
 def start_ray(config: Config) -> None:
-    """Start or join Ray once per process."""
-    if ray.is_initialized():
-        return
-    options = {"num_cpus": config.ray.num_cpus, "include_dashboard": False} if config.ray.address is None else {}
-    ray.init(address=config.ray.address or "local", logging_level=logging.ERROR, **options)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
+    """Start or join Ray once per process; a local one has its dashboard on loopback, as Ray Train asks it for state."""
+    if not ray.is_initialized():
+        local = {"num_cpus": config.ray.num_cpus, "include_dashboard": True, "dashboard_host": "127.0.0.1"}
+        options = local if config.ray.address is None else {}
+        ray.init(address=config.ray.address or "local", logging_level=logging.ERROR, **options)
+    ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from salad_ray.config import Config, identity
+from salad_ray.config import Config, ConfigError, identity
 from salad_ray.speech.audio import check_recording
 from salad_ray.speech.readers import read_folder, split_of
 from salad_ray.stages.common import ShardResult, Stage, StageError, keep_or_reject, run_shards
@@ -67,6 +67,9 @@ def read_folders(config: Config) -> tuple[list[Utterance], list[Reject]]:
     """All rows of all folders with their split, and the lines that cannot be one."""
     utterances: list[Utterance] = []
     rejects: list[Reject] = []
+    names = [folder.rstrip("/").rsplit("/", 1)[-1] for folder in config.ingest.folders]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"ingest.folders: two of them have the same name ({', '.join(names)}); ids begin with it")
     for folder in config.ingest.folders:
         rows, unusable = read_folder(folder, config.ingest.license)
         rejects += unusable

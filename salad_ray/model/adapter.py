@@ -1,0 +1,111 @@
+"""The adapter between speech encoder and LLM: a small Llama-style causal decoder over the frames of one speech span.
+
+Shape letters: P spans, S frames of the longest span, F real frames, C encoder width, A adapter width, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+
+from salad_ray.config import AdapterConfig
+
+
+class ExactBuffers(nn.Module):
+    """A module whose buffers move with it but are never cast.
+
+    `module.bfloat16()`, which DeepSpeed calls, would round the rotary frequencies too: at position 2,000 that turns
+    queries and keys by more than a radian, and the student is no longer its teacher.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExactBuffers:
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            owner, _, leaf = name.rpartition(".")
+            moved = self.get_buffer(name)
+            if moved.dtype != buffer.dtype:
+                setattr(self.get_submodule(owner), leaf, buffer.to(moved.device))
+        return self
+
+
+class Adapter(ExactBuffers):
+    """Linear C→A, causal decoder layers, norm, Linear A→D; 122 M parameters at the default shape.
+
+    Args:
+        config: width A, layers, heads and feed-forward width.
+        encoder_dim: C.
+        model_dim: D.
+        output_rms: root mean square of the outputs at the start, that of the LLM's embeddings.
+        seed: of the initial weights; the global random state is neither read nor changed.
+    """
+
+    def __init__(
+        self, config: AdapterConfig, encoder_dim: int, model_dim: int, output_rms: float = 1.0, seed: int = 0
+    ) -> None:
+        super().__init__()
+        llama = LlamaConfig(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.ffn_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            attn_implementation="sdpa",
+        )
+        with torch.random.fork_rng(devices=[]):  # torch's own initialisation draws from the global state
+            self.input = nn.Linear(encoder_dim, config.hidden_size)
+            self.layers = nn.ModuleList(LlamaDecoderLayer(llama, index) for index in range(config.num_layers))
+            self.norm = LlamaRMSNorm(config.hidden_size, eps=llama.rms_norm_eps)
+            self.output = nn.Linear(config.hidden_size, model_dim)
+        self.rotary = LlamaRotaryEmbedding(llama)
+        self._initialise(output_rms, torch.Generator().manual_seed(seed))
+
+    def forward(self, frames: Tensor, frame_mask: Tensor) -> Tensor:
+        """Speech spans as the LLM's input embeddings.
+
+        Args:
+            frames: (P, S, C), spans padded on the right; of the adapter's dtype.
+            frame_mask: (P, S) bool, true at real frames.
+
+        Returns:
+            (F, D): the real frames, span after span.
+        """
+        if frames.numel() == 0:  # text only: ZeRO-3 still needs every worker to use every parameter
+            frames, frame_mask = frames.new_zeros(1, 1, self.input.in_features), frame_mask.new_zeros(1, 1)
+        hidden = self.input(frames)
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        rotary = self.rotary(hidden, positions)
+        for layer in self.layers:
+            # No mask: sdpa is then purely causal, so what pads a span on the right cannot reach its frames.
+            hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
+        return self.output(self.norm(hidden)[frame_mask])
+
+    def gradient_checkpointing(self) -> None:
+        """Recompute each layer's activations in the backward instead of keeping them."""
+        layers: list[Any] = list(self.layers)
+        for layer in layers:
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+    def _initialise(self, output_rms: float, generator: torch.Generator) -> None:
+        """Normal weights that keep the scale: 1 / √fan-in, less on the residual branches, zero biases.
+
+        The final norm gives a root mean square of 1, so the output's weights alone set the scale of the outputs.
+        """
+        branch = (2 * len(self.layers)) ** -0.5
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                scale = output_rms if module is self.output else branch if _ends_branch(name) else 1.0
+                nn.init.normal_(module.weight, std=scale * module.in_features**-0.5, generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+
+def _ends_branch(name: str) -> bool:
+    return name.endswith(("o_proj", "down_proj"))

@@ -1,0 +1,478 @@
+"""The speech LM: a text LLM that also reads speech frames, through an adapter, in the place of text embeddings.
+
+Teacher and student are plain Hugging Face causal LMs, loaded with every weight accounted for, from safetensors only.
+
+Shape letters: B rows, T positions, F speech frames, P spans, S frames of a span, C encoder width, D model width,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import logging as transformers_logging
+
+from salad_ray.config import AdapterConfig
+from salad_ray.model.adapter import Adapter, ExactBuffers
+from salad_ray.sequences.batch import Batch
+
+FORMAT = "salad_ray.speech_lm/1"
+# What transformers and its parsers raise for a folder, hub id or setting that cannot be used.
+_UNUSABLE = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError, StrictDataclassError)
+# Settings with which known architectures bend their logits away from hidden · headᵀ.
+_LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "logit_softcap")
+
+
+class ModelError(ValueError):
+    """A model, tokenizer or folder that cannot be used; the message is one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """The speech encoder whose frames the adapter was made for."""
+
+    name: str
+    path: str | None
+    revision: str | None
+    sampling_rate: int
+    frame_rate: float
+    dim: int
+
+
+@dataclass(frozen=True)
+class SpeechLMConfig:
+    """What a speech LM is made of."""
+
+    teacher: str
+    teacher_revision: str | None
+    encoder: EncoderSpec
+    adapter: AdapterConfig
+
+
+class SpeechLM(ExactBuffers):
+    """A causal LM and the adapter that turns speech frames into its input embeddings."""
+
+    def __init__(
+        self, config: SpeechLMConfig, llm: PreTrainedModel, adapter: Adapter, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        self.llm, self.adapter = llm, adapter
+
+    @property
+    def head(self) -> Tensor:
+        """(V, D) weight of the output layer."""
+        return lm_head(self.llm)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Last hidden states (B, T, D), after the final norm: what the head takes. Packed segments stay apart."""
+        embeddings = self.llm.get_input_embeddings()(batch.token_ids)
+        speech = self.adapter(batch.frames.to(self.adapter.input.weight.dtype), batch.frame_mask)
+        mixed = embeddings.flatten(0, 1).index_copy(0, batch.speech_index, speech.to(embeddings.dtype))
+        return hidden_states(self.llm, mixed.view_as(embeddings), batch.position_ids)
+
+    def text_hidden(self, token_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Last hidden states (B, T, D) of text alone."""
+        return hidden_states(self.llm, token_ids, position_ids)
+
+    def gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward: less memory, about a third more time."""
+        self.llm.activation_checkpointing_enable({"use_reentrant": False})
+        self.adapter.gradient_checkpointing()
+
+    @classmethod
+    def from_teacher(
+        cls,
+        path: str,
+        revision: str | None,
+        adapter: AdapterConfig,
+        encoder: EncoderSpec,
+        seed: int,
+        dtype: torch.dtype | str = torch.float32,
+        attention: str = "sdpa",
+    ) -> SpeechLM:
+        """A student before its first step, in train mode: the teacher's weights and a fresh adapter.
+
+        Raises:
+            ModelError: as `load_text_lm` and `load_tokenizer`.
+        """
+        llm = load_text_lm(path, revision, dtype, attention)
+        tokenizer = load_tokenizer(path, revision)
+        _require_embeddings(path, llm, tokenizer)
+        weight = llm.get_input_embeddings().weight
+        module = Adapter(adapter, encoder.dim, weight.shape[1], _embedding_rms(llm), seed)
+        config = SpeechLMConfig(path, revision, encoder, adapter)
+        return cls(config, llm, module.to(weight.dtype), tokenizer).train()
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, dtype: torch.dtype | str | None = None, attention: str = "sdpa"
+    ) -> SpeechLM:
+        """Load what `save_pretrained` wrote, in eval mode; `dtype` none keeps that of the files.
+
+        Raises:
+            ModelError: the folder is not one of a speech LM, or its weights are missing, too many or of other shapes.
+        """
+        folder = Path(folder)
+        config = _read_config(folder)
+        llm = load_text_lm(str(folder / "llm"), None, dtype or "auto", attention)
+        tokenizer = load_tokenizer(str(folder / "llm"), None)
+        _require_embeddings(str(folder), llm, tokenizer)
+        adapter = Adapter(config.adapter, config.encoder.dim, llm.get_input_embeddings().weight.shape[1])
+        _load_adapter(adapter, folder / "adapter.safetensors")
+        return cls(config, llm, adapter if dtype is None else adapter.to(llm.dtype), tokenizer).eval()
+
+    def save_pretrained(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """Write `config.json`, `adapter.safetensors` and `llm/`, a plain Hugging Face folder with the tokenizer.
+
+        The folder appears whole or not at all, and replaces a speech LM that was there.
+
+        Args:
+            state_dict: all weights under the names of `self.state_dict()`, where the modules hold only a part (ZeRO-3).
+
+        Raises:
+            ModelError: something else is at `folder`.
+        """
+        folder = Path(folder)
+        _require_replaceable(folder)
+        weights = dict(self.state_dict() if state_dict is None else state_dict)
+        content = {"format": FORMAT} | asdict(self.config) | {"adapter": self.config.adapter.model_dump()}
+        with _replacing(folder) as new, _quiet():
+            self.llm.save_pretrained(new / "llm", state_dict=_part(weights, "llm."))
+            self.tokenizer.save_pretrained(new / "llm")
+            save_file(_part(weights, "adapter."), new / "adapter.safetensors")
+            (new / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def hidden_states(llm: PreTrainedModel, inputs: Tensor, position_ids: Tensor) -> Tensor:
+    """Last hidden states (B, T, D) of a causal LM over packed rows; `lm_head(llm)` turns them into logits.
+
+    A segment begins wherever position_ids do not count on, and sees nothing of the segments before it. Transformers
+    does so only without attention mask and without cache, and its flash attention only for a single row; that and
+    "varlen" are told the bounds of the segments instead.
+
+    Args:
+        inputs: token ids (B, T) or embeddings (B, T, D).
+        position_ids: (B, T), restarting from 0 at every segment.
+    """
+    embeddings = inputs if inputs.is_floating_point() else llm.get_input_embeddings()(inputs)
+    bounds = _segment_bounds(position_ids) if _takes_bounds(llm.config._attn_implementation) else {}
+    outputs = llm.get_decoder()(
+        inputs_embeds=embeddings, attention_mask=None, position_ids=position_ids, use_cache=False, **bounds
+    )
+    return outputs.last_hidden_state
+
+
+def lm_head(llm: PreTrainedModel) -> Tensor:
+    """(V, D) weight of a causal LM's output layer."""
+    return llm.get_output_embeddings().weight
+
+
+def _takes_bounds(attention: str) -> bool:
+    return attention.startswith("flash_attention") or attention == "varlen"
+
+
+def _segment_bounds(position_ids: Tensor) -> dict[str, Any]:
+    """Cumulative lengths of the segments of all rows, laid end to end, and the longest segment."""
+    starts = F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True)
+    bounds = F.pad(starts.flatten().nonzero().flatten(), (0, 1), value=starts.numel()).int()
+    longest = int(bounds.diff().max())
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+
+
+def _varlen_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Block-diagonal causal attention by the flash kernel inside torch: no T × T mask, no other package; CUDA, 16 bit.
+
+    query (B, heads, T, head_dim), key and value (B, kv_heads, T, head_dim) → (B, T, heads, head_dim).
+    """
+    query_flat, key_flat, value_flat = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
+    output: Any = varlen_attn(
+        query_flat,
+        key_flat,
+        value_flat,
+        cu_seq_lens_q,
+        cu_seq_lens_q,
+        max_length_q,
+        max_length_q,
+        scale=scaling,
+        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        enable_gqa=True,
+    )
+    return output.unflatten(0, (query.shape[0], query.shape[2])), None
+
+
+AttentionInterface.register("varlen", _varlen_attention)
+
+
+def load_text_lm(
+    path: str, revision: str | None, dtype: torch.dtype | str = torch.float32, attention: str = "sdpa"
+) -> PreTrainedModel:
+    """A text LLM in eval mode, every weight accounted for; safetensors only, no remote code.
+
+    Args:
+        path: folder or hub id.
+        dtype: a torch dtype or its name; "auto" keeps that of the files.
+        attention: "sdpa", "eager", "flash_attention_2", or "varlen" (CUDA, 16 bit: no mask, no other package).
+
+    Raises:
+        ModelError: it cannot be read or had; weights are missing, too many or of other shapes; its logits are not
+            hidden · headᵀ; or it cannot keep packed segments apart.
+    """
+    _require_readable(path)
+    try:
+        with _quiet():
+            llm, info = AutoModelForCausalLM.from_pretrained(
+                path,
+                revision=revision,
+                dtype=dtype,
+                attn_implementation=attention,
+                use_safetensors=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # they come back in `info`, all of them
+                output_loading_info=True,
+            )
+    except _UNUSABLE as error:
+        raise ModelError(f"{path}: cannot be loaded as a text LLM ({_reason(error)})") from None
+    _require_all_weights(path, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
+    _require_packable(path, llm)
+    _require_plain_logits(path, llm)
+    return llm.eval()
+
+
+def load_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of a text LLM; raises `ModelError` when there is none."""
+    _require_readable(path)
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False, use_fast=True)
+    except _UNUSABLE as error:
+        raise ModelError(f"{path}: its tokenizer cannot be loaded ({_reason(error)})") from None
+    if not tokenizer.is_fast:
+        raise ModelError(f"{path}: its tokenizer gives no character offsets; add a fast tokenizer (tokenizer.json)")
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where there are no files
+        raise ModelError(f"{path}: holds no tokenizer; save one there with tokenizer.save_pretrained")
+    return tokenizer
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """A hash of the names, shapes, types and bytes of all weights: equal if and only if they are bit-identical."""
+    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
+        digests = pool.map(_tensor_digest, sorted(model.state_dict().items()))
+        return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
+
+
+def _tensor_digest(item: tuple[str, Tensor]) -> bytes:
+    name, tensor = item
+    digest = hashlib.sha256(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+    data: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    digest.update(data)
+    return digest.digest()
+
+
+def parameter_groups(
+    model: SpeechLM, learning_rate: float, adapter_learning_rate: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Optimizer groups "llm" and "adapter", each with and without weight decay.
+
+    Norms and biases do not decay, nor do embeddings and head: decay would wear away the tokens that speech never shows.
+    """
+    tables = {id(model.llm.get_input_embeddings().weight), id(model.head)}
+    groups = []
+    for name, module, rate in (("llm", model.llm, learning_rate), ("adapter", model.adapter, adapter_learning_rate)):
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        fixed = [parameter for parameter in trained if parameter.ndim < 2 or id(parameter) in tables]
+        decayed = [parameter for parameter in trained if parameter.ndim >= 2 and id(parameter) not in tables]
+        for parameters, decay in ((decayed, weight_decay), (fixed, 0.0)):
+            groups.append({"name": name, "params": parameters, "lr": rate, "weight_decay": decay})
+    return [group for group in groups if group["params"]]
+
+
+def _embedding_rms(llm: PreTrainedModel) -> float:
+    """Root mean square of the LLM's input embeddings, over 4,096 ids spread over the vocabulary."""
+    embed = llm.get_input_embeddings()
+    num_ids = embed.weight.shape[0]
+    ids = torch.linspace(0, num_ids - 1, min(num_ids, 4096), device=embed.weight.device).long()
+    with torch.no_grad():  # through the module, since some scale what they look up
+        return embed(ids).float().square().mean().sqrt().item()
+
+
+def _require_readable(path: str) -> None:
+    """A hub id, or a folder with a config: transformers would take a mistyped path for a hub id."""
+    folder = Path(path).expanduser()
+    if folder.is_file():
+        raise ModelError(f"{path}: is a file; give the folder that holds it")
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{path}: holds no config.json, so it is not a Hugging Face model folder")
+    elif path.count("/") != 1 or path.startswith((".", "/", "~")):
+        raise ModelError(f"{path}: no such folder; give a folder or a hub id such as Qwen/Qwen2.5-3B")
+
+
+def _require_all_weights(
+    path: str, missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[tuple[str, Any, Any]]
+) -> None:
+    shapes = [f"{name} {tuple(found)} instead of {tuple(needed)}" for name, found, needed in mismatched]
+    problems = {"missing": sorted(missing), "unexpected": sorted(unexpected), "of another shape": sorted(shapes)}
+    found = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in problems.items() if names]
+    if found:
+        raise ModelError(f"{path}: its weights do not fit its config: {'; '.join(found)}")
+
+
+def _require_packable(path: str, llm: PreTrainedModel) -> None:
+    """Refuse decoders known to mix the segments of a packed row."""
+    decoder = llm.get_decoder()
+    kinds = set(getattr(decoder.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds or llm._is_stateful or "position_ids" not in inspect.signature(decoder.forward).parameters:
+        what = f"layers of type {', '.join(sorted(kinds))}" if kinds else f"a decoder of type {type(decoder).__name__}"
+        raise ModelError(f"{path}: has {what}, which cannot keep packed samples apart; use a plain attention model")
+
+
+def _require_plain_logits(path: str, llm: PreTrainedModel) -> None:
+    """Refuse logits that are not hidden · headᵀ, by asking the model's own forward what it makes of hidden states."""
+    layer = llm.get_output_embeddings()
+    if getattr(layer, "bias", None) is not None:
+        raise ModelError(f"{path}: its lm_head has a bias, and the distillation loss takes logits as hidden · headᵀ")
+    weight = lm_head(llm).detach()
+    hidden = torch.randn(1, 2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    hidden *= 50 / (hidden @ weight.T).std()  # large enough to meet a cap
+    decoder = llm.get_decoder()
+    decoder.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden)
+    try:
+        with torch.no_grad():
+            logits = llm(input_ids=torch.zeros(1, 2, dtype=torch.long, device=weight.device), use_cache=False).logits
+    finally:
+        del decoder.forward
+    plain = hidden @ weight.T
+    if (logits - plain).abs().max() > 0.02 * plain.abs().max():
+        config = llm.config.get_text_config()
+        settings = [f"{name}={getattr(config, name)}" for name in _LOGIT_SETTINGS if getattr(config, name, None)]
+        raise ModelError(
+            f"{path}: its logits are not hidden · headᵀ ({', '.join(settings) or type(llm).__name__}), which the "
+            "distillation loss needs"
+        )
+
+
+def _require_embeddings(path: str, llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = llm.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ModelError(f"{path}: its tokenizer has {len(tokenizer)} tokens, but the LLM only {rows} embeddings")
+
+
+def _read_config(folder: Path) -> SpeechLMConfig:
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: no such folder; give one that SpeechLM.save_pretrained wrote")
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if content.pop("format") != FORMAT:
+            raise ValueError(f"its format is not {FORMAT}")
+        parts = {"encoder": EncoderSpec(**content["encoder"]), "adapter": AdapterConfig(**content["adapter"])}
+        return SpeechLMConfig(**(content | parts))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{folder / 'config.json'}: is not the config of a speech LM ({_reason(error)})") from None
+
+
+def _load_adapter(adapter: Adapter, path: Path) -> None:
+    """Fill the adapter, taking over the dtype of the file."""
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path}: cannot be read ({_reason(error)}); copy the model's folder again") from None
+    own = adapter.state_dict()
+    mismatched = [(name, weights[name].shape, own[name].shape) for name in own.keys() & weights.keys()]
+    mismatched = [entry for entry in mismatched if entry[1] != entry[2]]
+    _require_all_weights(str(path), own.keys() - weights.keys(), weights.keys() - own.keys(), mismatched)
+    adapter.load_state_dict(weights, assign=True)
+
+
+def _part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    chosen = {name: tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): tensor.detach().contiguous() for name, tensor in chosen.items()}
+
+
+def _require_replaceable(folder: Path) -> None:
+    if folder.is_dir():
+        if not any(folder.iterdir()):
+            return
+        try:
+            _read_config(folder)
+        except ModelError:
+            raise ModelError(f"{folder}: holds something other than a speech LM; give another folder") from None
+    elif folder.exists():
+        raise ModelError(f"{folder}: is a file; give the name of a folder")
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A temporary sibling that takes the folder's place once it is complete."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new, old = (folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.{kind}") for kind in ("new", "old"))
+    new.mkdir()
+    try:
+        yield new
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and reports: what matters of them is raised."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _reason(error: BaseException) -> str:
+    """The first sentence of an error, on one line."""
+    text = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+    return text[:300] or type(error).__name__

@@ -1,0 +1,161 @@
+"""Batches: rows of packed segments as tensors.
+
+Shapes: B rows, T student positions, U teacher positions, F speech frames, P speech spans, S longest speech span,
+C encoder width, L scored labels. All segments of a row share it block-diagonally: positions restart at each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from salad_ray.sequences.interleave import IntArray, Segment
+from salad_ray.tables import BadInput, Features
+
+TEACHER_MULTIPLE = 64  # the teacher's rows are padded to a multiple of this: few different shapes, little padding
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A segment with the features of its speech frames, (F, C) in the order of `segment.frame_index`."""
+
+    segment: Segment
+    frames: NDArray[np.floating]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows for one forward pass.
+
+    token_ids: (B, T) the student's text tokens, 0 at speech and padding.
+    position_ids: (B, T) counted from 0 in each segment; padding is a segment of its own.
+    speech_index: (F,) flat positions b · T + t of the speech frames, span by span.
+    frames: (P, S, C) float32, one zero-padded row per speech span.
+    frame_mask: (P, S) true at real frames, so that `frames[frame_mask]` (F, C) belongs at `speech_index`.
+    teacher_ids, teacher_position_ids: (B, U) the same for the text alone.
+    student_index: (L,) flat in B · T, and teacher_index: (L,) flat in B · U, where labels (L,) are predicted.
+    distance: (L,) text tokens since the last speech frame; 0 predicted from the frame itself, -1 before any speech.
+    segment: (L,) number of the label's segment in the batch.
+    num_positions, num_teacher_positions: student's and teacher's positions that are not padding.
+    num_pairs, num_teacher_pairs: pairs (query, key) of positions that attend, the causal half of every segment.
+    """
+
+    token_ids: Tensor
+    position_ids: Tensor
+    speech_index: Tensor
+    frames: Tensor
+    frame_mask: Tensor
+    teacher_ids: Tensor
+    teacher_position_ids: Tensor
+    student_index: Tensor
+    teacher_index: Tensor
+    labels: Tensor
+    distance: Tensor
+    segment: Tensor
+    num_positions: int
+    num_teacher_positions: int
+    num_pairs: int
+    num_teacher_pairs: int
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
+        """The batch on a device, with its frames in `dtype`."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        moved["frames"] = self.frames.to(device, dtype, non_blocking=True)
+        return replace(self, **moved)
+
+
+def sample_of(segment: Segment, utterances: Sequence[Features]) -> Sample:
+    """Gather a segment's frames from the float16 bytes of its utterances; raises `BadInput` when they do not fit."""
+    return Sample(segment, np.concatenate([frames_of(utterance) for utterance in utterances])[segment.frame_index])
+
+
+def frames_of(utterance: Features) -> NDArray[np.float16]:
+    """The features (num_frames, dim) of an utterance."""
+    values = np.frombuffer(utterance.features, dtype=np.float16)
+    if len(values) != utterance.num_frames * utterance.dim:
+        raise BadInput(f"{len(values)} feature values are not {utterance.num_frames} frames of {utterance.dim}")
+    return values.reshape(utterance.num_frames, utterance.dim)
+
+
+def collate(rows: Sequence[Sequence[Sample]], context: int) -> Batch:
+    """Lay rows of samples out as tensors; T = context, U a multiple of `TEACHER_MULTIPLE`.
+
+    Raises:
+        ValueError: a row is longer than the context, or there is no row.
+    """
+    if not rows:
+        raise ValueError("a batch needs at least one row")
+    student = [[len(sample.segment.token_ids) for sample in row] for row in rows]
+    teacher = [[len(sample.segment.teacher_ids) for sample in row] for row in rows]
+    longest = max(map(sum, student))
+    if longest > context:
+        raise ValueError(f"a row has {longest} positions, more than the context of {context}")
+    width = -(-max(map(sum, teacher)) // TEACHER_MULTIPLE) * TEACHER_MULTIPLE
+    segments = [sample.segment for row in rows for sample in row]
+    student_starts, teacher_starts = _starts(student, context), _starts(teacher, width)
+    text = [[np.maximum(sample.segment.token_ids, 0) for sample in row] for row in rows]
+    frames, frame_mask = _pad_spans([sample for row in rows for sample in row])
+    num_labels = [len(segment.labels) for segment in segments]
+    return Batch(
+        token_ids=_grid(text, context),
+        position_ids=_positions(student, context),
+        speech_index=_flat([np.flatnonzero(segment.token_ids < 0) for segment in segments], student_starts),
+        frames=frames,
+        frame_mask=frame_mask,
+        teacher_ids=_grid([[sample.segment.teacher_ids for sample in row] for row in rows], width),
+        teacher_position_ids=_positions(teacher, width),
+        student_index=_flat([segment.student_index for segment in segments], student_starts),
+        teacher_index=_flat([segment.teacher_index for segment in segments], teacher_starts),
+        labels=_flat([segment.labels for segment in segments]),
+        distance=_flat([segment.distance for segment in segments]),
+        segment=torch.from_numpy(np.repeat(np.arange(len(segments)), num_labels)),
+        num_positions=sum(map(sum, student)),
+        num_teacher_positions=sum(map(sum, teacher)),
+        num_pairs=_num_pairs(student),
+        num_teacher_pairs=_num_pairs(teacher),
+    )
+
+
+def _num_pairs(lengths: Sequence[Sequence[int]]) -> int:
+    return sum(n * (n + 1) // 2 for row in lengths for n in row)
+
+
+def _starts(lengths: Sequence[Sequence[int]], width: int) -> list[int]:
+    """Flat start of every segment in a grid of this width."""
+    return [b * width + sum(row[:i]) for b, row in enumerate(lengths) for i in range(len(row))]
+
+
+def _flat(parts: Sequence[IntArray], starts: Sequence[int] | None = None) -> Tensor:
+    shifted = parts if starts is None else [part + start for part, start in zip(parts, starts, strict=True)]
+    return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *shifted]))
+
+
+def _grid(rows: Sequence[Sequence[IntArray]], width: int) -> Tensor:
+    """Rows of concatenated parts, (B, width), padded with zeros."""
+    grid = np.zeros((len(rows), width), dtype=np.int64)
+    for values, parts in zip(grid, rows, strict=True):
+        joined = np.concatenate(parts)
+        values[: len(joined)] = joined
+    return torch.from_numpy(grid)
+
+
+def _positions(lengths: Sequence[Sequence[int]], width: int) -> Tensor:
+    """(B, width) positions that restart at each segment, and at the padding."""
+    return _grid([[np.arange(n) for n in [*row, width - sum(row)]] for row in lengths], width)
+
+
+def _pad_spans(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+    """Frames (P, S, C) and mask (P, S), one row per speech span."""
+    lengths = np.concatenate([np.zeros(0, np.int64), *(sample.segment.span_lengths for sample in samples)])
+    values = np.concatenate([sample.frames for sample in samples])
+    mask = np.arange(max(lengths, default=0)) < lengths[:, None]
+    frames = np.zeros((*mask.shape, values.shape[1]), dtype=np.float32)
+    frames[mask] = values
+    return torch.from_numpy(frames), torch.from_numpy(mask)

@@ -1,0 +1,164 @@
+"""Loading: the batches of one rank, in an order that does not depend on how many ranks there are.
+
+Lane l belongs to rank l % world_size, and step s takes rows s·b … (s + 1)·b − 1 of every lane, where a lane is the
+endless stream of its epochs' plans. So any world size that divides the number of lanes trains on the same rows at the
+same step, and a run resumes at any step without reading what lies before it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import count
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from salad_ray.config import ConfigError, PackConfig
+from salad_ray.sequences.batch import Batch, Sample, collate, sample_of
+from salad_ray.sequences.interleave import (
+    assemble_units,
+    build_segment,
+    passage_text,
+    prefix_ids,
+    timing_of,
+    tokenize,
+)
+from salad_ray.sequences.plan import plan_shard_name
+from salad_ray.tables import BadInput, Features, PlanRow, PlanSegment, Table, TableError, from_arrow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class LaneStream:
+    """The rows of one lane from any position on, across epochs, holding the features of at most two shards."""
+
+    plan: Table
+    features: Table
+    tokenizer: PreTrainedTokenizerBase
+    lane: int
+    shards: dict[str, pa.Table] = field(default_factory=dict)
+
+    def rows(self, position: int) -> Iterator[list[Sample]]:
+        """The samples of row `position` and all that follow; raises `TableError` when the epochs are used up."""
+        planned = set(self.plan.shards())
+        for epoch in count():
+            name = plan_shard_name(self.lane, epoch)
+            if name not in planned:
+                raise TableError(
+                    f"{self.plan.url} plans {epoch} epochs of lane {self.lane}, and training has used them up; "
+                    "let the stage 'pack' plan more epochs, or train for fewer steps"
+                )
+            num_rows = self.plan.read(name, ["row"]).num_rows
+            if position < num_rows:
+                yield from self._epoch(name, position)
+            position = max(0, position - num_rows)
+
+    def _epoch(self, name: str, position: int) -> Iterator[list[Sample]]:
+        """Rows from `position` on; a shard is dropped after the last row that refers to it, before another is read."""
+        rows: list[PlanRow] = from_arrow(PlanRow, self.plan.read(name))
+        last_use = {segment.shard: row.row for row in rows for segment in row.segments}
+        self.shards = {}
+        for row in rows[position:]:
+            self.shards = {shard: table for shard, table in self.shards.items() if last_use[shard] >= row.row}
+            passages = [self._utterances(segment) for segment in row.segments]
+            try:
+                yield samples_of(row.segments, passages, self.tokenizer)
+            except BadInput as error:
+                raise TableError(f"row {row.row} of {self.plan.url}/{name}: {error}; rerun the stage 'pack'") from None
+
+    def _utterances(self, segment: PlanSegment) -> list[Features]:
+        if segment.shard not in self.shards:
+            self.shards[segment.shard] = self.features.read(segment.shard)
+        return from_arrow(Features, self.shards[segment.shard].take(segment.rows))
+
+
+def samples_of(
+    segments: Sequence[PlanSegment], passages: Sequence[Sequence[Features]], tokenizer: PreTrainedTokenizerBase
+) -> list[Sample]:
+    """The samples of one planned row, from the utterances of each segment.
+
+    Raises:
+        BadInput: the plan was made with another tokenizer or for other words, or feature bytes are damaged.
+    """
+    tokens = tokenize([passage_text(passage) for passage in passages], tokenizer)
+    prefix = prefix_ids(tokenizer)
+    samples = []
+    for segment, passage, passage_tokens in zip(segments, passages, tokens, strict=True):
+        units = assemble_units(passage, [timing_of(utterance) for utterance in passage], passage_tokens, prefix)
+        if segment.spans[-1].end != units.num_units:
+            raise BadInput(f"{passage[0].utt_id} was planned with another tokenizer, or for other words")
+        samples.append(sample_of(build_segment(units, segment.spans), passage))
+    return samples
+
+
+@dataclass
+class LaneReader:
+    """One rank's batches, step by step; iterating yields the micro-batches of one step as a list.
+
+    The rows of a step come in order of (row, lane), `micro_batch_rows` at a time. A background thread reads
+    `prefetch_steps` steps ahead; its errors are raised where the step they belong to would have come. Leaving the loop
+    (or closing the iterator) ends the thread. `wait_secs` adds up the time spent waiting for it.
+
+    Args:
+        plan, features: tables of the same set; the plan's shards are named by `plan_shard_name`.
+        tokenizer: the one that the plan was made with.
+        config: context, num_lanes and rows_per_lane, as in the plan.
+        start_step: first step to give; the feature shards of earlier steps are not read.
+
+    Raises:
+        ConfigError: the world size does not divide the lanes, or the micro-batch not the rows of a step.
+        TableError: while iterating, when the planned epochs are used up or a shard is missing or damaged.
+    """
+
+    plan: Table
+    features: Table
+    tokenizer: PreTrainedTokenizerBase
+    config: PackConfig
+    rank: int = 0
+    world_size: int = 1
+    start_step: int = 0
+    micro_batch_rows: int = 1
+    prefetch_steps: int = 2
+    wait_secs: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        if self.config.num_lanes % self.world_size:
+            raise ConfigError(f"{self.world_size} workers cannot share pack.num_lanes={self.config.num_lanes} evenly")
+        num_rows = self.config.num_lanes // self.world_size * self.config.rows_per_lane
+        if num_rows % self.micro_batch_rows:
+            raise ConfigError(f"micro-batches of {self.micro_batch_rows} do not divide the {num_rows} rows of a step")
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        steps = self._steps()
+        with ThreadPoolExecutor(1, thread_name_prefix="lane-reader") as thread:
+            ahead = deque(thread.submit(next, steps) for _ in range(max(1, self.prefetch_steps)))
+            try:
+                while True:
+                    started = time.perf_counter()
+                    step = ahead.popleft().result()
+                    self.wait_secs += time.perf_counter() - started
+                    ahead.append(thread.submit(next, steps))
+                    yield step
+            finally:
+                thread.shutdown(wait=False, cancel_futures=True)
+
+    def _steps(self) -> Iterator[list[Batch]]:
+        size = self.micro_batch_rows
+        for rows in self.samples():
+            yield [collate(rows[i : i + size], self.config.context) for i in range(0, len(rows), size)]
+
+    def samples(self) -> Iterator[list[list[Sample]]]:
+        """The rows of each step, before they are collated and without a thread."""
+        lanes = range(self.rank, self.config.num_lanes, self.world_size)
+        streams = [
+            LaneStream(self.plan, self.features, self.tokenizer, lane).rows(self.start_step * self.config.rows_per_lane)
+            for lane in lanes
+        ]
+        while True:
+            yield [next(stream) for _ in range(self.config.rows_per_lane) for stream in streams]

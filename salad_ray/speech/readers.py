@@ -1,0 +1,187 @@
+"""Recorded speech from a folder: `transcripts.tsv` and the audio files it names.
+
+Reading is cheap and never opens audio: it runs once, before the rows are dealt to workers, which check the audio
+(`audio.check_recording`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import unicodedata
+from collections.abc import Sequence
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from salad_ray.config import ConfigError
+from salad_ray.tables import BadInput, Reject, Utterance, stable_hash
+
+TABLE = "transcripts.tsv"
+REQUIRED = ("utt_id", "audio", "text")
+STAGE = "ingest"
+
+
+def read_folder(folder: str, license: str) -> tuple[list[Utterance], list[Reject]]:
+    """Read `folder/transcripts.tsv`: UTF-8, tab-separated, with a header and no quoting.
+
+    Columns: utt_id, audio (relative to the folder) and text; if known speaker, recording_id, offset and duration
+    (seconds of a cut of the audio file), domain, language, license. Others are ignored.
+
+    Args:
+        folder: a local path or any URL that fsspec opens; its name becomes the corpus and the prefix of the ids.
+        license: licence of rows that state none.
+
+    Returns:
+        Utterances whose `duration_secs` is what the table says, or 0 where it says nothing (the audio's end), and
+        the rows that cannot be used.
+
+    Raises:
+        ConfigError: no such folder or table, not UTF-8, or a required column is missing.
+    """
+    fs, path = fsspec.core.url_to_fs(folder.rstrip("/") or folder)
+    root = path if isinstance(fs, LocalFileSystem) else folder.rstrip("/")
+    lines = _decode(_read_table(fs, path, folder), f"{folder.rstrip('/')}/{TABLE}").split("\n")
+    columns = _columns(lines[0], f"{folder.rstrip('/')}/{TABLE}")
+    return _read_rows(lines, columns, root, license)
+
+
+def split_of(recording_id: str, speaker: str, heldout_share: float) -> str:
+    """`test` for the given share of the recordings, chosen by a hash that never changes; otherwise `train`.
+
+    The speaker does not enter: it would put the whole of a one-speaker corpus on one side.
+    """
+    return "test" if stable_hash("split", recording_id) < heldout_share * 2**64 else "train"
+
+
+def normalize_text(text: str) -> str:
+    """Unicode NFC, and every run of white space as one space; nothing else changes."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def _read_table(fs: fsspec.AbstractFileSystem, path: str, folder: str) -> bytes:
+    try:
+        return fs.cat_file(f"{path}/{TABLE}")
+    except NotADirectoryError:
+        raise ConfigError(f"{folder}: a file, but a folder with {TABLE} is needed") from None
+    except (FileNotFoundError, IsADirectoryError):
+        parent, _, name = path.rpartition("/")
+        missing = (path, TABLE) if fs.isdir(path) else (parent, name)
+        raise ConfigError(_not_found(fs, folder, *missing)) from None
+    except OSError as error:
+        raise ConfigError(f"{folder}/{TABLE}: cannot be read ({error})") from None
+
+
+def _not_found(fs: fsspec.AbstractFileSystem, folder: str, parent: str, name: str) -> str:
+    if name != TABLE and fs.exists(f"{parent}/{name}"):
+        return f"{folder}: a file, but a folder with {TABLE} is needed"
+    entries = fs.ls(parent, detail=False) if fs.isdir(parent) else []
+    near = difflib.get_close_matches(name, [str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in entries], n=1)
+    what = f"has no {TABLE}, the table of utt_id, audio and text" if name == TABLE else "no such folder"
+    return f"{folder}: {what}" + (f"; did you mean '{near[0]}'?" if near else "")
+
+
+def _decode(data: bytes, table: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ConfigError(
+            f"{table}:{line}: byte 0x{data[error.start]:02x} is not UTF-8; save the table as UTF-8"
+        ) from None
+
+
+def _columns(header: str, table: str) -> list[str]:
+    columns = [name.strip() for name in header.rstrip("\r").split("\t")]
+    missing = [name for name in REQUIRED if name not in columns]
+    if missing:
+        near = difflib.get_close_matches(missing[0], columns, n=1)
+        hint = f"did you mean '{near[0]}' as '{missing[0]}'?" if near else "the first line must name the columns"
+        if len(columns) == 1:
+            hint = "columns must be separated by tabs"
+        raise ConfigError(f"{table}: no column {_names(missing)} among {_names(columns)}; {hint}")
+    twice = sorted({name for name in columns if columns.count(name) > 1})
+    if twice:
+        raise ConfigError(f"{table}: column {_names(twice)} appears more than once; name each column once")
+    return columns
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
+
+
+def _read_rows(
+    lines: Sequence[str], columns: Sequence[str], root: str, license: str
+) -> tuple[list[Utterance], list[Reject]]:
+    utterances: list[Utterance] = []
+    rejects: list[Reject] = []
+    corpus = root.rsplit("/", 1)[-1]
+    first_line: dict[str, int] = {}
+    for number, line in enumerate(lines[1:], start=2):
+        if not line.strip("\r\n\t "):
+            continue
+        fields = line.rstrip("\r").split("\t")
+        # A row is known by its id only when it has one and its fields can be told apart.
+        name = fields[columns.index("utt_id")].strip() if len(fields) == len(columns) else ""
+        utt_id = f"{corpus}/{name}"
+        try:
+            row = _row(fields, columns)
+            if utt_id in first_line:
+                raise BadInput(f"duplicate utt_id; line {first_line[utt_id]} of {TABLE} has it first")
+            first_line[utt_id] = number
+            utterances.append(_utterance(row, utt_id, root, corpus, license))
+        except BadInput as error:
+            rejects.append(Reject(STAGE, utt_id if name else f"{root}/{TABLE}:{number}", str(error)))
+    return utterances, rejects
+
+
+def _row(fields: Sequence[str], columns: Sequence[str]) -> dict[str, str]:
+    if len(fields) != len(columns):
+        raise BadInput(f"{len(fields)} fields where the header has {len(columns)}")
+    row = {name: field.strip() for name, field in zip(columns, fields, strict=True)}
+    if not row["utt_id"]:
+        raise BadInput("empty utt_id")
+    return row
+
+
+def _utterance(row: dict[str, str], utt_id: str, root: str, corpus: str, license: str) -> Utterance:
+    text = normalize_text(row["text"])
+    if not text:
+        raise BadInput("empty transcript")
+    duration_secs = _seconds(row, "duration")
+    if duration_secs == 0 and row.get("duration"):
+        raise BadInput(f"duration '{row['duration']}' must be above 0")
+    return Utterance(
+        utt_id=utt_id,
+        text=text,
+        duration_secs=duration_secs,
+        recording_id=f"{corpus}/{row.get('recording_id') or row['utt_id']}",
+        corpus=corpus,
+        speaker=row.get("speaker", ""),
+        language=row.get("language") or "en",
+        license=row.get("license") or license,
+        domain=row.get("domain", ""),
+        uri=f"{root}/{_inside(row['audio'])}",
+        offset_secs=_seconds(row, "offset"),
+    )
+
+
+def _inside(audio: str) -> str:
+    """A path that stays in its folder; a table from elsewhere must not name other files of this machine."""
+    if not audio:
+        raise BadInput("empty audio path")
+    parts = audio.replace("\\", "/").split("/")
+    if parts[0] == "" or ":" in parts[0] or ".." in parts:
+        raise BadInput(f"audio path '{audio}' leaves the folder; give a path relative to it")
+    return audio
+
+
+def _seconds(row: dict[str, str], column: str) -> float:
+    value = row.get(column, "")
+    try:
+        seconds = float(value or 0)
+    except ValueError:
+        seconds = math.nan
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise BadInput(f"{column} '{value}' is not a number of seconds")
+    return seconds

@@ -1,0 +1,114 @@
+"""Small objects that many tests need."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, models, processors, trainers
+from tokenizers import pre_tokenizers as pre
+from transformers import PreTrainedTokenizerFast
+
+from salad_ray.tables import Features, Word
+
+TRAINING_TEXT = (
+    "She said, (\"word and dash—another) 12 345 times. The café opened…\n\nA new line: don't stop! 😀 was there. ",
+    "we the people of the united states in order to form a more perfect union, establish justice 1787 — and so on.",
+)
+TOKENIZERS = ("byte_level", "trimmed", "metaspace", "bos", "unigram", "wordpiece")
+
+
+def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    """A small tokenizer trained in memory; `trimmed` is byte-level with offsets without spaces, `bos` adds BOS, EOS."""
+    if kind in ("byte_level", "trimmed"):
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
+        trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre.ByteLevel.alphabet())
+    elif kind == "unigram":
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.pre_tokenizer = pre.Metaspace()
+        trainer = trainers.UnigramTrainer(vocab_size=120, unk_token="<unk>")
+    elif kind == "wordpiece":
+        tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre.BertPreTokenizer()
+        trainer = trainers.WordPieceTrainer(vocab_size=200)
+    else:
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre.Metaspace()
+        trainer = trainers.BpeTrainer(vocab_size=200)
+    trainer.special_tokens = ["<unk>", "<s>", "</s>"]
+    trainer.show_progress = False
+    tokenizer.train_from_iterator(TRAINING_TEXT * 4, trainer)
+    if kind == "trimmed":
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    if kind == "bos":
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[(name, tokenizer.token_to_id(name)) for name in ("<s>", "</s>")]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def make_features(
+    text: str,
+    utt_id: str = "utt",
+    *,
+    recording_id: str = "",
+    offset_secs: float = 0.0,
+    secs_per_word: float = 0.4,
+    pause_secs: float = 0.1,
+    with_words: bool = True,
+    dim: int = 2,
+    split: str = "train",
+) -> Features:
+    """An encoded utterance with evenly spaced words; frame f carries (f, a number made of utt_id)."""
+    pieces = text.split()
+    starts = [pause_secs + i * (secs_per_word + pause_secs) for i in range(len(pieces))]
+    duration_secs = pause_secs + len(pieces) * (secs_per_word + pause_secs)
+    num_frames = math.ceil(duration_secs * 12.5)
+    frames = np.zeros((num_frames, dim), np.float16)
+    frames[:, 0] = np.arange(num_frames)
+    frames[:, 1:] = zlib.crc32(utt_id.encode()) % 1024
+    words = [Word(piece, start, start + secs_per_word) for piece, start in zip(pieces, starts, strict=True)]
+    return Features(
+        utt_id=utt_id,
+        recording_id=recording_id or utt_id,
+        offset_secs=offset_secs,
+        duration_secs=duration_secs,
+        domain="test",
+        split=split,
+        text=text,
+        words=words if with_words else None,
+        num_frames=num_frames,
+        frame_rate=12.5,
+        dim=dim,
+        features=frames.tobytes(),
+    )
+
+
+def small_world_config(folder: Path) -> dict[str, Any]:
+    """The quickstart, shrunk to seconds of work: real Ray, Ray Train and DeepSpeed all the same."""
+    return {
+        "run_dir": str(folder / "run"),
+        "ray": {"num_cpus": 2},
+        "world": {"num_natural": 64, "num_heldout": 24, "num_web": 200},
+        "ingest": {"num_shards": 4},
+        "pack": {"context": 256, "text_words": [4, 9], "speech_words": [4, 9], "num_lanes": 2},
+        "model": {
+            "adapter": {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "ffn_size": 64},
+            "tiny_lm": {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "ffn_size": 64, "num_steps": 10},
+        },
+        "distill": {
+            "num_steps": 6,
+            "learning_rate": 5e-4,
+            "adapter_learning_rate": 1.5e-3,
+            "num_workers": 2,
+            "zero_stage": 2,
+            "precision": "fp32",
+            "use_gpu": False,
+            "log_every": 2,
+            "checkpoint_every": 3,
+        },
+    }

@@ -1,0 +1,276 @@
+"""Interleaving: the student's tokens are the teacher's, and every pair of positions is exact."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from factories import TOKENIZERS, make_features, make_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from salad_ray.sequences.interleave import (
+    Segment,
+    Span,
+    Units,
+    build_segment,
+    draw_spans,
+    interleave,
+    passage_text,
+    prefix_ids,
+    segment_lengths,
+    units_of,
+)
+from salad_ray.tables import BadInput, Features, Word
+
+TRICKY = [
+    'She said, ("word and more) twice.',
+    "a dash—another — and a third—",
+    "a blank\n\nline  and   wide\tspaces\n",
+    "  12 345 6,789.0 and 1787",
+    "😀 was 👩‍👩‍👧 there 😀😀 naïve café… don't",
+    "日本語 の 文 mixed in\u00a0between",
+    "x y",
+]
+tokenizer_of = cache(make_tokenizer)
+word_texts = st.text(st.sampled_from('ab("—1é😀.\u200d日'), min_size=1, max_size=5)
+spaces = st.sampled_from([" ", "  ", "\n", "\n\n", "\t"])
+texts = st.lists(st.tuples(word_texts, spaces), min_size=2, max_size=40).map(lambda pairs: "".join(map("".join, pairs)))
+
+
+def check_units(units: Units, utterances: list[Features], tokenizer: PreTrainedTokenizerFast) -> None:
+    plain = tokenizer(passage_text(utterances), add_special_tokens=False)["input_ids"]
+    assert units.token_ids.tolist() == prefix_ids(tokenizer) + plain
+    assert units.token_starts[0] == units.num_prefix
+    assert units.token_starts[-1] == len(units.token_ids)
+    assert (np.diff(units.token_starts) >= 1).all()
+    assert units.frame_starts[0] == 0
+    assert units.frame_starts[-1] == sum(utterance.num_frames for utterance in utterances)
+    assert (np.diff(units.frame_starts) >= 0).all()
+    assert len(units.frame_starts) == len(units.token_starts) == len(units.pauses)
+
+
+def check_spans(units: Units, spans: list[Span]) -> None:
+    assert [unit for span in spans for unit in range(span.start, span.end)] == list(range(units.num_units))
+    assert not spans[-1].is_speech
+    assert any(span.is_speech for span in spans)
+    assert all(a.is_speech != b.is_speech for a, b in pairwise(spans))
+    frames = units.frame_starts
+    assert all(frames[span.end] > frames[span.start] for span in spans if span.is_speech)
+
+
+def check_segment(units: Units, spans: list[Span], segment: Segment) -> None:
+    """Every scored pair sees the same text so far, the label comes next on both sides, and the text can be rebuilt."""
+    ids, student = segment.teacher_ids, segment.token_ids
+    assert (segment.teacher_index >= 0).all()
+    assert (segment.student_index >= 0).all()
+    assert ids[segment.teacher_index + 1].tolist() == segment.labels.tolist()
+    assert student[segment.student_index + 1].tolist() == segment.labels.tolist()
+    is_text = student[segment.student_index] >= 0
+    np.testing.assert_array_equal(student[segment.student_index][is_text], ids[segment.teacher_index][is_text])
+    np.testing.assert_array_equal(segment.distance == 0, ~is_text)
+    expected_distance = [distance_of(student, position) for position in segment.student_index]
+    assert segment.distance.tolist() == expected_distance
+    num_unscored = units.num_prefix + (units.num_prefix == 0 and student[0] >= 0)
+    assert len(segment.labels) == (student >= 0).sum() - num_unscored
+    assert segment_lengths(units, spans) == (len(student), len(ids), len(segment.labels))
+    assert rebuild(units, spans, segment) == ids.tolist()
+    assert segment.span_lengths.sum() == len(segment.frame_index) == (student < 0).sum()
+    expected_frames = [
+        frame
+        for span in spans
+        if span.is_speech
+        for frame in range(units.frame_starts[span.start], units.frame_starts[span.end])
+    ]
+    assert segment.frame_index.tolist() == expected_frames
+
+
+def distance_of(student: np.ndarray, position: int) -> int:
+    speech = np.flatnonzero(student[: position + 1] < 0)
+    return int(position - speech[-1]) if len(speech) else -1
+
+
+def rebuild(units: Units, spans: list[Span], segment: Segment) -> list[int]:
+    """Read the student's text where it is text, and put the words of each speech span where its frames stand."""
+    ids, position = segment.token_ids[: units.num_prefix].tolist(), units.num_prefix
+    lengths = iter(segment.span_lengths.tolist())
+    for span in spans:
+        start, end = units.token_starts[span.start], units.token_starts[span.end]
+        if span.is_speech:
+            num_frames = next(lengths)
+            assert (segment.token_ids[position : position + num_frames] == -1).all()
+            ids += units.token_ids[start:end].tolist()
+            position += num_frames
+        else:
+            ids += segment.token_ids[position : position + end - start].tolist()
+            position += end - start
+    assert position == len(segment.token_ids)
+    return ids
+
+
+def check_passage(utterances: list[Features], tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+    units = units_of(utterances, tokenizer)
+    check_units(units, utterances, tokenizer)
+    if units.num_units < 2 or units.frame_starts[-2] == 0:
+        with pytest.raises(BadInput):
+            draw_spans(units, (1, 5), (1, 4), np.random.default_rng(seed))
+        return
+    spans = draw_spans(units, (1, 5), (1, 4), np.random.default_rng(seed))
+    check_spans(units, spans)
+    segment = build_segment(units, spans)
+    check_segment(units, spans, segment)
+    again = interleave(utterances, tokenizer, (1, 5), (1, 4), np.random.default_rng(seed))
+    np.testing.assert_array_equal(again.token_ids, segment.token_ids)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("text", TRICKY)
+def test_tricky_text_survives(kind: str, text: str) -> None:
+    for seed in range(5):
+        check_passage([make_features(text)], tokenizer_of(kind), seed)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@settings(max_examples=40, deadline=None)
+@given(parts=st.lists(texts, min_size=1, max_size=3), seed=st.integers(0, 99), with_words=st.booleans())
+def test_any_text_survives(kind: str, parts: list[str], seed: int, with_words: bool) -> None:
+    utterances = [make_features(text, str(i), with_words=with_words or i > 0) for i, text in enumerate(parts)]
+    check_passage(utterances, tokenizer_of(kind), seed)
+
+
+def test_real_tokenizer(shared_data: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(shared_data / "models" / "tiny-teacher")
+    for seed in range(5):
+        check_passage([make_features(text, str(i)) for i, text in enumerate(TRICKY)], tokenizer, seed)
+
+
+def test_prefix_is_what_the_tokenizer_adds_in_front() -> None:
+    tokenizer = tokenizer_of("bos")
+    assert prefix_ids(tokenizer) == [tokenizer.bos_token_id]
+    assert tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id  # added, and left out by us
+    assert all(prefix_ids(tokenizer_of(kind)) == [] for kind in TOKENIZERS if kind != "bos")
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_units_are_words_where_no_token_is_shared(kind: str) -> None:
+    text = 'She said, ("word and dash—another) 12 345 😀\n\nline'
+    units = units_of([make_features(text)], tokenizer_of(kind))
+    assert units.num_units == len(text.split())
+
+
+def test_shared_token_fuses_words_and_their_frames() -> None:
+    tokenizer = make_tokenizer("byte_level")
+    tokenizer.add_tokens(["b c"])
+    utterance = make_features("a b cd e")  # the token after "b c" is a part of "cd"
+    apart, fused = units_of([utterance], tokenizer_of("wordpiece")), units_of([utterance], tokenizer)
+    assert (apart.num_units, fused.num_units) == (4, 3)
+    np.testing.assert_array_equal(fused.frame_starts, apart.frame_starts[[0, 1, 3, 4]])
+    np.testing.assert_array_equal(fused.pauses, apart.pauses[[0, 1, 3, 4]])
+
+
+def test_each_frame_belongs_to_the_word_at_its_centre() -> None:
+    rng = np.random.default_rng(0)
+    times = np.sort(rng.uniform(0, 6, 24)).tolist()
+    words = [Word("abcdefghijkl"[i], times[2 * i], times[2 * i + 1]) for i in range(12)]
+    utterance = replace(
+        make_features(" ".join(word.text for word in words)), words=words, num_frames=75, duration_secs=6.0
+    )
+    units = units_of([utterance, utterance], tokenizer_of("wordpiece"))
+    cuts = [(a.end_secs + b.start_secs) / 2 for a, b in pairwise(words)]
+    for frame in range(150):
+        unit = int(np.searchsorted(units.frame_starts, frame, side="right")) - 1
+        centre = (frame % 75 + 0.5) / 12.5
+        assert unit == 12 * (frame // 75) + sum(cut <= centre for cut in cuts)
+
+
+def test_pause_between_utterances_counts_silence_and_gap() -> None:
+    first = make_features("a b", "1", pause_secs=0.2)
+    second = make_features("c d", "2", pause_secs=0.1, offset_secs=first.duration_secs + 0.5)
+    first = replace(first, duration_secs=first.duration_secs + 0.3)
+    units = units_of([first, second], tokenizer_of("wordpiece"))
+    np.testing.assert_allclose(units.pauses, [0, 0.2, (0.2 + 0.3) + 0.2 + 0.1, 0.1, 0])  # silence, gap, silence
+
+
+def make_units(num_units: int, frames_per_unit: int = 4, pauses: np.ndarray | None = None) -> Units:
+    counts = np.arange(num_units + 1)
+    return Units(
+        counts, 0, counts, counts * frames_per_unit, np.zeros(num_units + 1) if pauses is None else pauses, False
+    )
+
+
+def test_span_lengths_are_uniform_and_both_kinds_come_first() -> None:
+    units = make_units(200)
+    inner: dict[bool, set[int]] = {False: set(), True: set()}
+    last, first = set(), set()
+    for seed in range(400):
+        spans = draw_spans(units, (5, 8), (2, 4), np.random.default_rng(seed))
+        last.add(spans[-1].end - spans[-1].start)
+        first.add(spans[0].is_speech)
+        for span in spans[1:-1]:
+            inner[span.is_speech].add(span.end - span.start)
+    assert inner == {False: {5, 6, 7, 8}, True: {2, 3, 4}}
+    assert last == set(range(1, 9))
+    assert first == {False, True}
+
+
+def test_cuts_move_to_the_longest_pause_nearby() -> None:
+    pauses = np.zeros(101)
+    pauses[5:100:5] = 1.0  # at most two units away from anywhere but the ends
+    units = make_units(100, pauses=pauses)
+    for seed in range(50):
+        spans = draw_spans(units, (5, 20), (5, 15), np.random.default_rng(seed))
+        assert all(span.start % 5 == 0 for span in spans[1:] if 3 <= span.start <= 97)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.floats(0, 2)), min_size=2, max_size=60), st.integers(0, 9), st.data())
+def test_spans_cover_whatever_the_frames(rows: list[tuple[int, float]], seed: int, data: st.DataObject) -> None:
+    low, more = data.draw(st.tuples(st.integers(1, 4), st.integers(0, 40)))
+    counts = np.arange(len(rows) + 1)
+    frames = np.concatenate([[0], np.cumsum([row[0] for row in rows])])
+    units = Units(counts, 0, counts, frames, np.array([0.0] + [row[1] for row in rows]), False)
+    rng = np.random.default_rng(seed)
+    if frames[-2] == 0:
+        with pytest.raises(BadInput, match="no speech frame"):
+            draw_spans(units, (low, low + more), (low, low + more), rng)
+    else:
+        check_spans(units, draw_spans(units, (low, low + more), (low, low + more), rng))
+
+
+def test_speech_without_a_frame_becomes_text() -> None:
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        counts = np.arange(31)
+        frames = np.concatenate([[0, 1], 1 + np.cumsum(rng.integers(0, 2, 29))])
+        units = Units(counts, 0, counts, frames, np.zeros(31), False)
+        check_spans(units, draw_spans(units, (1, 3), (1, 2), rng))
+
+
+def test_whole_utterances_alternate_without_word_times() -> None:
+    utterances = [make_features("one two three", str(i), with_words=i != 2) for i in range(5)]
+    units = units_of(utterances, tokenizer_of("byte_level"))
+    spans = draw_spans(units, (5, 30), (5, 15), np.random.default_rng(0))
+    assert spans == [Span(i, i + 1, i % 2 == 1) for i in range(5)]
+    assert units.frame_starts.tolist() == [i * utterances[0].num_frames for i in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("utterance", "reason"),
+    [
+        (make_features("single"), "single word"),
+        (make_features("no word times here", with_words=False), "single utterance"),
+        (replace(make_features("a b"), text="a c"), "pieces of the text"),
+        (replace(make_features("a b"), num_frames=0), "no speech frame"),
+        (make_features("  \n"), "empty"),
+        (replace(make_features("a b"), words=[Word("a", 0.0, 0.1), Word("b", float("nan"), 1.0)]), "finite"),
+        (replace(make_features("a b"), words=[Word("a", 0.5, 0.6), Word("b", 0.1, 0.2)]), "backwards"),
+    ],
+)
+def test_bad_input_has_its_reason(utterance: Features, reason: str) -> None:
+    with pytest.raises(BadInput, match=reason):
+        interleave([utterance], tokenizer_of("byte_level"), (5, 30), (5, 15), np.random.default_rng(0))
