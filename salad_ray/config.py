@@ -26,9 +26,7 @@ class ConfigError(ValueError):
 class Section(BaseModel):
     """A part of the config: unknown keys fail, values are not coerced, nothing changes after loading."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
 
 
 def _require_order(name: str, low: float, high: float) -> None:
@@ -38,9 +36,7 @@ def _require_order(name: str, low: float, high: float) -> None:
 
 # How fast or where, not what: changing these never makes finished output stale.
 OPERATIONAL = frozenset(
-    "max_rejected_share batch_secs num_gpus num_workers micro_batch_rows use_gpu cpus_per_worker loss_chunk_size "
-    "activation_checkpointing compile checkpoint_every keep_checkpoints max_failures log_every wandb_project "
-    "mlflow_experiment batch_rows attention zero_stage".split()
+    ["max_rejected_share", "batch_secs", "num_gpus", "num_workers", "micro_batch_rows", "use_gpu", "cpus_per_worker", "loss_chunk_size", "activation_checkpointing", "compile", "checkpoint_every", "keep_checkpoints", "max_failures", "log_every", "wandb_project", "mlflow_experiment", "batch_rows", "attention", "zero_stage"]
 )
 
 
@@ -454,4 +450,3 @@ def all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             keys += all_keys(field.annotation, f"{prefix}{name}.")
     return keys
-

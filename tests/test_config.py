@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from salad_ray.config import Config, ConfigError, all_keys, dump_config, identity, load_config, parse_config
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -73,7 +73,10 @@ def test_only_stages_and_trainers_know_ray(module: str) -> None:
 
 def test_jobs_import_only_the_cli() -> None:
     for path in (ROOT / "jobs").glob("*.py"):
-        assert {name for name in imports(path) if name.startswith("salad_ray")} <= {"salad_ray.cli", "salad_ray.cli.job"}
+        assert {name for name in imports(path) if name.startswith("salad_ray")} <= {
+            "salad_ray.cli",
+            "salad_ray.cli.job",
+        }
 
 
 def test_nothing_reads_pickles_or_runs_remote_code() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+
 from salad_ray.tables import (
     Features,
     Measurement,
@@ -108,7 +109,10 @@ def test_folders_go_to_a_store_and_come_back(tmp_path: Path) -> None:
         put_folder(str(source), url)
         put_folder(str(source), url)  # replaces
         back = Path(local_folder(url))
-        assert sorted(str(p.relative_to(back)) for p in back.rglob("*") if p.is_file()) == ["config.json", "llm/weights"]
+        assert sorted(str(p.relative_to(back)) for p in back.rglob("*") if p.is_file()) == [
+            "config.json",
+            "llm/weights",
+        ]
 
 
 def test_hashes_are_the_same_in_every_process() -> None:

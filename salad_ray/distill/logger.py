@@ -68,4 +68,6 @@ def optional(package: str, key: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise ConfigError(f"{key} is set, but {package} is not installed; `pip install {package}`, or unset it") from None
+        raise ConfigError(
+            f"{key} is set, but {package} is not installed; `pip install {package}`, or unset it"
+        ) from None

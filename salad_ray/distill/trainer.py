@@ -8,10 +8,12 @@ weights. Checkpoints go through Ray Train, whole or not at all; a rerun continue
 from __future__ import annotations
 
 import json
+import logging
 import os
 import resource
 import tempfile
 import time
+import warnings
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -143,6 +145,11 @@ def deepspeed_config(settings: DistillConfig, num_micro_batches: int) -> dict[st
 
 def _train_worker(loop_config: dict[str, Any]) -> None:
     """Entry of every Ray Train worker."""
+    # It announces every report, metrics and all.
+    logging.getLogger("ray.train.v2._internal.execution.context").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # DeepSpeed would compile a shared-memory all-reduce for CPUs, which needs a C++ compiler; gloo needs nothing.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     job: Job = loop_config["job"]
     try:
         facts = Distiller(job).run()
@@ -186,9 +193,7 @@ class Distiller:
         return asdict(self.progress) | {"skipped_steps": self.engine.skipped_steps, "num_workers": self.world_size}
 
     def _load_teacher(self) -> torch.nn.Module:
-        teacher = load_text_lm(
-            self.teacher_path, self.job.teacher["revision"], self.dtype, self.config.model.attention
-        )
+        teacher = load_text_lm(self.teacher_path, self.job.teacher["revision"], self.dtype, self.config.model.attention)
         self.num_teacher = teacher.num_parameters()
         return teacher.requires_grad_(False).eval().to(self.device)
 

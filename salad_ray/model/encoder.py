@@ -73,15 +73,18 @@ class LogMelEncoder:
     @torch.inference_mode()
     def encode(self, audios: Sequence[np.ndarray]) -> list[np.ndarray]:
         """One batch: mono float32 (N,) at 16 kHz → float32 (S, 640), S = ⌈N / 1280⌉."""
-        waveforms, num_frames = _pad_to_frames(audios, self._hop * self._stack)
-        if not waveforms.numel():
-            return _split(waveforms.new_zeros(len(audios), 0, self.dim), num_frames)
-        heard = F.pad(waveforms, (self._window - self._hop, 0))
+        # One by one they stay in the caches, and are three times as fast as side by side.
+        return [self._frames(audio).numpy() for audio in audios]
+
+    def _frames(self, audio: np.ndarray) -> Tensor:
+        waveform, [num_frames] = _pad_to_frames([audio], self._hop * self._stack)
+        if not num_frames:
+            return torch.zeros(0, self.dim)
+        heard = F.pad(waveform[0], (self._window - self._hop, 0))
         spectrum = torch.stft(heard, self._window, self._hop, window=self._hann, center=False, return_complex=True)
-        power = torch.view_as_real(spectrum).square().sum(-1)  # (B, bins, H)
-        levels = (self._filters @ power).add_(self._floor).log_().sub_(self._mean).div_(self._std)  # (B, M, H)
-        frames = levels.transpose(1, 2).reshape(len(audios), -1, self.dim)  # hops of a frame in order of time
-        return _split(frames, num_frames)
+        power = torch.view_as_real(spectrum).square().sum(-1)  # (bins, H)
+        levels = (self._filters @ power).add_(self._floor).log_().sub_(self._mean).div_(self._std)  # (M, H)
+        return levels.T.reshape(num_frames, self.dim)  # hops of a frame in order of time
 
 
 class MimiEncoder:

@@ -50,7 +50,9 @@ def gap_table(metrics: dict[str, Any]) -> Grid:
         grid.add_column(f"F {system}", justify="right")
     for domain, facts in metrics[systems[0]]["by_domain"].items():
         cells = [metrics[system]["by_domain"].get(domain, {}) for system in systems]
-        grid.add_row(domain or "all", "yes" if facts["heard"] else "no", *(cell for row in cells for cell in _cells(row)))
+        grid.add_row(
+            domain or "all", "yes" if facts["heard"] else "no", *(cell for row in cells for cell in _cells(row))
+        )
     grid.add_section()
     grid.add_row("mean", "", *(cell for system in systems for cell in _cells(metrics[system])))
     return grid
@@ -58,6 +60,6 @@ def gap_table(metrics: dict[str, Any]) -> Grid:
 
 def _cells(row: dict[str, Any]) -> tuple[str, str]:
     def cell(name: str) -> str:
-        return f"{row[name]:.3f} ± {row[f'{name}_standard_error']:.3f}" if name in row else "–"
+        return f"{row[name]:.3f}±{row[f'{name}_standard_error']:.3f}" if name in row else "–"
 
     return cell("misalignment"), cell("forgetting")

@@ -97,7 +97,9 @@ class Stage:
     def _difference(self, begun: dict[str, Any]) -> str:
         old, new = _flatten(begun["config"]), _flatten(self.own_config)
         changes = [f"{key}: {old.get(key)} → {new.get(key)}" for key in new | old if old.get(key) != new.get(key)]
-        changes += [f"its input {name} changed" for name in self.inputs if begun["inputs"].get(name) != self.inputs[name]]
+        changes += [
+            f"its input {name} changed" for name in self.inputs if begun["inputs"].get(name) != self.inputs[name]
+        ]
         if begun["schema_version"] != SCHEMA_VERSION:
             changes.append(f"schema version {begun['schema_version']} → {SCHEMA_VERSION}")
         return "; ".join(changes[:5])

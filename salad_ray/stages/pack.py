@@ -64,9 +64,7 @@ class PackLane:
             return rows
 
         mine = shards_of_lane(self.shards, lane, pack.num_lanes)
-        rows, rejects = plan_lane(
-            load, mine, self.tokenizer, pack, lane=lane, epoch=epoch, seed=self.config.seed
-        )
+        rows, rejects = plan_lane(load, mine, self.tokenizer, pack, lane=lane, epoch=epoch, seed=self.config.seed)
         if rejects and self.config.strict:
             raise StageError(f"pack: {rejects[0].key}: {rejects[0].reason}")
         return ShardResult(to_arrow(PlanRow, rows), num_input, num_input - len(rejects), rejects)

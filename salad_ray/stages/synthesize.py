@@ -34,9 +34,7 @@ class SpeakShard:
 
     def __call__(self, shard: str) -> ShardResult:
         rows: list[Passage] = self.passages.read_rows(Passage, shard)
-        kept, rejects = keep_or_reject(
-            "synthesize", rows, lambda row: row.passage_id, self._speak, self.config.strict
-        )
+        kept, rejects = keep_or_reject("synthesize", rows, lambda row: row.passage_id, self._speak, self.config.strict)
         return ShardResult(to_arrow(Utterance, kept), len(rows), len(kept), rejects)
 
     def _speak(self, passage: Passage) -> Utterance:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 from salad_ray.config import Config, identity

@@ -18,8 +18,8 @@ from salad_ray.config import ConfigError
 from salad_ray.tables import Passage, stable_hash
 
 _PEOPLE: Mapping[str, tuple[str, ...]] = {
-    "name": ("Anna", "Clara", "Emma", "Iris", "Maria", "Petra", "Sophie", "Wanda"),
-    "friend": ("Bruno", "David", "Felix", "Hugo", "Jacob", "Marcus", "Oscar", "Simon"),
+    "name": ("Anna", "Clara", "Emma", "Iris"),
+    "friend": ("Bruno", "David", "Felix", "Hugo"),
 }
 NUM_CHOICES = 4
 _QUESTION_SHARE = 0.5
@@ -56,11 +56,11 @@ class _Domain:
 
 _ANIMALS = _Domain(
     attributes={
-        "animal": ("wolf", "bear", "owl", "fox", "otter", "rabbit", "horse", "snake"),
-        "coat": ("spotted", "shaggy", "golden", "muddy", "tiny", "giant", "hungry", "gentle"),
-        "place": ("forest", "river", "meadow", "cave", "desert", "barn", "valley", "swamp"),
+        "animal": ("wolf", "bear", "owl", "fox"),
+        "coat": ("spotted", "shaggy", "golden", "muddy"),
+        "place": ("forest", "river", "meadow", "cave"),
     },
-    facts={"food": ("animal", ("meat", "honey", "mice", "eggs", "fish", "clover", "hay", "frogs"))},
+    facts={"food": ("animal", ("meat", "honey", "mice", "eggs"))},
     openings=(
         "The {coat} {animal} {name} lives in the {place} and eats {food}.",
         "In the {place} lives a {coat} {animal}, {name}, who eats {food}.",
@@ -88,11 +88,11 @@ _ANIMALS = _Domain(
 )
 _COOKING = _Domain(
     attributes={
-        "dish": ("soup", "cake", "salad", "stew", "omelet", "curry", "pudding", "pizza"),
-        "taste": ("spicy", "sweet", "sour", "bitter", "crispy", "creamy", "smoky", "fresh"),
-        "pot": ("kettle", "skillet", "bowl", "oven", "tray", "jar", "bucket", "wok"),
+        "dish": ("soup", "cake", "salad", "stew"),
+        "taste": ("spicy", "sweet", "sour", "bitter"),
+        "pot": ("kettle", "skillet", "bowl", "oven"),
     },
-    facts={"part": ("dish", ("onions", "butter", "tomatoes", "beans", "mushrooms", "rice", "apples", "cheese"))},
+    facts={"part": ("dish", ("onions", "butter", "tomatoes", "beans"))},
     openings=(
         "The cook {name} stirs a {taste} {dish} with {part} in the {pot}.",
         "In the {pot} of the cook {name} is a {taste} {dish} with {part}.",
@@ -120,11 +120,11 @@ _COOKING = _Domain(
 )
 _STARS = _Domain(
     attributes={
-        "body": ("comet", "planet", "moon", "nebula", "galaxy", "asteroid", "pulsar", "meteor"),
-        "color": ("red", "blue", "violet", "yellow", "white", "green", "crimson", "pale"),
-        "region": ("Orion", "Taurus", "Leo", "Virgo", "Pegasus", "Gemini", "Aquarius", "Scorpio"),
+        "body": ("comet", "planet", "moon", "nebula"),
+        "color": ("red", "blue", "violet", "yellow"),
+        "region": ("Orion", "Taurus", "Leo", "Virgo"),
     },
-    facts={"ray": ("body", ("ice", "storms", "shadows", "gas", "starlight", "dust", "radiation", "sparks"))},
+    facts={"ray": ("body", ("ice", "storms", "shadows", "gas"))},
     openings=(
         "The astronomer {name} observes a {color} {body} near {region} that emits {ray}.",
         "Near {region} is a {color} {body} that emits {ray}, and {name} discovers it.",
@@ -152,13 +152,11 @@ _STARS = _Domain(
 )
 _CHEMISTRY = _Domain(
     attributes={
-        "substance": ("copper", "sulfur", "iodine", "zinc", "sodium", "chlorine", "mercury", "phosphorus"),
-        "state": ("liquid", "solid", "molten", "diluted", "powdered", "frozen", "toxic", "pure"),
-        "vessel": ("flask", "beaker", "funnel", "vial", "crucible", "chamber", "cylinder", "pipette"),
+        "substance": ("copper", "sulfur", "iodine", "zinc"),
+        "state": ("liquid", "solid", "molten", "diluted"),
+        "vessel": ("flask", "beaker", "funnel", "vial"),
     },
-    facts={
-        "product": ("substance", ("crystals", "smoke", "fumes", "hydrogen", "foam", "bleach", "droplets", "flames"))
-    },
+    facts={"product": ("substance", ("crystals", "smoke", "fumes", "hydrogen"))},
     openings=(
         "The chemist {name} heats {state} {substance} in the {vessel} and obtains {product}.",
         "In the {vessel} of the chemist {name}, {state} {substance} becomes {product}.",
@@ -186,14 +184,14 @@ _CHEMISTRY = _Domain(
 )
 _LAW = _Domain(
     attributes={
-        "paper": ("contract", "treaty", "testament", "patent", "lease", "warrant", "petition", "subpoena"),
-        "status": ("federal", "civil", "criminal", "void", "disputed", "binding", "secret", "revised"),
-        "court": ("tribunal", "parliament", "courthouse", "embassy", "prison", "senate", "ministry", "bureau"),
+        "paper": ("contract", "treaty", "testament", "patent"),
+        "status": ("federal", "civil", "criminal", "void"),
+        "court": ("tribunal", "parliament", "courthouse", "embassy"),
     },
     facts={
         "topic": (
             "paper",
-            ("payment", "borders", "inheritance", "inventions", "property", "arrest", "voting", "evidence"),
+            ("payment", "borders", "inheritance", "inventions"),
         )
     },
     openings=(
@@ -223,14 +221,14 @@ _LAW = _Domain(
 )
 _MUSIC = _Domain(
     attributes={
-        "instrument": ("violin", "trumpet", "piano", "flute", "guitar", "drum", "harp", "bagpipe"),
-        "look": ("wooden", "vintage", "famous", "broken", "polished", "noisy", "borrowed", "royal"),
-        "stage": ("theater", "opera", "stadium", "chapel", "festival", "studio", "palace", "ballroom"),
+        "instrument": ("violin", "trumpet", "piano", "flute"),
+        "look": ("wooden", "vintage", "famous", "broken"),
+        "stage": ("theater", "opera", "stadium", "chapel"),
     },
     facts={
         "piece": (
             "instrument",
-            ("sonatas", "marches", "waltzes", "melodies", "ballads", "rhythms", "lullabies", "anthems"),
+            ("sonatas", "marches", "waltzes", "melodies"),
         )
     },
     openings=(

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+
 from salad_ray.evaluation.misalignment import QUANTITIES, estimate, summarise
 from salad_ray.report.metrics import gap_table, system_metrics
 from salad_ray.tables import Measurement
@@ -13,9 +14,7 @@ from salad_ray.tables import Measurement
 
 def measurement(passage: str, misalignment: float, num_positions: int, domain: str = "law") -> Measurement:
     sums = dict.fromkeys(QUANTITIES, 0.0) | {"misalignment": misalignment}
-    return Measurement(
-        system="stage1", passage=passage, domain=domain, distance=0, num_positions=num_positions, **sums
-    )
+    return Measurement(system="stage1", passage=passage, domain=domain, distance=0, num_positions=num_positions, **sums)
 
 
 def test_every_scored_position_is_summed_once() -> None:
@@ -65,4 +64,4 @@ def test_metrics_and_table_split_by_domain() -> None:
     assert metrics["by_domain"]["music"] == metrics["by_domain"]["music"] | {"heard": False, "misalignment": 0.9}
     grid = gap_table({"untrained": metrics, "stage1": metrics})
     assert grid.row_count == 3
-    assert list(grid.columns[2].cells)[-1].startswith("0.400 ±")
+    assert list(grid.columns[2].cells)[-1].startswith("0.400±")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from factories import small_world_config
+
 from salad_ray import pipeline
 from salad_ray.config import Config, parse_config
 from salad_ray.model.speech_lm import SpeechLM, load_text_lm, weights_fingerprint

@@ -1,0 +1,123 @@
+"""Bad recordings and transcripts: each ends in `rejects` with its reason, the job goes on, the counts add up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from factories import small_world_config
+
+from salad_ray import pipeline
+from salad_ray.config import Config, ConfigError, parse_config
+from salad_ray.stages.common import StageError
+from salad_ray.tables import Reject, Table, Utterance
+
+RATE = 16000
+GOOD = "she said so"
+
+
+def tone(secs: float, level: float = 0.1) -> np.ndarray:
+    return level * np.sin(np.arange(int(secs * RATE)) * 0.05) * np.random.default_rng(0).random(int(secs * RATE))
+
+
+def make_corpus(folder: Path) -> dict[str, str]:
+    """Write recordings and their table; returns what each row's reject reason must contain ("" for a good one)."""
+    (folder / "audio").mkdir(parents=True)
+    rows: list[tuple[str, str, str]] = []
+    expected: dict[str, str] = {}
+
+    def add(name: str, audio: np.ndarray | bytes, text: str = GOOD, reason: str = "", subtype: str = "PCM_16") -> None:
+        path = folder / "audio" / f"{name}.wav"
+        if isinstance(audio, bytes):
+            path.write_bytes(audio)
+        else:
+            soundfile.write(path, audio, RATE, subtype=subtype)
+        rows.append((name, f"audio/{name}.wav", text))
+        expected[f"corpus/{name}"] = reason
+
+    for i in range(12):
+        add(f"good{i}", tone(1.5))
+    whole = (folder / "audio" / "good0.wav").read_bytes()
+    add("truncated", whole[: len(whole) // 2], reason="truncated")
+    add("empty", b"", reason="")
+    expected["corpus/empty"] = "empty"
+    add("silent", np.zeros(RATE * 2), reason="silent")
+    add("clipped", np.clip(tone(1.5) * 1000, -1, 1), reason="clip")
+    add("coarse", tone(1.5), reason="8-bit", subtype="PCM_U8")
+    add("nan", np.full(RATE * 2, np.nan), reason="finite", subtype="FLOAT")
+    add("text", b"this is not audio at all", reason="audio")
+    add("wordless", tone(1.5), text="", reason="empty")
+    add("script", tone(1.5), text="это другой алфавит", reason="script")
+    add("talkative", tone(1.5), text=GOOD * 40, reason="characters")
+    rows.append(("good0", "audio/good0.wav", GOOD))
+    rows.append(("gone", "audio/gone.wav", GOOD))
+    expected["corpus/gone"] = "no such file"
+    lines = ["utt_id\taudio\ttext", *("\t".join(row) for row in rows)]
+    (folder / "transcripts.tsv").write_text("\n".join(lines) + "\n")
+    return expected
+
+
+def config_for(tmp_path: Path, **overrides: object) -> Config:
+    data = small_world_config(tmp_path)
+    data["ingest"] |= {"natural": "folder", "folders": [str(tmp_path / "corpus")]} | overrides
+    return parse_config(data)
+
+
+def test_every_bad_row_is_rejected_with_its_reason_and_counted(tmp_path: Path) -> None:
+    expected = make_corpus(tmp_path / "corpus")
+    config = config_for(tmp_path)
+    pipeline.run_stage(config, "ingest", "natural")
+    kept = _read(config, "utterances", Utterance)
+    rejects: list[Reject] = _read(config, "rejects", Reject)
+    assert {row.utt_id for row in kept} == {key for key, reason in expected.items() if not reason}
+    reasons = {reject.key: reject.reason.lower() for reject in rejects}
+    for key, reason in expected.items():
+        assert not reason or reason in reasons[key], (key, reasons.get(key))
+    duplicates = [reject for reject in rejects if "duplicate" in reject.reason.lower() or "already" in reject.reason]
+    assert len(duplicates) == 1
+    manifest = Table(config.run_dir, "natural", "utterances").manifest()
+    assert manifest is not None
+    assert manifest["num_input"] == len(expected) + 1 == manifest["num_kept"] + manifest["num_rejected"]
+    assert manifest["num_rejected"] == len(rejects)
+
+
+def test_strict_stops_at_the_first_with_the_same_words(tmp_path: Path) -> None:
+    make_corpus(tmp_path / "corpus")
+    config = config_for(tmp_path).model_copy(update={"strict": True})
+    with pytest.raises(StageError, match=r"ingest: corpus/\w+: "):
+        pipeline.run_stage(config, "ingest", "natural")
+    assert Table(config.run_dir, "natural", "utterances").manifest() is None
+
+
+def test_a_stage_that_rejects_too_much_stops_with_the_first_reason(tmp_path: Path) -> None:
+    make_corpus(tmp_path / "corpus")
+    config = config_for(tmp_path, max_rejected_share=0.1)
+    with pytest.raises(StageError, match=r"rejected, first corpus/.*max_rejected_share"):
+        pipeline.run_stage(config, "ingest", "natural")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "transcripts.tsv"), ("utt_id\ttext\na\tb\n", "audio"), ("", "transcripts.tsv")],
+)
+def test_a_wrong_folder_or_column_is_one_clear_sentence(tmp_path: Path, content: str | None, words: str) -> None:
+    (tmp_path / "corpus").mkdir()
+    if content is not None:
+        (tmp_path / "corpus" / "transcripts.tsv").write_text(content)
+    with pytest.raises(ConfigError, match=words) as error:
+        pipeline.run_stage(config_for(tmp_path), "ingest", "natural")
+    assert "\n" not in str(error.value)
+
+
+def test_a_stage_without_its_input_says_which_stage_to_run(tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    for stage, first in (("align", "ingest"), ("encode", "align"), ("pack", "teacher"), ("stage1", "teacher")):
+        with pytest.raises(StageError, match=f"run `salad {first} CONFIG"):
+            pipeline.run_stage(config_for(tmp_path), stage, "natural")
+
+
+def _read(config: Config, name: str, row_type: type) -> list:
+    table = Table(config.run_dir, "natural", name)
+    return [row for shard in table.shards() for row in table.read_rows(row_type, shard)]
