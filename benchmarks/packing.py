@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from salad_ray.config import PackConfig
-from salad_ray.sequences.plan import draft_shard, plan_lane
+from salad_ray.sequences.plan import draft_shard, plan_lane, usable_clips
 from salad_ray.tables import Features, Word
 
 NUM_SHARDS, SHARD_SIZE = 8, 600  # a feature shard of 600 utterances has 90 MB at 512 float16 values a frame
@@ -49,7 +49,8 @@ def _measure(name: str, shards: dict[str, list[Features]], tokenizer: PreTrained
 
 
 def _padded_fill(utterances: list[Features], tokenizer: PreTrainedTokenizerFast, config: PackConfig) -> float:
-    drafts, _ = draft_shard("shard-0", utterances, tokenizer, config, (0, 0))
+    clips, _ = usable_clips(utterances, "train")
+    drafts, _ = draft_shard("shard-0", clips, tokenizer, config, (0, 0))
     lengths = np.array([draft.num_positions for draft in drafts][: len(drafts) // 16 * 16]).reshape(-1, 16)
     return float(lengths.sum() / (16 * lengths.max(axis=1).sum()))
 

@@ -36,7 +36,27 @@ def _require_order(name: str, low: float, high: float) -> None:
 
 # How fast or where, not what: changing these never makes finished output stale.
 OPERATIONAL = frozenset(
-    ["max_rejected_share", "batch_secs", "num_gpus", "num_workers", "micro_batch_rows", "use_gpu", "cpus_per_worker", "loss_chunk_size", "activation_checkpointing", "compile", "checkpoint_every", "keep_checkpoints", "max_failures", "log_every", "wandb_project", "mlflow_experiment", "batch_rows", "attention", "zero_stage"]
+    [
+        "max_rejected_share",
+        "batch_secs",
+        "num_gpus",
+        "num_workers",
+        "micro_batch_rows",
+        "use_gpu",
+        "cpus_per_worker",
+        "loss_chunk_size",
+        "activation_checkpointing",
+        "compile",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "max_failures",
+        "log_every",
+        "wandb_project",
+        "mlflow_experiment",
+        "batch_rows",
+        "attention",
+        "zero_stage",
+    ]
 )
 
 
@@ -308,7 +328,7 @@ class Config(Section):
         rows = self.pack.num_lanes // self.distill.num_workers * self.pack.rows_per_lane
         if rows % self.distill.micro_batch_rows:
             raise ValueError(
-                f"distill.micro_batch_rows={self.distill.micro_batch_rows} must divide the {rows} rows that each worker "
+                f"distill.micro_batch_rows={self.distill.micro_batch_rows} must divide the {rows} rows that a worker "
                 "gets per step (pack.num_lanes / distill.num_workers × pack.rows_per_lane)"
             )
         if self.ingest.num_shards % self.pack.num_lanes:

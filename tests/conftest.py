@@ -6,6 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+from factories import small_world_config
+
+from salad_ray import pipeline
+from salad_ray.config import Config, parse_config
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -17,3 +21,11 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set SALAD_DATA to its folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """The whole pipeline, once, on a shrunken quickstart; copy its run_dir before changing anything there."""
+    config = parse_config(small_world_config(tmp_path_factory.mktemp("runs")))
+    pipeline.run_all(config)
+    return config

@@ -48,7 +48,7 @@ def test_overrides_are_read_as_yaml_and_checked_like_the_file(tmp_path: Path) ->
     assert config.pack.text_words == (2, 6)
     assert config.run_dir == str(Path("runs/mine").resolve())
     for wrong in ("distill.alpha", "=3", "distill.alpha.x=1", "seed=[1"):
-        with pytest.raises(ConfigError, match="override|'distill.alpha'"):
+        with pytest.raises(ConfigError, match=r"override|'distill\.alpha'"):
             load_config(path, [wrong])
 
 

@@ -182,7 +182,7 @@ class Distiller:
         self.logger = Logger(self.job.config, self.job.name, self.job.num_steps) if self.rank == 0 else None
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64)
         self.reader = self._open_reader()
-        with closing(iter(self.reader)) as steps:
+        with closing(self.reader.__iter__()) as steps:
             self.logged = (time.monotonic(), self.reader.wait_secs)
             while self.progress.step < self.job.num_steps:
                 self._train_step(next(steps))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count
@@ -134,7 +134,7 @@ class LaneReader:
         if num_rows % self.micro_batch_rows:
             raise ConfigError(f"micro-batches of {self.micro_batch_rows} do not divide the {num_rows} rows of a step")
 
-    def __iter__(self) -> Iterator[list[Batch]]:
+    def __iter__(self) -> Generator[list[Batch]]:
         steps = self._steps()
         with ThreadPoolExecutor(1, thread_name_prefix="lane-reader") as thread:
             ahead = deque(thread.submit(next, steps) for _ in range(max(1, self.prefetch_steps)))

@@ -105,7 +105,7 @@ def plan_lane(
     rejects: list[Reject] = []
     carried: list[Draft] = []
     for number, shard in enumerate(order):
-        clips, unusable = _usable_clips(load_rows(shard), split)
+        clips, unusable = usable_clips(load_rows(shard), split)
         drafts, rejected = draft_shard(shard, clips, tokenizer, config, (seed, epoch))
         rejects += unusable + rejected
         num_carried, drafts = len(carried), carried + drafts
@@ -163,7 +163,8 @@ def draft_shard(
     return drafts, rejects
 
 
-def _usable_clips(utterances: Sequence[Features], split: str) -> tuple[list[Clip], list[Reject]]:
+def usable_clips(utterances: Sequence[Features], split: str) -> tuple[list[Clip], list[Reject]]:
+    """The utterances of a split whose text and times fit together, and the rest with the reason."""
     clips, rejects = [], []
     for index, utterance in enumerate(utterances):
         if utterance.split != split:

@@ -42,7 +42,7 @@ class ShardResult:
 
 
 class Worker(Protocol):
-    def __call__(self, payload: Any) -> ShardResult: ...
+    def __call__(self, payload: Any, /) -> ShardResult: ...
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -53,7 +55,7 @@ def test_warm_up_constant_decay() -> None:
     factors = [learning_rate_factor(step, 100, 0.1, 0.2) for step in range(100)]
     assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert factors[10:80] == [1.0] * 70
-    assert all(later < earlier for earlier, later in zip(factors[80:], factors[81:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(factors[80:]))
     assert 0 < factors[-1] < 0.06
     assert learning_rate_factor(0, 1, 0.02, 0.0) == 1.0
 

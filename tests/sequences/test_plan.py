@@ -11,8 +11,8 @@ from factories import make_features, make_tokenizer
 
 from salad_ray.config import PackConfig
 from salad_ray.sequences.interleave import build_segment, units_of
-from salad_ray.sequences.plan import _usable_clips as usable_clips
 from salad_ray.sequences.plan import find_chains, plan_lane, read_without_features, shards_of_lane
+from salad_ray.sequences.plan import usable_clips as usable_clips
 from salad_ray.tables import Features, PlanRow, Reject, Table, from_arrow, to_arrow
 
 TOKENIZER = make_tokenizer("bos")

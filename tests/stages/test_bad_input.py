@@ -53,7 +53,7 @@ def make_corpus(folder: Path) -> dict[str, str]:
     add("talkative", tone(1.5), text=GOOD * 40, reason="characters")
     rows.append(("good0", "audio/good0.wav", GOOD))
     rows.append(("gone", "audio/gone.wav", GOOD))
-    expected["corpus/gone"] = "no such file"
+    expected["corpus/gone"] = "no such audio file"
     lines = ["utt_id\taudio\ttext", *("\t".join(row) for row in rows)]
     (folder / "transcripts.tsv").write_text("\n".join(lines) + "\n")
     return expected

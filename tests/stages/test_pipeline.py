@@ -8,20 +8,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from factories import small_world_config
 
 from salad_ray import pipeline
-from salad_ray.config import Config, parse_config
+from salad_ray.config import Config
 from salad_ray.model.speech_lm import SpeechLM, load_text_lm, weights_fingerprint
 from salad_ray.stages.common import StageError
 from salad_ray.tables import Features, Measurement, PlanRow, Table, Utterance
-
-
-@pytest.fixture(scope="module")
-def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    config = parse_config(small_world_config(tmp_path_factory.mktemp("runs")))
-    pipeline.run_all(config)
-    return config
 
 
 def test_the_run_ends_with_a_table_of_what_was_measured(finished_run: Config) -> None:
