@@ -13,6 +13,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
+import fsspec
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -26,7 +27,16 @@ class ConfigError(ValueError):
 class Section(BaseModel):
     """A part of the config: unknown keys fail, values are not coerced, nothing changes after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+
+def _require_even_heads(name: str, hidden_size: int, num_heads: int) -> None:
+    if hidden_size % (2 * num_heads):
+        raise ValueError(
+            f"{name}.hidden_size={hidden_size} must be an even multiple of {name}.num_heads={num_heads}; change one"
+        )
 
 
 def _require_order(name: str, low: float, high: float) -> None:
@@ -82,13 +92,6 @@ class WorldConfig(Section):
     """Domains that appear as text but never as natural speech."""
 
 
-class TextConfig(Section):
-    """How text documents become passages (stage `ingest`)."""
-
-    max_words: int = Field(180, ge=2)
-    """Longest passage, in words."""
-
-
 class QualityConfig(Section):
     """What recorded speech must satisfy; the rest goes to `rejects` with its reason."""
 
@@ -125,7 +128,6 @@ class IngestConfig(Section):
     max_rejected_share: float = Field(0.5, ge=0, le=1)
     """A stage that rejects more than this share of its rows stops: the input, or a setting, is wrong."""
     quality: QualityConfig = QualityConfig()
-    text: TextConfig = TextConfig()
 
     @model_validator(mode="after")
     def _has_folders(self) -> IngestConfig:
@@ -199,30 +201,31 @@ class PackConfig(Section):
 class TinyLMConfig(Section):
     """The small Qwen2 that is trained on the world's text when model.teacher=world."""
 
-    hidden_size: int = 160
-    num_layers: int = 2
-    num_heads: int = 5
-    ffn_size: int = 448
+    hidden_size: int = Field(160, ge=2)
+    num_layers: int = Field(2, ge=1)
+    num_heads: int = Field(5, ge=1)
+    ffn_size: int = Field(448, ge=1)
     num_steps: int = Field(1000, ge=1)
     batch_size: int = Field(16, ge=1)
     learning_rate: float = Field(3e-3, gt=0)
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> TinyLMConfig:
+        _require_even_heads("model.tiny_lm", self.hidden_size, self.num_heads)
+        return self
 
 
 class AdapterConfig(Section):
     """Llama-style causal decoder between encoder and LLM. The defaults have 122 M parameters at 3B and 7B."""
 
-    hidden_size: int = 1024
-    num_layers: int = 12
-    num_heads: int = 16
-    ffn_size: int = 1856
+    hidden_size: int = Field(1024, ge=2)
+    num_layers: int = Field(12, ge=1)
+    num_heads: int = Field(16, ge=1)
+    ffn_size: int = Field(1856, ge=1)
 
     @model_validator(mode="after")
     def _heads_divide(self) -> AdapterConfig:
-        if self.hidden_size % (2 * self.num_heads):
-            raise ValueError(
-                f"model.adapter.hidden_size={self.hidden_size} must be an even multiple of "
-                f"model.adapter.num_heads={self.num_heads}"
-            )
+        _require_even_heads("model.adapter", self.hidden_size, self.num_heads)
         return self
 
 
@@ -290,9 +293,6 @@ class DistillConfig(Section):
 
 
 class MeasureConfig(Section):
-    set: SetName = "heldout"
-    """Set whose `split=test` passages are measured."""
-    max_passages: int | None = Field(None, ge=1)
     batch_rows: int = Field(8, ge=1)
     distance_bins: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     """Bin edges, in text tokens after the last speech frame."""
@@ -318,8 +318,22 @@ class Config(Section):
     distill: DistillConfig = DistillConfig()
     measure: MeasureConfig = MeasureConfig()
 
+    @property
+    def measured_set(self) -> SetName:
+        """The set whose `split=test` passages are measured: recordings are held out of their own set."""
+        return "natural" if self.ingest.natural == "folder" else "heldout"
+
     @model_validator(mode="after")
     def _consistent(self) -> Config:
+        if self.ingest.natural == "folder" and self.ingest.heldout_share == 0:
+            raise ValueError("ingest.heldout_share=0 leaves nothing to measure on; 0.01 is enough for a large corpus")
+        if self.model.attention == "varlen" and not (
+            self.distill.use_gpu and self.distill.precision == "bf16" and self.measure.num_gpus
+        ):
+            raise ValueError(
+                "model.attention=varlen runs on GPUs in 16 bit only; set distill.use_gpu=true, distill.precision=bf16 "
+                "and measure.num_gpus=1, or take model.attention=sdpa"
+            )
         if self.pack.num_lanes % self.distill.num_workers:
             raise ValueError(
                 f"distill.num_workers={self.distill.num_workers} must divide pack.num_lanes={self.pack.num_lanes}; "
@@ -348,7 +362,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     Raises:
         ConfigError: with one sentence naming the file or override, the key, the value and the remedy.
     """
-    data = _read_yaml(Path(path))
+    data = _read_yaml(str(path))
     for override in overrides:
         _apply_override(data, override)
     data.setdefault("run_dir", f"runs/{Path(path).stem}")
@@ -412,9 +426,10 @@ def identity(config: Config, *keys: str) -> dict[str, Any]:
     return chosen
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        with fsspec.open(path, "r", encoding="utf-8") as file:
+            data = yaml.load(file.read(), Loader=_Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file; configs/quickstart.yaml is the one to start from") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -7,12 +7,9 @@ import time
 from dataclasses import dataclass
 from types import ModuleType
 
-from salad_ray.config import Config, SetName, dump_config
+from salad_ray.config import Config, ConfigError, SetName, dump_config
 from salad_ray.console import clock, say
-from salad_ray.tables import Table, read_json, write_bytes
-
-SHARED_STAGES = ("teacher", "stage1", "report")
-"""Stages that belong to the run, not to a set."""
+from salad_ray.tables import Table, file_exists, read_json, write_bytes
 
 
 @dataclass(frozen=True)
@@ -32,11 +29,11 @@ def steps(config: Config) -> list[Step]:
         flow.append(Step("ingest", "web", ("passages",)))
     flow.append(Step("teacher", "", ("teacher",)))
     flow += _spoken("natural") if world else _recorded("natural", config.align.aligner != "none")
-    if config.measure.set != "natural":
-        flow += _spoken(config.measure.set)
+    if config.measured_set != "natural":
+        flow += _spoken(config.measured_set)
     flow.append(Step("pack", "natural", ("plan",)))
     flow.append(Step("stage1", "", ("stage1",)))
-    flow.append(Step("measure", config.measure.set, ("measurements_untrained", "measurements_stage1")))
+    flow.append(Step("measure", config.measured_set, ("measurements_untrained", "measurements_stage1")))
     flow.append(Step("report", "", ("report",)))
     return flow
 
@@ -72,22 +69,25 @@ def run_all(config: Config) -> None:
 
 def run_stage(config: Config, stage: str, set_name: SetName | str) -> None:
     """One stage on one set, the resolved config saved first."""
-    save_config(config)
+    url = f"{config.run_dir}/config.yaml"
+    resolved = dump_config(config).encode()
+    if not file_exists(url):
+        write_bytes(url, resolved)
     stage_module(stage).run(config.model_copy(update={"set": set_name}))
-
-
-def save_config(config: Config) -> None:
-    write_bytes(f"{config.run_dir}/config.yaml", dump_config(config).encode())
+    write_bytes(url, resolved)  # only now: a stage that refuses a config has not used it
 
 
 def redo(config: Config, stage: str, set_name: str) -> None:
-    """Delete what this stage wrote for this set, so that it can be written anew."""
-    for step in steps(config):
-        if step.stage == stage and step.set in ("", set_name):
-            for name in step.tables:
-                table = Table(config.run_dir, step.set, name)
-                table.delete()
-                Table(config.run_dir, step.set, "rejects").delete_shards(f"{name}-")
+    """Delete what this stage wrote for this set; raises `ConfigError` if it has no part in this config."""
+    name = config.measured_set if stage == "measure" else set_name
+    chosen = [step for step in steps(config) if step.stage == stage and step.set in ("", name)]
+    if not chosen:
+        sets = ", ".join(step.set for step in steps(config) if step.stage == stage) or "no set"
+        raise ConfigError(f"--redo: in this config the stage '{stage}' works on {sets}, not on set={set_name}")
+    for step in chosen:
+        for table in step.tables:
+            Table(config.run_dir, step.set, table).delete()
+            Table(config.run_dir, step.set, "rejects").delete_shards(f"{table}-")
 
 
 def status(config: Config) -> list[dict[str, str]]:

@@ -242,8 +242,19 @@ class Table:
         write_bytes(f"{self.url}/{shard}.parquet", sink.getvalue().to_pybytes())
 
     def delete(self) -> None:
+        """Remove the table; whose it is (`begun.json`) goes last, so half a removal is not mistaken for data."""
         fs, path = fsspec.core.url_to_fs(self.url)
-        if fs.exists(path):
+        if not fs.exists(path):
+            return
+        begun = read_json(f"{self.url}/begun.json")
+        if fs.exists(f"{path}/manifest.json"):
+            fs.rm(f"{path}/manifest.json")
+        for entry in fs.ls(path, detail=False):
+            if not entry.endswith("/begun.json"):
+                fs.rm(entry, recursive=True)
+        if begun is not None:
+            fs.rm(f"{path}/begun.json")
+        if fs.isdir(path):
             fs.rm(path, recursive=True)
 
     def delete_shards(self, prefix: str) -> None:
@@ -267,6 +278,17 @@ def stable_hash(*parts: object) -> int:
     """A 64-bit hash that is the same in every process: for splits, shards and seeds."""
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def file_exists(url: str) -> bool:
+    fs, path = fsspec.core.url_to_fs(url)
+    return bool(fs.exists(path))
+
+
+def digest(url: str) -> str:
+    """A hash of a file's bytes: notices an input that was edited under the same name."""
+    fs, path = fsspec.core.url_to_fs(url)
+    return hashlib.blake2b(fs.cat_file(path), digest_size=8).hexdigest()
 
 
 def read_json(url: str) -> dict[str, Any] | None:
@@ -306,10 +328,10 @@ def put_folder(local: str, url: str) -> None:
 
 
 def local_folder(url: str) -> str:
-    """A local path with the contents of a folder: itself, or a copy of what lies on an object store."""
+    """A local path with the contents of a folder: a copy of what a URL names, anything else (a hub id too) as it is."""
+    if "://" not in url:
+        return url
     fs, path = fsspec.core.url_to_fs(url)
-    if _is_local(fs):
-        return path
     copy = tempfile.mkdtemp(prefix="salad-")
     fs.get(path.rstrip("/") + "/", copy, recursive=True)
     return copy

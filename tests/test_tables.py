@@ -115,6 +115,11 @@ def test_folders_go_to_a_store_and_come_back(tmp_path: Path) -> None:
         ]
 
 
+def test_a_hub_id_is_left_alone(tmp_path: Path) -> None:
+    assert local_folder("Qwen/Qwen2.5-3B") == "Qwen/Qwen2.5-3B"
+    assert local_folder(str(tmp_path)) == str(tmp_path)
+
+
 def test_hashes_are_the_same_in_every_process() -> None:
     code = "from salad_ray.tables import *; print(stable_hash(1, 'a'), fingerprint({'b': [1], 'a': None}))"
     seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

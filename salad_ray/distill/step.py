@@ -5,6 +5,7 @@ Shape letters: B rows, T student positions, U teacher positions, L labels, D mod
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -87,4 +88,4 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+    return next((peak for key, peak in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)

@@ -69,6 +69,8 @@ class Progress:
     num_positions: int = 0
     train_seconds: float = 0.0
     log: list[dict[str, float]] = field(default_factory=list)
+    sums: list[float] = field(default_factory=lambda: [0.0] * len(SUMS))
+    """Of the steps since the last row of the log."""
 
 
 @dataclass(frozen=True)
@@ -168,8 +170,7 @@ class Distiller:
         self.device = ray.train.torch.get_device()
         rows = self.config.pack.num_lanes // self.world_size * self.config.pack.rows_per_lane
         self.num_micro_batches = rows // self.settings.micro_batch_rows
-        path = job.teacher["path"]
-        self.teacher_path = local_folder(path) if "://" in path else path
+        self.teacher_path = local_folder(job.teacher["path"])
         self.dtype = DTYPES[self.settings.precision]
         self.teacher = self._load_teacher()
         self.engine = self._make_engine()
@@ -180,14 +181,14 @@ class Distiller:
         teacher_weights = weights_fingerprint(self.teacher)
         self._load_checkpoint()
         self.logger = Logger(self.job.config, self.job.name, self.job.num_steps) if self.rank == 0 else None
-        self.sums = torch.zeros(len(SUMS), dtype=torch.float64)
         self.reader = self._open_reader()
         with closing(self.reader.__iter__()) as steps:
             self.logged = (time.monotonic(), self.reader.wait_secs)
             while self.progress.step < self.job.num_steps:
                 self._train_step(next(steps))
                 self._after_step()
-        if weights_fingerprint(self.teacher) != teacher_weights:
+        changed = torch.tensor([float(weights_fingerprint(self.teacher) != teacher_weights)])
+        if self._sum_over_workers(changed).item():
             raise TrainingStopped("the teacher's weights changed during training; please report this as a bug")
         self._export()
         return asdict(self.progress) | {"skipped_steps": self.engine.skipped_steps, "num_workers": self.world_size}
@@ -254,7 +255,7 @@ class Distiller:
                 sums = self._sum_over_workers(sums)
                 self._require_finite(sums)
             self.engine.step()
-        self.sums += sums
+        self.progress.sums = [a + b for a, b in zip(self.progress.sums, sums.tolist(), strict=True)]
         self.progress.step += 1
         self.progress.num_positions += int(sums[SUMS.index("num_positions")])
 
@@ -307,8 +308,8 @@ class Distiller:
         secs, waited_secs = now - self.logged[0], waited - self.logged[1]
         self.logged = (now, waited)
         self.progress.train_seconds += secs
-        sums = dict(zip(SUMS, self.sums.tolist(), strict=True))
-        self.sums.zero_()
+        sums = dict(zip(SUMS, self.progress.sums, strict=True))
+        self.progress.sums = [0.0] * len(SUMS)
         row = {name: sums[name] / max(sums["num_labels"], 1) for name in ("loss", "kl", "nll")} | {
             "step": self.progress.step,
             "num_positions": self.progress.num_positions,
@@ -330,7 +331,12 @@ class Distiller:
         with tempfile.TemporaryDirectory() as folder:
             self.engine.save_checkpoint(folder, tag="engine", save_latest=False)
             if self.rank == 0:
-                state = asdict(self.progress) | {"world_size": self.world_size, "zero_stage": self.settings.zero_stage}
+                secs = self.progress.train_seconds + time.monotonic() - self.logged[0]
+                state = asdict(self.progress) | {
+                    "train_seconds": secs,
+                    "world_size": self.world_size,
+                    "zero_stage": self.settings.zero_stage,
+                }
                 Path(folder, "progress.json").write_text(json.dumps(state))
             ray.train.report(
                 {"step": self.progress.step},
@@ -348,7 +354,7 @@ class Distiller:
                 if state.pop(key) != now:
                     raise TrainingStopped(
                         f"{checkpoint.path} was written with another number of workers or ZeRO stage; continue with "
-                        "the same distill.num_workers and distill.zero_stage, or remove it and start again"
+                        "the same distill.num_workers and distill.zero_stage, or run `salad stage1 CONFIG --redo`"
                     )
             self.engine.load_checkpoint(folder, tag="engine")
         self.progress = Progress(**state)

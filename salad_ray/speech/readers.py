@@ -46,7 +46,7 @@ def read_folder(folder: str, license: str) -> tuple[list[Utterance], list[Reject
     return _read_rows(lines, columns, root, license)
 
 
-def split_of(recording_id: str, speaker: str, heldout_share: float) -> str:
+def split_of(recording_id: str, heldout_share: float) -> str:
     """`test` for the given share of the recordings, chosen by a hash that never changes; otherwise `train`.
 
     The speaker does not enter: it would put the whole of a one-speaker corpus on one side.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ import pyarrow.parquet as pq
 import ray
 
 from salad_ray import __version__
-from salad_ray.config import Config
+from salad_ray.config import Config, identity
 from salad_ray.console import progress, say
 from salad_ray.tables import SCHEMA_VERSION, BadInput, Reject, Table, fingerprint, read_json, to_arrow, write_json
 
@@ -65,13 +66,14 @@ class Stage:
 
     def is_done(self) -> bool:
         """Whether the table is finished; refuses one that was begun with another config."""
-        begun = read_json(f"{self.table.url}/begun.json")
+        manifest = self.table.manifest()
+        begun = manifest or read_json(f"{self.table.url}/begun.json")
+        if begun is None and self.table.shards():
+            raise StageError(f"{self.table.url} holds shards, but not whose they are; {self._remedy}")
         if begun is not None and begun["fingerprint"] != self.fingerprint:
-            raise StageError(
-                f"{self.table.url} was written with another config ({self._difference(begun)}); "
-                f"to replace it run `salad {self.name} CONFIG set={self.table.set} --redo`, or choose another run_dir"
-            )
-        return self.table.manifest() is not None
+            difference = self._difference(begun)
+            raise StageError(f"{self.table.url} was written with another config ({difference}); {self._remedy}")
+        return manifest is not None
 
     def begin(self) -> None:
         """Say whose output this is before the first shard is written."""
@@ -82,6 +84,11 @@ class Stage:
         manifest = self._description() | facts
         write_json(f"{self.table.url}/manifest.json", manifest)
         return manifest
+
+    @property
+    def _remedy(self) -> str:
+        where = f" set={self.table.set}" if self.table.set else ""
+        return f"to replace it run `salad {self.name} CONFIG{where} --redo`, or choose another run_dir"
 
     def _description(self) -> dict[str, Any]:
         return {
@@ -105,11 +112,17 @@ class Stage:
         return "; ".join(changes[:5])
 
 
+def training_budget(config: Config) -> dict[str, Any]:
+    """What decides how many steps a plan must last."""
+    return identity(config, "distill.num_steps", "distill.num_positions", "pack.rows_per_lane")
+
+
 def finished(table: Table, writer: str) -> dict[str, Any]:
     """The manifest of an input; without it, say which stage to run."""
     manifest = table.manifest()
     if manifest is None:
-        raise StageError(f"{table.url} is not finished; run `salad {writer} CONFIG set={table.set}` first")
+        where = f" set={table.set}" if table.set else ""
+        raise StageError(f"{table.url} is not finished; run `salad {writer} CONFIG{where}` first")
     return manifest
 
 
@@ -123,6 +136,7 @@ def run_shards(
 ) -> None:
     """Skip the stage if it is done; else do every item whose shard is missing and write the manifest, with `facts`."""
     if stage.is_done():
+        _check_strict(config, stage)
         say(f"{stage.label}: done already, {stage.table.url}")
         return
     started = time.monotonic()
@@ -191,9 +205,9 @@ def count_shards(table: Table, shards: Sequence[str]) -> dict[str, Any]:
 def start_ray(config: Config) -> None:
     """Start or join Ray once per process; a local one has its dashboard on loopback, as Ray Train asks it for state."""
     if not ray.is_initialized():
+        address = config.ray.address or os.environ.get("RAY_ADDRESS")  # set where a job was submitted
         local = {"num_cpus": config.ray.num_cpus, "include_dashboard": True, "dashboard_host": "127.0.0.1"}
-        options = local if config.ray.address is None else {}
-        ray.init(address=config.ray.address or "local", logging_level=logging.ERROR, **options)
+        ray.init(address=address or "local", logging_level=logging.ERROR, **({} if address else local))
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
@@ -229,14 +243,17 @@ def _map_on_ray(
     start_ray(config)
     cluster = ray.cluster_resources()
     room = int(cluster.get("GPU", 0) / num_gpus) if num_gpus else int(cluster.get("CPU", 1))
-    if not room:
-        raise StageError(f"{stage.label} asks for {num_gpus:g} GPUs an actor, but this Ray cluster has none")
+    if not room and config.ray.max_actors is None:
+        raise StageError(
+            f"{stage.label} asks for {num_gpus:g} GPUs an actor, but this Ray cluster has none now; if it grows on "
+            "demand, say by ray.max_actors how far"
+        )
     num_actors = max(1, min(config.ray.max_actors or room, len(items)))
     rows = [{"shard": name, "payload": json.dumps(payload)} for name, payload in items.items()]
     results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         _ShardWriter,
         fn_constructor_args=(make_worker, stage),
-        compute=ray.data.ActorPoolStrategy(min_size=min(room, num_actors), max_size=num_actors),
+        compute=ray.data.ActorPoolStrategy(min_size=max(1, min(room, num_actors)), max_size=num_actors),
         num_cpus=1,
         num_gpus=num_gpus or None,
     )
@@ -247,17 +264,29 @@ def _map_on_ray(
             advance(1)
 
 
+def _check_strict(config: Config, stage: Stage) -> None:
+    num_rejected = (stage.table.manifest() or {}).get("num_rejected", 0)
+    if config.strict and num_rejected:
+        first = _first_reject(stage)
+        raise StageError(f"{stage.name}: {first['key']}: {first['reason']}")
+
+
+def _first_reject(stage: Stage) -> dict[str, str]:
+    rejects = Table(stage.table.run_dir, stage.table.set, "rejects")
+    name = next((name for name in rejects.shards() if name.startswith(f"{stage.table.name}-")), None)
+    return rejects.read(name).to_pylist()[0] if name else {"key": "", "reason": "no input"}
+
+
 def _check_counts(config: Config, stage: Stage, counts: dict[str, Any]) -> None:
     if counts["num_input"] != counts["num_kept"] + counts["num_rejected"]:
         raise StageError(f"{stage.label}: rows were lost ({counts}); please report this as a bug")
     share = counts["num_rejected"] / max(counts["num_input"], 1)
     if share > config.ingest.max_rejected_share or counts["num_kept"] == 0:
-        rejects = Table(stage.table.run_dir, stage.table.set, "rejects")
-        first = next((n for n in rejects.shards() if n.startswith(f"{stage.table.name}-")), None)
-        reason = rejects.read(first).to_pylist()[0] if first else {"key": "", "reason": "no input"}
+        reason = _first_reject(stage)
         raise StageError(
             f"{stage.label}: {counts['num_rejected']:,} of {counts['num_input']:,} rows were rejected, first "
-            f"{reason['key']}: {reason['reason']}; mend the input, or raise ingest.max_rejected_share"
+            f"{reason['key']}: {reason['reason']}; mend the input and run the "
+            "stage with --redo, or raise ingest.max_rejected_share"
         )
 
 

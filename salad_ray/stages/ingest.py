@@ -7,20 +7,27 @@ from functools import partial
 
 from salad_ray.config import Config, ConfigError, identity
 from salad_ray.speech.audio import check_recording
-from salad_ray.speech.readers import read_folder, split_of
+from salad_ray.speech.readers import TABLE, read_folder, split_of
 from salad_ray.stages.common import ShardResult, Stage, StageError, keep_or_reject, run_shards
-from salad_ray.tables import Passage, Reject, Table, Utterance, stable_hash, to_arrow
+from salad_ray.tables import Passage, Reject, Table, Utterance, digest, stable_hash, to_arrow
 from salad_ray.text.world import DOMAINS, world_passages
 
 
 def run(config: Config) -> None:
     """Write `<set>/passages` (text that is spoken later) or `<set>/utterances` (recordings)."""
     recorded = config.set == "natural" and config.ingest.natural == "folder"
-    keys = ("ingest", "strict") if recorded else ("world", "ingest.num_shards", "seed")
     table = Table(config.run_dir, config.set, "utterances" if recorded else "passages")
-    stage = Stage("ingest", table, identity(config, *keys), {})
-    if recorded and not stage.is_done():
+    if recorded:
         read_folders(config)  # a wrong path ends here, in one sentence, before anything starts
+        tables = {folder: digest(f"{folder}/{TABLE}") for folder in config.ingest.folders}
+        stage = Stage("ingest", table, identity(config, "ingest"), tables)
+    else:
+        unknown = set(config.world.unheard) - set(DOMAINS)
+        if unknown:
+            raise ConfigError(f"world.unheard={sorted(unknown)}: the world's domains are {', '.join(DOMAINS)}")
+        size = {"natural": "num_natural", "heldout": "num_heldout"}.get(config.set, "num_web")
+        keys = (f"world.{size}", "ingest.num_shards", "seed", *(["world.unheard"] if config.set == "natural" else []))
+        stage = Stage("ingest", table, identity(config, *keys), {})
     items = {f"part-{index:05d}": index for index in range(config.ingest.num_shards)}
     run_shards(config, stage, items, partial(FolderUtterances if recorded else WorldPassages, config))
 
@@ -48,11 +55,14 @@ class FolderUtterances:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.utterances, self.rejects = read_folders(config)
+        utterances, self.rejects = read_folders(config)
+        self.shards: dict[int, list[Utterance]] = {}
+        for row in utterances:
+            self.shards.setdefault(stable_hash(row.recording_id) % config.ingest.num_shards, []).append(row)
 
     def __call__(self, index: int) -> ShardResult:
         ingest, strict = self.config.ingest, self.config.strict
-        mine = [row for row in self.utterances if stable_hash(row.recording_id) % ingest.num_shards == index]
+        mine = self.shards.get(index, [])
         kept, rejects = keep_or_reject(
             "ingest", mine, lambda row: row.utt_id, lambda row: check_recording(row, ingest.quality), strict
         )
@@ -74,6 +84,6 @@ def read_folders(config: Config) -> tuple[list[Utterance], list[Reject]]:
         rows, unusable = read_folder(folder, config.ingest.license)
         rejects += unusable
         for row in rows:
-            split = split_of(row.recording_id, row.speaker, config.ingest.heldout_share)
+            split = split_of(row.recording_id, config.ingest.heldout_share)
             utterances.append(replace(row, split=split))
     return utterances, rejects

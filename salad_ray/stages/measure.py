@@ -20,9 +20,9 @@ SYSTEMS = ("untrained", "stage1")
 
 
 def run(config: Config) -> None:
-    """Write `<measure.set>/measurements_<system>` for every model there is: untrained, and Stage I's once trained."""
+    """Write `<measured set>/measurements_<system>` for every model there is: untrained, and Stage I's once trained."""
     teacher = finished(Table(config.run_dir, "", "teacher"), "teacher")
-    features = finished(Table(config.run_dir, config.measure.set, "features"), "encode")
+    features = finished(Table(config.run_dir, config.measured_set, "features"), "encode")
     trained = Table(config.run_dir, "", "stage1").manifest()
     for system in SYSTEMS:
         if system == "untrained":
@@ -34,8 +34,11 @@ def run(config: Config) -> None:
             continue
         stage = Stage(
             "measure",
-            Table(config.run_dir, config.measure.set, f"measurements_{system}"),
-            own | identity(config, "measure", "pack.context", "pack.text_words", "pack.speech_words", "seed"),
+            Table(config.run_dir, config.measured_set, f"measurements_{system}"),
+            own
+            | identity(
+                config, "measure", "distill.precision", "pack.context", "pack.text_words", "pack.speech_words", "seed"
+            ),
             inputs | {"teacher": teacher["fingerprint"], "features": features["fingerprint"]},
         )
         items = {name: name for name in features["shards"]}
@@ -63,7 +66,7 @@ class MeasureShard:
 
     def __call__(self, shard: str) -> ShardResult:
         config = self.config
-        utterances = Table(config.run_dir, config.measure.set, "features").read_rows(Features, shard)
+        utterances = Table(config.run_dir, config.measured_set, "features").read_rows(Features, shard)
         num_input = sum(row.split == "test" for row in utterances)
         rows, rejects = plan_lane(
             lambda _: utterances,

@@ -13,7 +13,15 @@ from salad_ray.config import Config, identity
 from salad_ray.console import say
 from salad_ray.model.speech_lm import load_tokenizer
 from salad_ray.sequences.plan import plan_lane, plan_shard_name, read_without_features, shards_of_lane
-from salad_ray.stages.common import ShardResult, Stage, StageError, count_shards, finished, make_shards
+from salad_ray.stages.common import (
+    ShardResult,
+    Stage,
+    StageError,
+    count_shards,
+    finished,
+    make_shards,
+    training_budget,
+)
 from salad_ray.tables import PlanRow, Table, local_folder, to_arrow
 
 
@@ -36,10 +44,11 @@ def run(config: Config) -> None:
     num_epochs = epochs_for(config, stage.table, list(first), num_steps)
     items = epoch_items(config, range(num_epochs))
     counts = make_shards(config, stage, items, worker)
-    if done is not None and (done["num_steps"], done["num_epochs"]) == (num_steps, num_epochs):
+    budget = training_budget(config)
+    if done is not None and (done["budget"], done["num_epochs"]) == (budget, num_epochs):
         say(f"{stage.label}: done already, {stage.table.url}")
         return
-    stage.finish(**counts, num_steps=num_steps, num_epochs=num_epochs)
+    stage.finish(**counts, num_steps=num_steps, num_epochs=num_epochs, budget=budget)
     say(
         f"{stage.label}: {counts['num_rows']:,} rows in {num_epochs} epochs for {num_steps:,} steps, "
         f"fill {fill(config, stage.table, list(first)):.1%} → {stage.table.url}"

@@ -7,7 +7,7 @@ from typing import Any
 from salad_ray.config import Config
 from salad_ray.console import console, say
 from salad_ray.report.metrics import gap_table, system_metrics
-from salad_ray.stages.common import finished
+from salad_ray.stages.common import StageError, finished
 from salad_ray.tables import Measurement, Table, write_json
 
 SYSTEMS = ("untrained", "stage1")
@@ -18,10 +18,13 @@ def run(config: Config) -> None:
     heard = heard_domains(Table(config.run_dir, "natural", "features"))
     metrics: dict[str, Any] = {}
     for system in SYSTEMS:
-        table = Table(config.run_dir, config.measure.set, f"measurements_{system}")
+        table = Table(config.run_dir, config.measured_set, f"measurements_{system}")
         if system != "untrained" and table.manifest() is None:
             continue
-        finished(table, "measure")
+        measured = finished(table, "measure")
+        trained = Table(config.run_dir, "", system).manifest()
+        if trained is not None and measured["inputs"]["model"] != trained["fingerprint"]:
+            raise StageError(f"report: {table.url} is of another {system} model; run `salad measure CONFIG --redo`")
         rows = [row for shard in table.shards() for row in table.read_rows(Measurement, shard)]
         metrics[system] = system_metrics(rows, heard) | training_facts(config, system)
     url = f"{config.run_dir}/report/metrics.json"

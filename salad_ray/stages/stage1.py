@@ -6,7 +6,7 @@ from salad_ray.config import Config, identity
 from salad_ray.console import clock, say
 from salad_ray.distill.trainer import Job, TrainingStopped, train
 from salad_ray.model.speech_lm import EncoderSpec
-from salad_ray.stages.common import Stage, StageError, finished, start_ray
+from salad_ray.stages.common import Stage, StageError, finished, start_ray, training_budget
 from salad_ray.tables import Table
 
 
@@ -15,6 +15,8 @@ def run(config: Config) -> None:
     teacher = finished(Table(config.run_dir, "", "teacher"), "teacher")
     features = finished(Table(config.run_dir, "natural", "features"), "encode")
     plan = finished(Table(config.run_dir, "natural", "plan"), "pack")
+    if plan["budget"] != training_budget(config):
+        raise StageError("stage1: natural/plan was made for another number of steps; run `salad pack CONFIG` first")
     inputs = {"teacher": teacher, "features": features, "plan": plan}
     stage = Stage(
         "stage1",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 from salad_ray.config import Config, identity
@@ -12,14 +13,14 @@ from salad_ray.console import progress, say
 from salad_ray.model.speech_lm import load_text_lm, load_tokenizer
 from salad_ray.model.tiny_lm import train_tiny_lm
 from salad_ray.stages.common import Stage, finished
-from salad_ray.tables import Table, put_folder
+from salad_ray.tables import Table, local_folder, put_folder
 
 
 def run(config: Config) -> None:
     """Write `teacher/manifest.json` (path, revision, tokenizer hash), and `teacher/model` for the embedded world."""
     table = Table(config.run_dir, "", "teacher")
     own = identity(config, "model.teacher", "model.revision")
-    inputs = {}
+    inputs = _local_files(config.model.teacher)
     if config.model.teacher == "world":
         own = identity(config, "model.teacher", "model.tiny_lm", "seed")
         inputs = {"passages": finished(Table(config.run_dir, "web", "passages"), "ingest")["fingerprint"]}
@@ -33,6 +34,12 @@ def run(config: Config) -> None:
     facts |= _verify(facts["path"], config)
     stage.finish(**facts, seconds=round(time.monotonic() - started, 2))
     say(f"teacher: {facts['num_parameters']:,} parameters, {facts['vocabulary']:,} tokens ← {facts['path']}")
+
+
+def _local_files(path: str) -> dict[str, str]:
+    """Sizes and times of a local model's files, so that one replaced in place is noticed; a hub id has its revision."""
+    files = sorted(file for file in Path(path).glob("*") if file.is_file()) if Path(path).is_dir() else []
+    return {file.name: f"{file.stat().st_size} bytes, {file.stat().st_mtime_ns}" for file in files}
 
 
 def _train_on_world(config: Config, table: Table) -> dict[str, Any]:
@@ -49,8 +56,9 @@ def _train_on_world(config: Config, table: Table) -> dict[str, Any]:
 
 def _verify(path: str, config: Config) -> dict[str, Any]:
     """Load the model once, so that a wrong path or missing weights end here and not in a worker."""
-    tokenizer = load_tokenizer(path, config.model.revision)
-    llm = load_text_lm(path, config.model.revision, "float32", "sdpa")
+    local = local_folder(path)
+    tokenizer = load_tokenizer(local, config.model.revision)
+    llm = load_text_lm(local, config.model.revision, "auto", "sdpa")
     return {
         "revision": getattr(llm.config, "_commit_hash", None),
         "num_parameters": llm.num_parameters(),

@@ -52,8 +52,10 @@ def test_a_killed_run_continues_from_its_checkpoint_with_the_same_losses(finishe
     driver.wait()
     assert snapshot.exists()
     assert not Path(config.run_dir, "stage1", "manifest.json").exists(), "it had ended before it was killed"
+    first_checkpoint = Path(config.run_dir, "stage1", "step-00000003").stat().st_mtime_ns
     pipeline.run_stage(config, "stage1", "natural")
     assert losses(config) == losses(finished_run)
+    assert Path(config.run_dir, "stage1", "step-00000003").stat().st_mtime_ns == first_checkpoint, "it began anew"
 
 
 @pytest.mark.parametrize("stage", [0, 3])
@@ -77,4 +79,4 @@ def test_bf16_with_accumulation_checkpointing_and_all_losses(finished_run: Confi
     assert first["loss"] == pytest.approx(0.5 * first["kl"] + 0.5 * first["nll"], rel=1e-3)
     reference = training_log(finished_run)[0]
     assert first["num_positions"] == reference["num_positions"]  # the same rows, whatever the number of workers
-    assert first["kl"] == pytest.approx(reference["kl"], rel=0.1)
+    assert first["kl"] == pytest.approx(reference["kl"], abs=0.02)

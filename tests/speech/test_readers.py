@@ -111,11 +111,11 @@ def test_reads_from_an_object_store() -> None:
 
 
 def test_split_goes_by_recording_and_keeps_its_share() -> None:
-    splits = [split_of(f"book{index}", "", 0.1) for index in range(5000)]
+    splits = [split_of(f"book{index}", 0.1) for index in range(5000)]
     assert 400 < splits.count("test") < 600
-    assert splits[:50] == [split_of(f"book{index}", "other", 0.1) for index in range(50)]
-    assert {split_of(f"book{index}", "", 0.0) for index in range(100)} == {"train"}
-    small = {index for index in range(5000) if split_of(f"book{index}", "", 0.05) == "test"}
+    assert splits[:50] == [split_of(f"book{index}", 0.1) for index in range(50)]
+    assert {split_of(f"book{index}", 0.0) for index in range(100)} == {"train"}
+    small = {index for index in range(5000) if split_of(f"book{index}", 0.05) == "test"}
     assert small <= {index for index, split in enumerate(splits) if split == "test"}
 
 

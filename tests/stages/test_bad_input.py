@@ -98,6 +98,20 @@ def test_a_stage_that_rejects_too_much_stops_with_the_first_reason(tmp_path: Pat
         pipeline.run_stage(config, "ingest", "natural")
 
 
+def test_an_edited_table_is_noticed_and_the_printed_remedy_works(tmp_path: Path) -> None:
+    make_corpus(tmp_path / "corpus")
+    pipeline.run_stage(config_for(tmp_path), "ingest", "natural")
+    table = tmp_path / "corpus" / "transcripts.tsv"
+    table.write_text(table.read_text().replace("audio/gone.wav", "audio/good1.wav"))
+    with pytest.raises(StageError, match=r"its input .* changed.*salad ingest CONFIG set=natural --redo"):
+        pipeline.run_stage(config_for(tmp_path), "ingest", "natural")
+    pipeline.redo(config_for(tmp_path), "ingest", "natural")
+    pipeline.run_stage(config_for(tmp_path), "ingest", "natural")
+    assert "corpus/gone" in {row.utt_id for row in _read(config_for(tmp_path), "utterances", Utterance)}
+    with pytest.raises(ConfigError, match="--redo: in this config the stage 'ingest' works on web, natural, not"):
+        pipeline.redo(config_for(tmp_path), "ingest", "heldout")
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [(None, "transcripts.tsv"), ("utt_id\ttext\na\tb\n", "audio"), ("", "transcripts.tsv")],

@@ -1,0 +1,95 @@
+"""`python -m benchmarks [name …] [--full]`: all of them, the quick ones first; one table each."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as Grid
+
+console = Console(highlight=False)
+if not console.is_terminal:  # a log has room for a row
+    console.width = 150
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What the user is told before and beside the numbers."""
+
+    minutes: float
+    """On two cores."""
+    title: str
+    aim: str
+
+
+BENCHMARKS = {
+    "packing": Benchmark(0.5, "Packing at LibriHeavy-like lengths", "fill ≥ 99 %"),
+    "alignment": Benchmark(2, "Word alignment at known joins of recordings", "errors within a frame of 80 ms"),
+    "loss": Benchmark(2, "distillation_loss beside dense PyTorch and Liger", "memory ≤ 1/8 of dense; time ≤ both"),
+    "training": Benchmark(4, "Training loop beside a bare PyTorch loop", "ours/bare ≥ 0.95"),
+    "encoding": Benchmark(4, "Encoding stage beside a bare loop", "ours/bare ≥ 0.95 for Mimi, steady"),
+}
+"""In the order in which they run."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m benchmarks", description="Ratios, side by side in one run.")
+    parser.add_argument("names", nargs="*", metavar="name", help=f"which: {', '.join(BENCHMARKS)}; all by default")
+    parser.add_argument("--full", action="store_true", help="the loss at all sizes (a quarter of an hour)")
+    options = parser.parse_args()
+    unknown = set(options.names) - set(BENCHMARKS)
+    if unknown:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
+    chosen = [name for name in BENCHMARKS if name in options.names or not options.names]
+    minutes = sum(BENCHMARKS[name].minutes for name in chosen)
+    console.print(f"{', '.join(chosen)}: about {minutes:g} minutes on two cores; keep the machine quiet meanwhile")
+    for name in chosen:
+        show(name, options.full)
+
+
+def show(name: str, full: bool) -> None:
+    """Run one benchmark and print its table, or why it is left out."""
+    benchmark = BENCHMARKS[name]
+    missing = missing_data(name)
+    if missing:
+        console.print(f"\n{name}: left out, {missing}")
+        return
+    console.print(f"\n{name}: about {benchmark.minutes:g} minutes …")
+    started = time.monotonic()
+    options = {"full": True} if full and name == "loss" else {}
+    rows = importlib.import_module(f"benchmarks.{name}").run(**options)
+    secs = time.monotonic() - started
+    console.print(grid(f"{benchmark.title} ({secs:.0f} s; aim: {benchmark.aim})", rows))
+
+
+def missing_data(name: str) -> str:
+    """Why a benchmark cannot run here, if it cannot."""
+    speech = Path(os.environ.get("SALAD_DATA", "../shared/data")) / "speech"
+    if name == "alignment" and not speech.is_dir():
+        return f"as there are no recordings at {speech}; set SALAD_DATA to the folder that holds speech/"
+    return ""
+
+
+def grid(title: str, rows: list[dict[str, Any]]) -> Grid:
+    table = Grid(title=title, title_justify="left")
+    for key, value in rows[0].items():
+        table.add_column(key, justify="left" if isinstance(value, str) else "right")
+    for row in rows:
+        table.add_row(*(cell(value) for value in row.values()))
+    return table
+
+
+def cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return "" if value is None else str(value)
+
+
+if __name__ == "__main__":
+    main()
