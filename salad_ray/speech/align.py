@@ -6,18 +6,17 @@ and a Viterbi search over 10 ms frames fits the tokens, with optional silences b
 
 from __future__ import annotations
 
-import ctypes
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
-import espeakng_loader
 import numpy as np
 import pocketsphinx
 
 from salad_ray.speech.spoken import Reading, Token, spoken_tokens
+from salad_ray.synthesis.espeak import phonemes
 from salad_ray.tables import BadInput, Word
 
 SAMPLING_RATE = 16000
@@ -209,9 +208,10 @@ _ARPABET = {
 # fmt: on
 
 
+@cache
 def guess_phones(word: str) -> str:
     """A pronunciation from eSpeak NG's letter rules, in the acoustic model's symbols; never empty."""
-    ipa = re.sub("[ˈˌː\u0329\u0303]", "", _espeak_phonemes(word))
+    ipa = re.sub("[ˈˌː\u0329\u0303]", "", phonemes(word, "en-us", "_"))
     phones = [_phones(phoneme) for phoneme in re.split("[ _]+", ipa)]
     return " ".join(" ".join(phones).split()) or "AH"
 
@@ -219,25 +219,3 @@ def guess_phones(word: str) -> str:
 def _phones(phoneme: str) -> str:
     """Phonemes that are not in the table (ɛɹ, ɔɹ, …) are read letter by letter."""
     return _ARPABET.get(phoneme) or " ".join(_ARPABET.get(char, "") for char in phoneme)
-
-
-def _espeak_phonemes(text: str) -> str:
-    """IPA of a text, phonemes separated by `_`."""
-    library = _espeak()
-    # The library has one voice for the whole process, and others may have changed it.
-    library.espeak_SetVoiceByName(b"en-us")
-    pointer = ctypes.c_char_p(text.encode())
-    clauses = []
-    while pointer.value is not None:
-        clauses.append(library.espeak_TextToPhonemes(ctypes.byref(pointer), 1, 2 | ord("_") << 8).decode())
-    return "_".join(clauses)
-
-
-@lru_cache(maxsize=1)
-def _espeak() -> ctypes.CDLL:
-    library = ctypes.CDLL(espeakng_loader.get_library_path())
-    library.espeak_TextToPhonemes.restype = ctypes.c_char_p
-    synchronous, no_exit = 2, 0x8000
-    if library.espeak_Initialize(synchronous, 0, espeakng_loader.get_data_path().encode(), no_exit) < 0:
-        raise RuntimeError(f"eSpeak NG finds no data in {espeakng_loader.get_data_path()}; reinstall espeakng-loader")
-    return library
