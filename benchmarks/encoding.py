@@ -32,7 +32,7 @@ from salad_ray.model.encoder import Encoder, encode_in_batches, load_encoder
 from salad_ray.speech.audio import load_audio
 from salad_ray.tables import Features, Table, Utterance, to_arrow
 
-NUM_DOCUMENTS = {"mimi": 20, "log_mel": 600}
+NUM_DOCUMENTS = {"mimi": 14, "log_mel": 400}
 """12 s of speech each; Mimi has some hundred times the work with it."""
 NUM_SHARDS = 8
 BARE = "bare_features"
