@@ -97,6 +97,9 @@ def make_batch(rows: list[list[list[int]]], width: int = 24) -> Batch:
         distance=empty,
         segment=empty,
         num_positions=sum(abs(span) for row in rows for segment in row for span in segment),
+        num_teacher_positions=0,
+        num_pairs=0,
+        num_teacher_pairs=0,
     )
 
 

@@ -83,6 +83,8 @@ def test_no_label_crosses_a_segment_and_positions_restart() -> None:
     num_labels = [len(sample.segment.labels) for row in rows for sample in row]
     assert torch.bincount(batch.segment).tolist() == num_labels
     assert batch.num_positions == sum(len(sample.segment.token_ids) for row in rows for sample in row)
+    lengths = [len(sample.segment.token_ids) for row in rows for sample in row]
+    assert batch.num_pairs == sum(position + 1 for length in lengths for position in range(length))
 
 
 def test_to_changes_the_frames_type_only() -> None:

@@ -151,7 +151,7 @@ def test_an_mp3_with_a_large_tag_is_not_truncated() -> None:
         (encoded(np.where(np.arange(RATE) == 99, np.nan, chirp(1.0)), codec=("WAV", "FLOAT")), "1 samples are NaN"),
         (encoded(np.where(np.arange(RATE) == 99, np.inf, chirp(1.0)), codec=("WAV", "FLOAT")), "infinite"),
         (encoded(chirp(61.0)), "too long: 61.0 s"),
-        (encoded(chirp(0.2)), "too short"),
+        (encoded(chirp(0.1)), "too short"),
     ],
 )
 def test_bad_audio_is_refused_with_its_reason(data: bytes, expected: str) -> None:
