@@ -3,8 +3,9 @@ PYTHON ?= python3
 EXTRA ?= cpu
 BIN := .venv/bin
 INSTALLED := .venv/installed-$(EXTRA)
+MOSHI := .venv/installed-moshi
 
-.PHONY: install quickstart test test-all check bench lock clean
+.PHONY: install moshi quickstart test test-all check bench lock clean
 
 install: $(INSTALLED)
 
@@ -17,16 +18,23 @@ $(INSTALLED): locks/$(EXTRA).txt pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
+# Without its dependencies: moshi's bounds on torch and others contradict ours.
+moshi: $(MOSHI)
+
+$(MOSHI): $(INSTALLED) locks/moshi.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r locks/moshi.txt
+	@touch $@
+
 quickstart: $(INSTALLED)
 	$(BIN)/salad run configs/quickstart.yaml
 
-test: $(INSTALLED)
+test: $(INSTALLED) $(MOSHI)
 	$(BIN)/pytest -m 'not slow'
 
-test-all: $(INSTALLED)
+test-all: $(INSTALLED) $(MOSHI)
 	$(BIN)/pytest
 
-check: $(INSTALLED)
+check: $(INSTALLED) $(MOSHI)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

@@ -11,11 +11,11 @@ import json
 import re
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import fsspec
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 SetName = Literal["web", "natural", "heldout", "probe", "active", "benchmark"]
 
@@ -48,6 +48,7 @@ def _require_order(name: str, low: float, high: float) -> None:
 OPERATIONAL = frozenset(
     [
         "max_rejected_share",
+        "max_member_bytes",
         "batch_secs",
         "num_gpus",
         "num_workers",
@@ -92,6 +93,15 @@ class WorldConfig(Section):
     """Domains that appear as text but never as natural speech."""
 
 
+def _path_only(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+def path_name(path: str) -> str:
+    """The last part of a path without the ends that manifests have."""
+    return re.sub(r"\.jsonl(\.gz)?$", "", path.rstrip("/").rsplit("/", 1)[-1])
+
+
 class QualityConfig(Section):
     """What recorded speech must satisfy; the rest goes to `rejects` with its reason."""
 
@@ -104,6 +114,8 @@ class QualityConfig(Section):
     max_chars_per_sec: float = Field(40.0, gt=0)
     """More text than anyone can say; fast readers reach 25."""
     min_chars_per_sec: float = Field(1.0, ge=0)
+    min_dnsmos: float | None = None
+    """Least DNSMOS (estimated quality, 1 to 5), where the corpus gives one."""
 
     @model_validator(mode="after")
     def _ordered(self) -> QualityConfig:
@@ -112,33 +124,78 @@ class QualityConfig(Section):
         return self
 
 
+class CorpusConfig(Section):
+    """One corpus of recorded speech; a plain string in `ingest.corpora` stands for its path."""
+
+    path: str
+    """A folder (`transcripts.tsv`, Emilia's tars, Kaldi's tables), or a Lhotse cut manifest; local or a URL; `*` in the
+    last part stands for several manifests."""
+    format: Literal["auto", "folder", "lhotse", "kaldi", "emilia"] = "auto"
+    """`auto` looks at what lies at the path. LibriHeavy's full manifest is a Lhotse manifest."""
+    name: str | None = None
+    """Prefix of its ids; none takes the last part of the path."""
+    root: str | None = None
+    """Folder that the manifest's audio paths are relative to; none looks from the manifest's own folder upwards."""
+    license: str | None = None
+    """Of rows that state none; none takes the corpus' own, where it is known."""
+    attribution: str | None = None
+    """Whom the model card is to name; none takes what is known of the corpus."""
+    text: Literal["book", "recogniser"] = "book"
+    """Which of LibriHeavy's two texts: the book's, cased and punctuated, or the recogniser's upper case."""
+    allow_outside: bool = False
+    """Believe absolute paths and URLs in a manifest; otherwise audio must lie under `root`."""
+
+
 class IngestConfig(Section):
-    natural: Literal["world", "folder"] = "world"
-    """Where natural speech comes from: the embedded world, or folders with `transcripts.tsv`."""
-    folders: tuple[str, ...] = ()
-    """Folders (local or URL), each with a `transcripts.tsv`: utt_id, audio, text and, if known, speaker,
-    recording_id, offset, duration, domain, license."""
-    license: str = "unknown"
-    """Licence of the folders' recordings, where the table gives none."""
+    corpora: tuple[Annotated[CorpusConfig, BeforeValidator(_path_only)], ...] = ()
+    """Recorded speech; without any, natural speech is the embedded world's."""
+    languages: tuple[str, ...] = ()
+    """Languages to keep, as two-letter codes; none keeps all."""
     heldout_share: float = Field(0.1, ge=0, lt=1)
-    """Share of the recordings (by hash of recording_id) marked `split=test`."""
+    """Share of the sources (by hash) marked `split=test`."""
+    split_by: Literal["source", "speaker"] = "source"
+    """What is never divided between the splits: the book, video or recording, or the speaker."""
     num_shards: int = Field(16, ge=1)
     """Shards to which recordings are dealt by hash: the unit of work, of resume and of retry, and the one shuffle of
     the data. A multiple of pack.num_lanes."""
     max_rejected_share: float = Field(0.5, ge=0, le=1)
     """A stage that rejects more than this share of its rows stops: the input, or a setting, is wrong."""
+    max_member_bytes: int = Field(2**29, ge=1)
+    """Largest file inside an archive; a larger one is refused unread."""
     quality: QualityConfig = QualityConfig()
 
     @model_validator(mode="after")
-    def _has_folders(self) -> IngestConfig:
-        if self.natural == "folder" and not self.folders:
-            raise ValueError("ingest.natural=folder needs ingest.folders, a list of folders with transcripts.tsv")
+    def _distinct(self) -> IngestConfig:
+        names = [corpus.name or path_name(corpus.path) for corpus in self.corpora]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(
+                f"ingest.corpora: two of them are called '{twice[0]}', and ids begin with the name; give one of them "
+                f"another: {{path: …, name: {twice[0]}-2}}"
+            )
         return self
 
 
 class AlignConfig(Section):
-    aligner: Literal["pocketsphinx", "none"] = "pocketsphinx"
-    """`none` leaves word times out: whole utterances of a recording then alternate between speech and text."""
+    aligner: Literal["pocketsphinx", "ctc", "none"] = "pocketsphinx"
+    """`ctc` is any CTC recogniser of transformers; `none` leaves word times out: whole utterances of a recording then
+    alternate between speech and text."""
+    path: str | None = None
+    """Hub id or folder of the CTC model, for example facebook/wav2vec2-base-960h."""
+    revision: str | None = None
+    min_score: float | None = None
+    """Least score of the worst stretch of an utterance; none takes the aligner's own (−4.3 for pocketsphinx, whose
+    frames are scored against their best phone; CTC_MIN_SCORE for a CTC model, nats a frame)."""
+    batch_secs: float = Field(120.0, gt=0)
+    """Audio per batch of the CTC model, padding included."""
+    num_gpus: float = Field(0.0, ge=0)
+    """GPUs of each CTC actor."""
+
+    @model_validator(mode="after")
+    def _ctc_has_weights(self) -> AlignConfig:
+        if self.aligner == "ctc" and self.path is None:
+            raise ValueError("align.aligner=ctc needs align.path, for example facebook/wav2vec2-base-960h")
+        return self
 
 
 class SynthesizeConfig(Section):
@@ -160,11 +217,52 @@ class SynthesizeConfig(Section):
         return self
 
 
+class AugmentConfig(Section):
+    """Changes to training speech before it is encoded, one draw per utterance; measured speech is left as it is."""
+
+    share: float = Field(0.0, ge=0, le=1)
+    """Share of the training utterances that are changed; 0 switches augmentation off."""
+    effects: tuple[Literal["noise", "reverberation", "speed", "codec", "telephone"], ...] = (
+        "noise",
+        "reverberation",
+        "speed",
+        "codec",
+        "telephone",
+    )
+    num_effects: tuple[int, int] = (1, 2)
+    """Fewest and most different effects of a changed utterance."""
+    snr_db: tuple[float, float] = (5.0, 30.0)
+    """Level of the speech above the noise."""
+    reverberation_secs: tuple[float, float] = (0.1, 0.6)
+    """Time in which the room's echo falls by 60 dB."""
+    speed: tuple[float, float] = (0.9, 1.1)
+    """Factors of tempo and pitch together, as of a tape."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AugmentConfig:
+        for name in ("num_effects", "snr_db", "reverberation_secs", "speed"):
+            low, high = getattr(self, name)
+            if low > high or (name != "snr_db" and low <= 0):
+                raise ValueError(f"encode.augment.{name}=[{low:g}, {high:g}] must be [least, most], above 0")
+        if not self.effects or self.num_effects[1] > len(set(self.effects)):
+            raise ValueError(
+                f"encode.augment.num_effects={list(self.num_effects)} asks for more than the "
+                f"{len(set(self.effects))} effects named in encode.augment.effects"
+            )
+        return self
+
+
 class EncodeConfig(Section):
     encoder: Literal["log_mel", "mimi"] = "log_mel"
+    backend: Literal["transformers", "moshi"] = "transformers"
+    """Whose code runs Mimi; moshi's is installed by `make moshi`."""
     path: str | None = None
-    """Hub id or folder of Mimi's weights."""
+    """Weights of Mimi, a hub id or folder; for moshi a .safetensors file, a folder with one, or a hub id such as
+    kyutai/moshiko-pytorch-bf16."""
     revision: str | None = None
+    storage: Literal["float16", "int8"] = "float16"
+    """Type of the stored features; int8 has one scale per channel and utterance, and takes half the space."""
+    augment: AugmentConfig = AugmentConfig()
     batch_secs: float = Field(240.0, gt=0)
     """Audio per encoder batch, padding included."""
     num_gpus: float = Field(0.0, ge=0)
@@ -256,7 +354,8 @@ class DistillConfig(Section):
     """Share of the steps in which the rate climbs to its peak."""
     decay_share: float = Field(0.2, ge=0, le=1)
     """Share of the steps, at the end, in which it falls linearly to zero."""
-    num_workers: int = Field(1, ge=1)
+    num_workers: int | tuple[int, int] = 1
+    """Training workers; [least, most] lets their number follow the cluster, at the price of a resume at each change."""
     micro_batch_rows: int = Field(1, ge=1)
     """Rows of one forward pass; accumulation follows from it, the lanes and the workers."""
     zero_stage: Literal[0, 1, 2, 3] = 2
@@ -277,8 +376,15 @@ class DistillConfig(Section):
     wandb_project: str | None = None
     mlflow_experiment: str | None = None
 
+    @property
+    def most_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
     @model_validator(mode="after")
     def _consistent(self) -> DistillConfig:
+        least = self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+        if not 1 <= least <= self.most_workers:
+            raise ValueError(f"distill.num_workers={self.num_workers} must be at least 1, or [least, most]")
         if self.num_steps is not None and self.num_positions is not None:
             raise ValueError(
                 f"distill.num_steps={self.num_steps} and distill.num_positions={self.num_positions:g} both say when to "
@@ -321,11 +427,11 @@ class Config(Section):
     @property
     def measured_set(self) -> SetName:
         """The set whose `split=test` passages are measured: recordings are held out of their own set."""
-        return "natural" if self.ingest.natural == "folder" else "heldout"
+        return "natural" if self.ingest.corpora else "heldout"
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        if self.ingest.natural == "folder" and self.ingest.heldout_share == 0:
+        if self.ingest.corpora and self.ingest.heldout_share == 0:
             raise ValueError("ingest.heldout_share=0 leaves nothing to measure on; 0.01 is enough for a large corpus")
         if self.model.attention == "varlen" and not (
             self.distill.use_gpu and self.distill.precision == "bf16" and self.measure.num_gpus
@@ -334,13 +440,18 @@ class Config(Section):
                 "model.attention=varlen runs on GPUs in 16 bit only; set distill.use_gpu=true, distill.precision=bf16 "
                 "and measure.num_gpus=1, or take model.attention=sdpa"
             )
-        if self.pack.num_lanes % self.distill.num_workers:
+        workers = self.distill.num_workers
+        if self.distill.most_workers > self.pack.num_lanes:
             raise ValueError(
-                f"distill.num_workers={self.distill.num_workers} must divide pack.num_lanes={self.pack.num_lanes}; "
-                "change one of them"
+                f"distill.num_workers={self.distill.most_workers} is more than pack.num_lanes={self.pack.num_lanes}, "
+                "and every worker needs a lane; change one of them"
             )
-        rows = self.pack.num_lanes // self.distill.num_workers * self.pack.rows_per_lane
-        if rows % self.distill.micro_batch_rows:
+        if isinstance(workers, int) and self.pack.num_lanes % workers:
+            raise ValueError(
+                f"distill.num_workers={workers} must divide pack.num_lanes={self.pack.num_lanes}; change one of them"
+            )
+        rows = self.pack.num_lanes // self.distill.most_workers * self.pack.rows_per_lane
+        if isinstance(workers, int) and rows % self.distill.micro_batch_rows:
             raise ValueError(
                 f"distill.micro_batch_rows={self.distill.micro_batch_rows} must divide the {rows} rows that a worker "
                 "gets per step (pack.num_lanes / distill.num_workers × pack.rows_per_lane)"
@@ -378,10 +489,15 @@ def _absolute(config: Config) -> Config:
     def if_there(name: str | None) -> str | None:
         return resolve(name) if name and Path(name).exists() else name  # otherwise it is a hub id
 
-    ingest = config.ingest.model_copy(update={"folders": tuple(resolve(path) for path in config.ingest.folders)})
+    corpora = tuple(
+        corpus.model_copy(update={"path": resolve(corpus.path), "root": corpus.root and resolve(corpus.root)})
+        for corpus in config.ingest.corpora
+    )
+    ingest = config.ingest.model_copy(update={"corpora": corpora})
+    align = config.align.model_copy(update={"path": if_there(config.align.path)})
     encode = config.encode.model_copy(update={"path": if_there(config.encode.path)})
     model = config.model.model_copy(update={"teacher": if_there(config.model.teacher)})
-    changes = {"run_dir": resolve(config.run_dir), "ingest": ingest, "encode": encode, "model": model}
+    changes = {"run_dir": resolve(config.run_dir), "ingest": ingest, "align": align, "encode": encode, "model": model}
     return config.model_copy(update=changes)
 
 
@@ -460,7 +576,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 
 def _explain(error: Any) -> str:
     """One clause for one pydantic error: key, value, what is wrong, what to do."""
-    key = ".".join(str(part) for part in error["loc"])
+    key = ".".join(str(part) for part in error["loc"] if part != "int" and "[" not in str(part))  # a union names kinds
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, all_keys(Config), n=1, cutoff=0.6) or _same_leaf(key)
         hint = f"did you mean '{near[0]}'?" if near else "see `salad run --help` for the keys"

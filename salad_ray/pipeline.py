@@ -23,12 +23,11 @@ class Step:
 
 def steps(config: Config) -> list[Step]:
     """The whole flow for this config, in order."""
-    world = config.ingest.natural == "world"
     flow = []
     if config.model.teacher == "world":
         flow.append(Step("ingest", "web", ("passages",)))
     flow.append(Step("teacher", "", ("teacher",)))
-    flow += _spoken("natural") if world else _recorded("natural", config.align.aligner != "none")
+    flow += _recorded("natural", config.align.aligner != "none") if config.ingest.corpora else _spoken("natural")
     if config.measured_set != "natural":
         flow += _spoken(config.measured_set)
     flow.append(Step("pack", "natural", ("plan",)))
@@ -49,7 +48,7 @@ def _spoken(name: str) -> list[Step]:
 
 def _recorded(name: str, aligned: bool) -> list[Step]:
     align = [Step("align", name, ("aligned",))] if aligned else []
-    return [Step("ingest", name, ("utterances",)), *align, Step("encode", name, ("features",))]
+    return [Step("ingest", name, ("catalog", "utterances")), *align, Step("encode", name, ("features",))]
 
 
 def stage_module(stage: str) -> ModuleType:

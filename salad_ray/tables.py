@@ -13,7 +13,8 @@ import hashlib
 import json
 import tempfile
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -23,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class TableError(RuntimeError):
@@ -59,7 +60,12 @@ class Passage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Utterance:
-    """Speech with its text; the audio by reference (`uri`, `offset_secs`) or, if synthetic, as encoded bytes."""
+    """Speech with its text; the audio by reference or, if synthetic, as encoded bytes.
+
+    A reference is the file `uri`, or `num_bytes` of it from `byte_start` on (a member of a tar), and in that audio the
+    cut of `duration_secs` from `offset_secs` on. `source` is the book, video or document, which splits never divide.
+    `order` counts the clips of a recording where their offsets are not known: 4 follows 3 directly.
+    """
 
     utt_id: str
     text: str
@@ -74,14 +80,25 @@ class Utterance:
     passage_id: str | None = None
     cluster_id: int | None = None
     words: list[Word] | None = None
+    source: str = ""
+    order: int | None = None
+    pre_text: str = ""
+    dnsmos: float | None = None
+    align_score: float | None = None
     uri: str | None = None
+    byte_start: int | None = None
+    num_bytes: int | None = None
     offset_secs: float = 0.0
     audio: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Features:
-    """Encoded speech: `features` holds float16 (num_frames, dim) in C order; the rest is copied from the utterance."""
+    """Encoded speech; the rest is copied from the utterance.
+
+    `features` holds (num_frames, dim) in C order: float16, or int8 where `scales`, float16 (dim,), are given, by which
+    the channels are multiplied.
+    """
 
     utt_id: str
     recording_id: str
@@ -95,6 +112,8 @@ class Features:
     frame_rate: float
     dim: int
     features: bytes
+    scales: bytes | None = None
+    order: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +180,7 @@ _TYPES = {
     "int": pa.int64(),
     "int | None": pa.int64(),
     "float": pa.float64(),
+    "float | None": pa.float64(),
     "bytes": pa.binary(),
     "bytes | None": pa.binary(),
     "list[Word] | None": _WORDS,
@@ -222,24 +242,59 @@ class Table:
 
     def read(self, shard: str, columns: Sequence[str] | None = None) -> pa.Table:
         """One shard as an Arrow table; raises `TableError` naming the file when it is missing or damaged."""
+        with self._open(shard) as file:
+            return pq.read_table(file, columns=columns)
+
+    @contextmanager
+    def _open(self, shard: str) -> Iterator[Any]:
         url = f"{self.url}/{shard}.parquet"
         fs, path = fsspec.core.url_to_fs(url)
         try:
             with fs.open(path, "rb") as file:
-                return pq.read_table(file, columns=columns)
+                yield file
         except FileNotFoundError:
-            raise TableError(f"{url} is missing; rerun the stage that writes '{self.name}'") from None
+            raise TableError(f"{url} is missing; {self._remedy}, it makes what is missing") from None
         except pa.ArrowInvalid as error:
-            raise TableError(f"{url} is damaged ({error}); delete it and rerun the stage that writes it") from None
+            raise TableError(f"{url} is damaged ({error}); delete it and {self._remedy}") from None
+
+    @property
+    def _remedy(self) -> str:
+        manifest = read_json(f"{self.url}/manifest.json") or {}
+        where = f" set={self.set}" if self.set else ""
+        return f"rerun `salad {manifest['stage']} CONFIG{where}`" if manifest else "rerun the stage that writes it"
+
+    def metadata(self, shard: str) -> pq.FileMetaData:
+        """A shard's footer; raises as `read`."""
+        with self._open(shard) as file:
+            return pq.ParquetFile(file).metadata
 
     def read_rows(self, row_type: type, shard: str) -> list[Any]:
         return from_arrow(row_type, self.read(shard))
 
+    def iterate(self, row_type: type, shard: str, batch_rows: int = 256) -> Iterator[Any]:
+        """The rows of a shard one after the other, `batch_rows` of them in memory; raises as `read`."""
+        with self._open(shard) as file:
+            for batch in pq.ParquetFile(file).iter_batches(batch_rows):
+                yield from from_arrow(row_type, pa.Table.from_batches([batch]))
+
     def write(self, shard: str, table: pa.Table) -> None:
         """Write one shard; it appears whole or not at all."""
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
-        write_bytes(f"{self.url}/{shard}.parquet", sink.getvalue().to_pybytes())
+        with self.writer(shard, table.schema) as write:
+            write(table)
+
+    @contextmanager
+    def writer(
+        self, shard: str, schema: pa.Schema, footer: dict[str, str] | None = None
+    ) -> Iterator[Callable[[pa.Table], None]]:
+        """Write one shard piece by piece, in bounded memory; it appears when the block ends without an error.
+
+        Args:
+            footer: filled by the caller before the block ends; it becomes the file's metadata.
+        """
+        url = f"{self.url}/{shard}.parquet"
+        with atomic_file(url) as file, pq.ParquetWriter(file, schema, compression="zstd") as parquet:
+            yield parquet.write_table
+            parquet.add_key_value_metadata(footer or {})
 
     def delete(self) -> None:
         """Remove the table; whose it is (`begun.json`) goes last, so half a removal is not mistaken for data."""
@@ -304,15 +359,36 @@ def write_json(url: str, content: Mapping[str, Any]) -> None:
 
 
 def write_bytes(url: str, data: bytes) -> None:
-    """Write a file that appears whole or not at all: renamed into place locally, one put on an object store."""
+    """Write a file that appears whole or not at all."""
     fs, path = fsspec.core.url_to_fs(url)
     if not _is_local(fs):
         fs.pipe_file(path, data)
         return
+    with atomic_file(url) as file:
+        file.write(data)
+
+
+@contextmanager
+def atomic_file(url: str) -> Iterator[Any]:
+    """A file open for writing that appears, whole, when the block ends without an error.
+
+    Locally it is renamed into place. On an object store the parts of an upload become an object only when it is closed.
+    """
+    fs, path = fsspec.core.url_to_fs(url)
+    if not _is_local(fs):
+        file = fs.open(path, "wb")
+        try:
+            yield file
+        except BaseException:
+            file.discard()
+            raise
+        file.close()
+        return
     fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
     try:
-        fs.pipe_file(temporary, data)
+        with fs.open(temporary, "wb") as file:
+            yield file
         fs.mv(temporary, path)
     finally:
         if fs.exists(temporary):

@@ -38,7 +38,7 @@ def test_the_help_of_a_stage_lists_its_keys(stage: str) -> None:
         (("status", "gone"), "no such config file"),
         (("teacher", "configs/real.yaml", "model.teacher=./gone", "run_dir={tmp}"), "no such folder"),
         (("encode", "configs/quickstart.yaml", "run_dir={tmp}"), "run `salad synthesize CONFIG set=natural` first"),
-        (("ingest", "configs/real.yaml", "ingest.folders=[gone]", "run_dir={tmp}"), "gone"),
+        (("ingest", "configs/real.yaml", "ingest.corpora=[gone]", "run_dir={tmp}"), "gone"),
     ],
 )
 def test_what_a_user_can_mend_is_one_sentence_and_exit_code_1(

@@ -59,10 +59,15 @@ def global_scale(num_labels: int, num_labels_of_step: int, num_workers: int, num
 def learning_rate_factor(step: int, num_steps: int, warmup_share: float, decay_share: float) -> float:
     """Warm-up, constant, linear decay to zero: the factor of the peak rate in step 0 … num_steps − 1."""
     warmup = max(round(num_steps * warmup_share), 1)
-    decay = round(num_steps * decay_share)
+    decay = num_steps - decay_start(num_steps, decay_share)
     rising = (step + 1) / warmup
     falling = (num_steps - step) / (decay + 1) if decay else 1.0
     return min(rising, falling, 1.0)
+
+
+def decay_start(num_steps: int, decay_share: float) -> int:
+    """Steps after which the learning rate begins to fall."""
+    return num_steps - round(num_steps * decay_share)
 
 
 def training_flops(num_student: int, num_teacher: int, llm_config: object, batch: Batch) -> float:

@@ -2,12 +2,12 @@
 
 Step s trains on rows s·b … of every lane of the plan, whatever the number of workers. Its gradient is that of the mean
 loss over all labels of the step, over workers and accumulation. A step whose loss is not finite never updates the
-weights. Checkpoints go through Ray Train, whole or not at all; a rerun continues from the last one.
+weights. A worker group that Ray Train starts again, after a failure or with another number of workers, and a rerun
+after the driver's death, all continue from the last whole checkpoint (`checkpoints.py`).
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import resource
@@ -26,21 +26,24 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero import GatheredParameters
-from ray.train import (
-    Checkpoint,
-    CheckpointConfig,
-    FailureConfig,
-    LoggingConfig,
-    RunConfig,
-    ScalingConfig,
-    WorkerGroupError,
-)
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
 from torch import Tensor
 
 from salad_ray.config import Config, ConfigError, DistillConfig
+from salad_ray.console import say
+from salad_ray.distill.checkpoints import CheckpointReader, CheckpointWriter, latest, new_token
 from salad_ray.distill.logger import Logger
-from salad_ray.distill.step import DTYPES, batch_loss, global_scale, learning_rate_factor, peak_flops, training_flops
+from salad_ray.distill.step import (
+    DTYPES,
+    batch_loss,
+    decay_start,
+    global_scale,
+    learning_rate_factor,
+    peak_flops,
+    training_flops,
+)
+from salad_ray.distill.zero import optimizer_step, partitions, restored
 from salad_ray.model.speech_lm import (
     EncoderSpec,
     ModelError,
@@ -48,9 +51,10 @@ from salad_ray.model.speech_lm import (
     load_text_lm,
     load_tokenizer,
     parameter_groups,
+    tokenizer_hash,
     weights_fingerprint,
 )
-from salad_ray.sequences.batch import Batch
+from salad_ray.sequences.batch import Batch, without_labels
 from salad_ray.sequences.loader import LaneReader
 from salad_ray.tables import Table, TableError, local_folder, put_folder, read_json, write_json
 
@@ -71,6 +75,8 @@ class Progress:
     log: list[dict[str, float]] = field(default_factory=list)
     sums: list[float] = field(default_factory=lambda: [0.0] * len(SUMS))
     """Of the steps since the last row of the log."""
+    skipped_steps: int = 0
+    """Updates that the engine left out, before the last resume."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +87,11 @@ class Job:
     name: str
     """The stage, and its folder in run_dir."""
     teacher: dict[str, Any]
-    """The teacher's manifest: path and revision."""
+    """The teacher's manifest: path, revision, hash of its tokenizer."""
     encoder: EncoderSpec
     num_steps: int
+    card: str
+    """Text of the model card."""
 
 
 def train(job: Job) -> dict[str, Any]:
@@ -108,7 +116,6 @@ def train(job: Job) -> dict[str, Any]:
             name=job.name,
             storage_path=job.config.run_dir,
             failure_config=FailureConfig(max_failures=settings.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=settings.keep_checkpoints),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
@@ -168,34 +175,37 @@ class Distiller:
         self.job, self.config, self.settings = job, job.config, job.config.distill
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = ray.train.torch.get_device()
-        rows = self.config.pack.num_lanes // self.world_size * self.config.pack.rows_per_lane
-        self.num_micro_batches = rows // self.settings.micro_batch_rows
         self.teacher_path = local_folder(job.teacher["path"])
         self.dtype = DTYPES[self.settings.precision]
         self.teacher = self._load_teacher()
+        self.reader = self._open_reader()
         self.engine = self._make_engine()
         self.progress = Progress()
+        self.stalled = 0.0
 
     def run(self) -> dict[str, Any]:
         """Train to the last step and write the model; returns the facts of the run."""
-        teacher_weights = weights_fingerprint(self.teacher)
-        self._load_checkpoint()
+        resumed = self._resume()
+        if self.rank == 0:
+            self._note_start(resumed)
         self.logger = Logger(self.job.config, self.job.name, self.job.num_steps) if self.rank == 0 else None
-        self.reader = self._open_reader()
         with closing(self.reader.__iter__()) as steps:
             self.logged = (time.monotonic(), self.reader.wait_secs)
             while self.progress.step < self.job.num_steps:
                 self._train_step(next(steps))
                 self._after_step()
-        changed = torch.tensor([float(weights_fingerprint(self.teacher) != teacher_weights)])
-        if self._sum_over_workers(changed).item():
-            raise TrainingStopped("the teacher's weights changed during training; please report this as a bug")
+        self._require_everywhere(
+            weights_fingerprint(self.teacher) == self.teacher_weights,
+            "the teacher's weights changed during training; please report this as a bug",
+        )
         self._export()
-        return asdict(self.progress) | {"skipped_steps": self.engine.skipped_steps, "num_workers": self.world_size}
+        self.checkpoints.wait()
+        return asdict(self.progress) | {"skipped_steps": self._skipped_steps(), "num_workers": self.world_size}
 
     def _load_teacher(self) -> torch.nn.Module:
         teacher = load_text_lm(self.teacher_path, self.job.teacher["revision"], self.dtype, self.config.model.attention)
         self.num_teacher = teacher.num_parameters()
+        self.teacher_weights = weights_fingerprint(teacher)
         return teacher.requires_grad_(False).eval().to(self.device)
 
     def _make_engine(self) -> Any:
@@ -211,6 +221,7 @@ class Distiller:
             model.attention,
         )
         self.num_student = sum(parameter.numel() for parameter in student.parameters())
+        self._verify_start(student)
         if settings.activation_checkpointing:
             student.gradient_checkpointing()
         groups = parameter_groups(
@@ -222,7 +233,7 @@ class Distiller:
         engine, *_ = deepspeed.initialize(
             model=student.to(self.device),
             optimizer=optimizer,
-            config=deepspeed_config(settings, self.num_micro_batches),
+            config=deepspeed_config(settings, self.reader.num_micro_batches),
             dist_init_required=False,
         )
         if settings.compile:
@@ -238,8 +249,50 @@ class Distiller:
             rank=self.rank,
             world_size=self.world_size,
             micro_batch_rows=self.settings.micro_batch_rows,
-            start_step=self.progress.step,
         )
+
+    def _verify_start(self, student: SpeechLM) -> None:
+        """Before step 0 the student is its teacher, weight for weight, and both are what the run was planned with."""
+        student_weights = weights_fingerprint(student.llm)
+        self._require_everywhere(
+            student_weights == self.teacher_weights,
+            f"the student's weights ({student_weights}) are not its teacher's ({self.teacher_weights}) before step 0",
+        )
+        tokenizer = tokenizer_hash(student.tokenizer)
+        self._require_everywhere(
+            tokenizer == self.job.teacher["tokenizer_hash"],
+            f"the tokenizer at {self.job.teacher['path']} is not the one that the plan was made with",
+        )
+        self.loaded = {
+            "teacher": {name: self.job.teacher[name] for name in ("path", "revision")},
+            "teacher_weights": self.teacher_weights,
+            "student_weights": student_weights,
+            "tokenizer_hash": tokenizer,
+            "llm_tensors": len(student.llm.state_dict()),
+            "llm_parameters": self.num_teacher,
+            "adapter_parameters": sum(parameter.numel() for parameter in student.adapter.parameters()),
+            "encoder": asdict(self.job.encoder),
+        }
+
+    def _note_start(self, resumed: dict[str, Any]) -> None:
+        """Add this start to `starts.json` and show it: what was loaded, by how many workers, from where it goes on."""
+        workers = {"num_workers": self.world_size, "zero_stage": self.settings.zero_stage}
+        note = {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())} | workers | resumed | self.loaded
+        url = f"{self.config.run_dir}/{self.job.name}/starts.json"
+        write_json(url, {"starts": [*(read_json(url) or {"starts": []})["starts"], note]})
+        loaded = self.loaded
+        say(
+            f"{self.job.name}: student = teacher before step 0: {loaded['llm_tensors']} tensors, "
+            f"{loaded['llm_parameters']:,} parameters, weights {loaded['student_weights']}; "
+            f"adapter {loaded['adapter_parameters']:,} parameters; {self.world_size} workers"
+        )
+        if resumed["resumed_from"]:
+            say(f"{self.job.name}: continuing after step {resumed['step']}, from {resumed['resumed_from']}")
+
+    def _require_everywhere(self, good: bool, what: str) -> None:
+        """Stops all workers where any of them sees something wrong."""
+        if self._sum_over_workers(torch.tensor([float(not good)])).item():
+            raise TrainingStopped(what)
 
     def _train_step(self, batches: list[Batch]) -> None:
         """One optimizer step over this worker's micro-batches."""
@@ -247,6 +300,8 @@ class Distiller:
         factor = learning_rate_factor(step, self.job.num_steps, settings.warmup_share, settings.decay_share)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
+        missing = self.reader.num_micro_batches - len(batches)  # other workers may have a lane more
+        batches = batches + [without_labels(batches[-1])] * missing
         num_labels = self._sum_over_workers(torch.tensor([sum(len(batch.labels) for batch in batches)]))
         sums = torch.zeros(len(SUMS), dtype=torch.float64)
         for index, batch in enumerate(batches):
@@ -274,7 +329,7 @@ class Distiller:
                 self.settings.loss_chunk_size,
                 partial(stack.enter_context, gathered),
             )
-            scale = global_scale(len(batch.labels), num_labels, self.world_size, self.num_micro_batches)
+            scale = global_scale(len(batch.labels), num_labels, self.world_size, self.reader.num_micro_batches)
             self.engine.backward(loss.loss * scale)
         count = len(batch.labels)
         flops = training_flops(self.num_student, self.num_teacher, self.teacher.config, batch)
@@ -299,14 +354,15 @@ class Distiller:
         last = step == self.job.num_steps
         if step % self.settings.log_every == 0 or last:
             self._log()
-        if step % self.settings.checkpoint_every == 0 or last:
-            self._save_checkpoint()
+        trunk = decay_start(self.job.num_steps, self.settings.decay_share)
+        if step % self.settings.checkpoint_every == 0 or step == trunk or last:
+            self._save_checkpoint(stays=step == trunk)  # a second stage, or a longer first one, goes on from there
 
     def _log(self) -> None:
         """Add a row to the training curve and show it."""
-        now, waited = time.monotonic(), self.reader.wait_secs
-        secs, waited_secs = now - self.logged[0], waited - self.logged[1]
-        self.logged = (now, waited)
+        now, waited, stalled = time.monotonic(), self.reader.wait_secs, self.checkpoints.stalled_secs
+        secs, waited_secs, stalled_secs = now - self.logged[0], waited - self.logged[1], stalled - self.stalled
+        self.logged, self.stalled = (now, waited), stalled
         self.progress.train_seconds += secs
         sums = dict(zip(SUMS, self.progress.sums, strict=True))
         self.progress.sums = [0.0] * len(SUMS)
@@ -315,9 +371,10 @@ class Distiller:
             "num_positions": self.progress.num_positions,
             "learning_rate": self.engine.optimizer.param_groups[0]["lr"],
             "grad_norm": float(self.engine.get_global_grad_norm() or 0.0),
-            "skipped_steps": self.engine.skipped_steps,
+            "skipped_steps": self._skipped_steps(),
             "positions_per_sec": sums["num_positions"] / secs,
             "waiting_share": waited_secs / secs,
+            "checkpoint_share": stalled_secs / secs,
             "memory_gib": peak_memory_gib(self.device),
         }
         if (peak := peak_flops(self.device)) is not None:
@@ -326,38 +383,42 @@ class Distiller:
         if self.logger is not None:
             self.logger.write(row)
 
-    def _save_checkpoint(self) -> None:
-        """Weights, optimizer and progress; Ray Train makes it appear whole or not at all, and prunes old ones."""
-        with tempfile.TemporaryDirectory() as folder:
-            self.engine.save_checkpoint(folder, tag="engine", save_latest=False)
-            if self.rank == 0:
-                secs = self.progress.train_seconds + time.monotonic() - self.logged[0]
-                state = asdict(self.progress) | {
-                    "train_seconds": secs,
-                    "world_size": self.world_size,
-                    "zero_stage": self.settings.zero_stage,
-                }
-                Path(folder, "progress.json").write_text(json.dumps(state))
-            ray.train.report(
-                {"step": self.progress.step},
-                checkpoint=Checkpoint.from_directory(folder),
-                checkpoint_dir_name=f"step-{self.progress.step:08d}",
-            )
+    def _skipped_steps(self) -> int:
+        return self.progress.skipped_steps + self.engine.skipped_steps
 
-    def _load_checkpoint(self) -> None:
-        checkpoint = ray.train.get_checkpoint()
+    def _save_checkpoint(self, stays: bool) -> None:
+        """Weights, optimizer and progress; training goes on as soon as they are copied."""
+        state = asdict(self.progress) | {
+            "train_seconds": self.progress.train_seconds + time.monotonic() - self.logged[0],
+            "skipped_steps": self._skipped_steps(),
+            "optimizer_step": optimizer_step(self.engine),
+        }
+        self.checkpoints.save(partitions(self.engine), state, stays)
+
+    def _resume(self) -> dict[str, Any]:
+        """Continue from the last whole checkpoint, if there is one, whoever wrote it; all workers from the same.
+
+        Returns:
+            What `starts.json` is to say about it.
+        """
+        url = f"{self.config.run_dir}/{self.job.name}/checkpoints"
+        not_whole: list[str] = []
+        chosen: list[Any] = [latest(url, not_whole.append), new_token()] if self.rank == 0 else [None, None]
+        dist.broadcast_object_list(chosen)
+        for sentence in not_whole:
+            say(f"{self.job.name}: {sentence}")
+        checkpoint, token = chosen
+        keep = self.settings.keep_checkpoints
+        self.checkpoints = CheckpointWriter(url, self.rank, self.world_size, token, keep)
         if checkpoint is None:
-            return
-        with checkpoint.as_directory() as folder:
-            state = json.loads(Path(folder, "progress.json").read_text())
-            for key, now in (("world_size", self.world_size), ("zero_stage", self.settings.zero_stage)):
-                if state.pop(key) != now:
-                    raise TrainingStopped(
-                        f"{checkpoint.path} was written with another number of workers or ZeRO stage; continue with "
-                        "the same distill.num_workers and distill.zero_stage, or run `salad stage1 CONFIG --redo`"
-                    )
-            self.engine.load_checkpoint(folder, tag="engine")
-        self.progress = Progress(**state)
+            return {"step": 0, "resumed_from": None, "not_whole": not_whole}
+        reader = CheckpointReader(checkpoint)
+        for partition in partitions(self.engine):
+            reader.fill(partition)
+        restored(self.engine, checkpoint.state["optimizer_step"])
+        self.progress = Progress(**{name: checkpoint.state[name] for name in asdict(self.progress)})
+        self.reader.start_step = self.progress.step
+        return {"step": self.progress.step, "resumed_from": checkpoint.url, "not_whole": not_whole}
 
     def _export(self) -> None:
         """Write the student as plain safetensors to `run_dir/<name>/model`."""
@@ -366,6 +427,7 @@ class Distiller:
         if self.rank == 0:
             with tempfile.TemporaryDirectory() as folder:
                 self.engine.module.save_pretrained(f"{folder}/model", state_dict=weights)
+                Path(folder, "model", "README.md").write_text(self.job.card, encoding="utf-8")
                 put_folder(f"{folder}/model", f"{self.config.run_dir}/{self.job.name}/model")
         dist.barrier()
 

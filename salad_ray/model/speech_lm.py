@@ -13,8 +13,7 @@ import inspect
 import json
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -35,21 +33,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import logging as transformers_logging
 
 from salad_ray.config import AdapterConfig
 from salad_ray.model.adapter import Adapter, ExactBuffers
+from salad_ray.model.loading import UNUSABLE, quiet, reason, require_readable, require_whole
+from salad_ray.model.loading import ModelError as ModelError  # also had from here, as part of loading a speech LM
+from salad_ray.model.loading import weights_fingerprint as weights_fingerprint
 from salad_ray.sequences.batch import Batch
 
 FORMAT = "salad_ray.speech_lm/1"
-# What transformers and its parsers raise for a folder, hub id or setting that cannot be used.
-_UNUSABLE = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError, StrictDataclassError)
 # Settings with which known architectures bend their logits away from hidden · headᵀ.
 _LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "logit_softcap")
-
-
-class ModelError(ValueError):
-    """A model, tokenizer or folder that cannot be used; the message is one sentence for the user."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +156,7 @@ class SpeechLM(ExactBuffers):
         _require_replaceable(folder)
         weights = dict(self.state_dict() if state_dict is None else state_dict)
         content = {"format": FORMAT} | asdict(self.config) | {"adapter": self.config.adapter.model_dump()}
-        with _replacing(folder) as new, _quiet():
+        with _replacing(folder) as new, quiet():
             self.llm.save_pretrained(new / "llm", state_dict=_part(weights, "llm."))
             self.tokenizer.save_pretrained(new / "llm")
             save_file(_part(weights, "adapter."), new / "adapter.safetensors")
@@ -255,9 +249,9 @@ def load_text_lm(
         ModelError: it cannot be read or had; weights are missing, too many or of other shapes; its logits are not
             hidden · headᵀ; or it cannot keep packed segments apart.
     """
-    _require_readable(path)
+    require_readable(path, "Qwen/Qwen2.5-3B")
     try:
-        with _quiet():
+        with quiet():
             llm, info = AutoModelForCausalLM.from_pretrained(
                 path,
                 revision=revision,
@@ -268,42 +262,32 @@ def load_text_lm(
                 ignore_mismatched_sizes=True,  # they come back in `info`, all of them
                 output_loading_info=True,
             )
-    except _UNUSABLE as error:
-        raise ModelError(f"{path}: cannot be loaded as a text LLM ({_reason(error)})") from None
-    _require_all_weights(path, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
+    except UNUSABLE as error:
+        raise ModelError(f"{path}: cannot be loaded as a text LLM ({reason(error)})") from None
+    require_whole(path, info)
     _require_packable(path, llm)
     _require_plain_logits(path, llm)
     return llm.eval()
 
 
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A short hash of everything that decides a fast tokenizer's output."""
+    return hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode(), digest_size=8).hexdigest()
+
+
 def load_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a text LLM; raises `ModelError` when there is none."""
-    _require_readable(path)
+    require_readable(path, "Qwen/Qwen2.5-3B")
     try:
-        with _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False, use_fast=True)
-    except _UNUSABLE as error:
-        raise ModelError(f"{path}: its tokenizer cannot be loaded ({_reason(error)})") from None
+    except UNUSABLE as error:
+        raise ModelError(f"{path}: its tokenizer cannot be loaded ({reason(error)})") from None
     if not tokenizer.is_fast:
         raise ModelError(f"{path}: its tokenizer gives no character offsets; add a fast tokenizer (tokenizer.json)")
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where there are no files
         raise ModelError(f"{path}: holds no tokenizer; save one there with tokenizer.save_pretrained")
     return tokenizer
-
-
-def weights_fingerprint(model: nn.Module) -> str:
-    """A hash of the names, shapes, types and bytes of all weights: equal if and only if they are bit-identical."""
-    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
-        digests = pool.map(_tensor_digest, sorted(model.state_dict().items()))
-        return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
-
-
-def _tensor_digest(item: tuple[str, Tensor]) -> bytes:
-    name, tensor = item
-    digest = hashlib.sha256(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-    data: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    digest.update(data)
-    return digest.digest()
 
 
 def parameter_groups(
@@ -331,28 +315,6 @@ def _embedding_rms(llm: PreTrainedModel) -> float:
     ids = torch.linspace(0, num_ids - 1, min(num_ids, 4096), device=embed.weight.device).long()
     with torch.no_grad():  # through the module, since some scale what they look up
         return embed(ids).float().square().mean().sqrt().item()
-
-
-def _require_readable(path: str) -> None:
-    """A hub id, or a folder with a config: transformers would take a mistyped path for a hub id."""
-    folder = Path(path).expanduser()
-    if folder.is_file():
-        raise ModelError(f"{path}: is a file; give the folder that holds it")
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"{path}: holds no config.json, so it is not a Hugging Face model folder")
-    elif path.count("/") != 1 or path.startswith((".", "/", "~")):
-        raise ModelError(f"{path}: no such folder; give a folder or a hub id such as Qwen/Qwen2.5-3B")
-
-
-def _require_all_weights(
-    path: str, missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[tuple[str, Any, Any]]
-) -> None:
-    shapes = [f"{name} {tuple(found)} instead of {tuple(needed)}" for name, found, needed in mismatched]
-    problems = {"missing": sorted(missing), "unexpected": sorted(unexpected), "of another shape": sorted(shapes)}
-    found = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in problems.items() if names]
-    if found:
-        raise ModelError(f"{path}: its weights do not fit its config: {'; '.join(found)}")
 
 
 def _require_packable(path: str, llm: PreTrainedModel) -> None:
@@ -405,7 +367,7 @@ def _read_config(folder: Path) -> SpeechLMConfig:
         parts = {"encoder": EncoderSpec(**content["encoder"]), "adapter": AdapterConfig(**content["adapter"])}
         return SpeechLMConfig(**(content | parts))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{folder / 'config.json'}: is not the config of a speech LM ({_reason(error)})") from None
+        raise ModelError(f"{folder / 'config.json'}: is not the config of a speech LM ({reason(error)})") from None
 
 
 def _load_adapter(adapter: Adapter, path: Path) -> None:
@@ -413,11 +375,12 @@ def _load_adapter(adapter: Adapter, path: Path) -> None:
     try:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path}: cannot be read ({_reason(error)}); copy the model's folder again") from None
+        raise ModelError(f"{path}: cannot be read ({reason(error)}); copy the model's folder again") from None
     own = adapter.state_dict()
     mismatched = [(name, weights[name].shape, own[name].shape) for name in own.keys() & weights.keys()]
     mismatched = [entry for entry in mismatched if entry[1] != entry[2]]
-    _require_all_weights(str(path), own.keys() - weights.keys(), weights.keys() - own.keys(), mismatched)
+    missing, unexpected = own.keys() - weights.keys(), weights.keys() - own.keys()
+    require_whole(str(path), {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": mismatched})
     adapter.load_state_dict(weights, assign=True)
 
 
@@ -452,27 +415,3 @@ def _replacing(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars and reports: what matters of them is raised."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-def _reason(error: BaseException) -> str:
-    """The first sentence of an error, on one line."""
-    text = " ".join(str(error).split()).split(". ")[0].rstrip(".")
-    return text[:300] or type(error).__name__

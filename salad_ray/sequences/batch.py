@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -73,16 +73,65 @@ class Batch:
 
 
 def sample_of(segment: Segment, utterances: Sequence[Features]) -> Sample:
-    """Gather a segment's frames from the float16 bytes of its utterances; raises `BadInput` when they do not fit."""
+    """Gather a segment's frames from the stored ones of its utterances; raises `BadInput` when they do not fit."""
     return Sample(segment, np.concatenate([frames_of(utterance) for utterance in utterances])[segment.frame_index])
 
 
+def store_frames(frames: np.ndarray, storage: Literal["float16", "int8"]) -> tuple[bytes, bytes | None]:
+    """Frames as `Features` has them; `frames_of` reads them again.
+
+    As int8 a value is off by at most half its channel's scale, which is 1/127 of the channel's largest value in this
+    utterance, rounded up to float16.
+
+    Args:
+        frames: float (num_frames, dim).
+
+    Returns:
+        `features` and `scales`, the latter none for float16.
+
+    Raises:
+        BadInput: there are no frames, or values that are not finite in float16.
+    """
+    with np.errstate(over="ignore"):
+        halves = frames.astype(np.float16)
+    if not len(frames) or not np.isfinite(halves).all():
+        raise BadInput("the encoder gave no frames, or values that are not finite in float16")
+    if storage == "float16":
+        return halves.tobytes(), None
+    values = frames.astype(np.float32)
+    scales = _float16_above(np.abs(values).max(axis=0) / 127)
+    levels = np.rint(values / np.where(scales > 0, scales, np.float16(1)).astype(np.float32))
+    return levels.astype(np.int8).tobytes(), scales.tobytes()
+
+
 def frames_of(utterance: Features) -> NDArray[np.float16]:
-    """The features (num_frames, dim) of an utterance."""
-    values = np.frombuffer(utterance.features, dtype=np.float16)
-    if len(values) != utterance.num_frames * utterance.dim:
-        raise BadInput(f"{len(values)} feature values are not {utterance.num_frames} frames of {utterance.dim}")
-    return values.reshape(utterance.num_frames, utterance.dim)
+    """The frames (num_frames, dim) of an utterance, stored either way; raises `BadInput` when the sizes are wrong."""
+    shape = (utterance.num_frames, utterance.dim)
+    kind = np.dtype(np.float16 if utterance.scales is None else np.int8)
+    if len(utterance.features) != shape[0] * shape[1] * kind.itemsize:
+        raise BadInput(f"{len(utterance.features)} bytes are not {shape[0]} frames of {shape[1]} {kind} values")
+    values = np.frombuffer(utterance.features, kind).reshape(shape)
+    if utterance.scales is None:
+        return values
+    if len(utterance.scales) != 2 * utterance.dim:
+        raise BadInput(f"{len(utterance.scales)} bytes are not the float16 scales of {utterance.dim} channels")
+    limit = np.finfo(np.float16).max  # a scale rounded up may lead a little beyond it
+    scaled = values * np.frombuffer(utterance.scales, np.float16).astype(np.float32)
+    return scaled.clip(-limit, limit).astype(np.float16)
+
+
+def _float16_above(values: np.ndarray) -> NDArray[np.float16]:
+    """The least float16 numbers that are not below `values`."""
+    nearest = values.astype(np.float16)
+    return np.where(nearest < values, np.nextafter(nearest, np.float16(np.inf)), nearest)
+
+
+def without_labels(batch: Batch) -> Batch:
+    """The batch with nothing to score or to count: for a worker that has to run one more than its rows fill."""
+    nothing = {
+        name: getattr(batch, name)[:0] for name in ("student_index", "teacher_index", "labels", "distance", "segment")
+    }
+    return replace(batch, **nothing, num_positions=0, num_teacher_positions=0, num_pairs=0, num_teacher_pairs=0)
 
 
 def collate(rows: Sequence[Sequence[Sample]], context: int) -> Batch:

@@ -1,8 +1,8 @@
 """Loading: the batches of one rank, in an order that does not depend on how many ranks there are.
 
 Lane l belongs to rank l % world_size, and step s takes rows s·b … (s + 1)·b − 1 of every lane, where a lane is the
-endless stream of its epochs' plans. So any world size that divides the number of lanes trains on the same rows at the
-same step, and a run resumes at any step without reading what lies before it.
+endless stream of its epochs' plans. So every world size up to the number of lanes trains on the same rows at the same
+step, and a run resumes at any step without reading what lies before it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from salad_ray.config import ConfigError, PackConfig
 from salad_ray.sequences.batch import Batch, Sample, collate, sample_of
@@ -32,6 +33,8 @@ from salad_ray.tables import BadInput, Features, PlanRow, PlanSegment, Table, Ta
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+PLAN_ROWS = 64  # planned rows that are Python objects at a time
 
 
 @dataclass
@@ -54,28 +57,51 @@ class LaneStream:
                     f"{self.plan.url} plans {epoch} epochs of lane {self.lane}, and training has used them up; "
                     "let the stage 'pack' plan more epochs, or train for fewer steps"
                 )
-            num_rows = self.plan.read(name, ["row"]).num_rows
+            num_rows = self.plan.metadata(name).num_rows
             if position < num_rows:
                 yield from self._epoch(name, position)
             position = max(0, position - num_rows)
 
     def _epoch(self, name: str, position: int) -> Iterator[list[Sample]]:
         """Rows from `position` on; a shard is dropped after the last row that refers to it, before another is read."""
-        rows: list[PlanRow] = from_arrow(PlanRow, self.plan.read(name))
-        last_use = {segment.shard: row.row for row in rows for segment in row.segments}
+        plan = self.plan.read(name)
+        last_use = _last_uses(plan)
         self.shards = {}
-        for row in rows[position:]:
-            self.shards = {shard: table for shard, table in self.shards.items() if last_use[shard] >= row.row}
-            passages = [self._utterances(segment) for segment in row.segments]
-            try:
-                yield samples_of(row.segments, passages, self.tokenizer)
-            except BadInput as error:
-                raise TableError(f"row {row.row} of {self.plan.url}/{name}: {error}; rerun the stage 'pack'") from None
+        for start in range(position, plan.num_rows, PLAN_ROWS):
+            rows: list[PlanRow] = from_arrow(PlanRow, plan.slice(start, PLAN_ROWS))
+            for row in rows:
+                self.shards = {shard: table for shard, table in self.shards.items() if last_use[shard] >= row.row}
+                passages = [self._utterances(segment) for segment in row.segments]
+                try:
+                    yield samples_of(row.segments, passages, self.tokenizer)
+                except BadInput as error:
+                    where = f"row {row.row} of {self.plan.url}/{name}"
+                    raise TableError(f"{where}: {error}; rerun the stage 'pack'") from None
 
     def _utterances(self, segment: PlanSegment) -> list[Features]:
-        if segment.shard not in self.shards:
-            self.shards[segment.shard] = self.features.read(segment.shard)
-        return from_arrow(Features, self.shards[segment.shard].take(segment.rows))
+        shard = self._shard(segment.shard, max(segment.rows))
+        return from_arrow(Features, shard.take(segment.rows))
+
+    def _shard(self, shard: str, row: int) -> pa.Table:
+        """A feature shard that has this row at least."""
+        if shard not in self.shards:
+            self.shards[shard] = self.features.read(shard).combine_chunks()  # rows of chunks are slow to take
+        table = self.shards[shard]
+        if row >= table.num_rows:
+            raise TableError(
+                f"{self.features.url}/{shard} has {table.num_rows} rows, and {self.plan.url} refers to row {row}; it "
+                "was encoded anew from other speech, so rerun the stage 'pack'"
+            )
+        return table
+
+
+def _last_uses(plan: pa.Table) -> dict[str, int]:
+    """The last row that refers to each feature shard."""
+    segments = plan["segments"].combine_chunks()
+    rows = plan["row"].combine_chunks().take(pc.list_parent_indices(segments))
+    uses = pa.table({"shard": segments.flatten().field("shard"), "row": rows})
+    last = uses.group_by("shard").aggregate([("row", "max")])
+    return dict(zip(last["shard"].to_pylist(), last["row_max"].to_pylist(), strict=True))
 
 
 def samples_of(
@@ -101,7 +127,8 @@ def samples_of(
 class LaneReader:
     """One rank's batches, step by step; iterating yields the micro-batches of one step as a list.
 
-    The rows of a step come in order of (row, lane), `micro_batch_rows` at a time. A background thread reads
+    The rows of a step come in order of (row, lane), `micro_batch_rows` at a time; the last micro-batch has what is
+    left. Where the world size does not divide the lanes some ranks have more rows than others. A background thread is
     `prefetch_steps` steps ahead; its errors are raised where the step they belong to would have come. Leaving the loop
     (or closing the iterator) ends the thread. `wait_secs` adds up the time spent waiting for it.
 
@@ -112,7 +139,7 @@ class LaneReader:
         start_step: first step to give; the feature shards of earlier steps are not read.
 
     Raises:
-        ConfigError: the world size does not divide the lanes, or the micro-batch not the rows of a step.
+        ConfigError: there are more ranks than lanes.
         TableError: while iterating, when the planned epochs are used up or a shard is missing or damaged.
     """
 
@@ -128,11 +155,17 @@ class LaneReader:
     wait_secs: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
-        if self.config.num_lanes % self.world_size:
-            raise ConfigError(f"{self.world_size} workers cannot share pack.num_lanes={self.config.num_lanes} evenly")
-        num_rows = self.config.num_lanes // self.world_size * self.config.rows_per_lane
-        if num_rows % self.micro_batch_rows:
-            raise ConfigError(f"micro-batches of {self.micro_batch_rows} do not divide the {num_rows} rows of a step")
+        if self.world_size > self.config.num_lanes:
+            raise ConfigError(
+                f"{self.world_size} workers cannot share pack.num_lanes={self.config.num_lanes}; lower "
+                "distill.num_workers, or raise pack.num_lanes and rerun `salad pack CONFIG --redo`"
+            )
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of a step on the rank that has the most; the same number on every rank."""
+        num_lanes = -(-self.config.num_lanes // self.world_size)
+        return -(-num_lanes * self.config.rows_per_lane // self.micro_batch_rows)
 
     def __iter__(self) -> Generator[list[Batch]]:
         steps = self._steps()

@@ -70,8 +70,8 @@ def plan_shard_name(lane: int, epoch: int) -> str:
 
 
 def read_without_features(table: Table, shard: str) -> list[Features]:
-    """The rows of a feature shard with `features=b""`; that column, nearly all of the file, is not read."""
-    columns = [name for name in schema_of(Features).names if name != "features"]
+    """The rows of a feature shard, `features=b""` and no scales: columns, nearly all of the file, that are not read."""
+    columns = [name for name in schema_of(Features).names if name not in ("features", "scales")]
     rows = table.read(shard, columns)
     return from_arrow(Features, rows.append_column("features", pa.array([b""] * rows.num_rows, pa.binary())))
 
@@ -188,7 +188,7 @@ def find_chains(clips: Sequence[Clip]) -> list[list[Clip]]:
         by_recording.setdefault(clip.utterance.recording_id, []).append(clip)
     chains: list[list[Clip]] = []
     for recording in by_recording.values():
-        recording.sort(key=lambda clip: (clip.utterance.offset_secs, clip.index))
+        recording.sort(key=_place)
         chains.append(recording[:1])
         for previous, clip in pairwise(recording):
             if not _is_adjacent(previous.utterance, clip.utterance):
@@ -197,7 +197,16 @@ def find_chains(clips: Sequence[Clip]) -> list[list[Clip]]:
     return chains
 
 
+def _place(clip: Clip) -> tuple[bool, float, int]:
+    """Sorts the clips of a recording: by their order where that is known, else by their offset."""
+    utterance = clip.utterance
+    place = utterance.offset_secs if utterance.order is None else utterance.order
+    return utterance.order is None, place, clip.index
+
+
 def _is_adjacent(first: Features, second: Features) -> bool:
+    if first.order is not None and second.order is not None:
+        return second.order == first.order + 1
     gap_secs = second.offset_secs - first.offset_secs - first.duration_secs
     return second.offset_secs > first.offset_secs and -MAX_OVERLAP_SECS <= gap_secs <= MAX_GAP_SECS
 

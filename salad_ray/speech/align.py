@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import pocketsphinx
@@ -38,6 +39,21 @@ _SCORE_SCALE = 1024
 """pocketsphinx divides the log-likelihoods of its frames by this."""
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Times of the words of a text, and how well it fits the audio: the mean score of a frame in the worst stretch.
+
+    Scores of different aligners, or of different models, are on different scales.
+    """
+
+    words: list[Word]
+    score: float
+
+
 @dataclass(frozen=True)
 class _Segment:
     """A token or a silence (`is_token` false) as it was found: frames [start, end), log-likelihood of all of them."""
@@ -49,9 +65,16 @@ class _Segment:
 
 
 class PocketsphinxAligner:
-    """Aligns text to audio; one decoder serves all utterances, and learns words as they come."""
+    """Aligns text to audio; one decoder serves all utterances, and learns words as they come.
 
-    def __init__(self) -> None:
+    Args:
+        min_score: least score of an alignment, of whatever length; None takes `MIN_SCORE`, or `MIN_SHORT_SCORE`.
+    """
+
+    sampling_rate = SAMPLING_RATE
+
+    def __init__(self, min_score: float | None = None) -> None:
+        self._min_score = min_score
         self._decoder = pocketsphinx.Decoder(
             lm=None,
             samprate=SAMPLING_RATE,
@@ -78,6 +101,13 @@ class PocketsphinxAligner:
         Raises:
             BadInput: the text does not fit the audio.
         """
+        return self._align(audio, text).words
+
+    def align_batch(self, audios: Sequence[np.ndarray], texts: Sequence[str]) -> list[Alignment | BadInput]:
+        """`align` for each pair, one by one; where it fails, the error in place of the result."""
+        return [or_error(self._align, audio, text) for audio, text in zip(audios, texts, strict=True)]
+
+    def _align(self, audio: np.ndarray, text: str) -> Alignment:
         if len(audio) < MIN_SAMPLES:
             raise BadInput(f"alignment failed: {len(audio)} samples are too few")
         words = text.split()
@@ -86,9 +116,9 @@ class PocketsphinxAligner:
         if not flat:
             raise BadInput("nothing to align: the transcript has no word that can be spoken")
         segments = self._search(audio, [self._name(token) for token in flat])
-        check_segments(segments)
+        score = check_segments(segments, self._min_score)
         found = [segment for segment in segments if segment.is_token]
-        return _words(words, [len(word) for word in tokens], found, len(audio) / SAMPLING_RATE)
+        return Alignment(_words(words, [len(word) for word in tokens], found, len(audio) / SAMPLING_RATE), score)
 
     def _search(self, audio: np.ndarray, names: Sequence[str]) -> list[_Segment]:
         self._decode(_pcm(audio), " ".join(names))
@@ -143,23 +173,42 @@ class PocketsphinxAligner:
         return known or [guess_phones(word)]
 
 
+def or_error(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | BadInput:
+    """What a function returns, or the `BadInput` that it raises."""
+    try:
+        return function(*args, **kwargs)
+    except BadInput as error:
+        return error
+
+
 def alignment_score(segments: Sequence[_Segment]) -> float:
     """Mean log-likelihood of a frame in the worst stretch of `SCORE_FRAMES`; speech that the text lacks counts too."""
-    frames = np.concatenate([np.full(seg.end - seg.start, seg.score / (seg.end - seg.start)) for seg in segments])
-    width = min(SCORE_FRAMES, len(frames))
+    frames = [np.full(seg.end - seg.start, seg.score / (seg.end - seg.start)) for seg in segments]
+    return worst_stretch(np.concatenate(frames), SCORE_FRAMES)
+
+
+def worst_stretch(frames: np.ndarray, width: int) -> float:
+    """The least mean of `width` scores of frames in a row, of all of them where there are fewer."""
+    width = min(width, len(frames))
     total = np.concatenate([[0.0], np.cumsum(frames)])
     return float((total[width:] - total[:-width]).min() / width)
 
 
-def check_segments(segments: Sequence[_Segment]) -> None:
-    """Raises `BadInput` for an alignment that no reader of the text would have produced."""
+def check_score(score: float, lowest: float) -> None:
+    """Raises `BadInput` for a score below the lowest, or one that is not a number."""
+    if not score >= lowest:
+        raise BadInput(f"the audio does not say what the transcript does: alignment score {score:.1f}, below {lowest}")
+
+
+def check_segments(segments: Sequence[_Segment], min_score: float | None = None) -> float:
+    """The score of an alignment; raises `BadInput` for one that no reader of the text would have produced."""
     longest = max(segment.end - segment.start for segment in segments if segment.is_token)
     if longest > MAX_TOKEN_FRAMES:
         raise BadInput(f"alignment failed: one word would last {longest / FRAME_RATE:.1f} s")
-    lowest = MIN_SCORE if segments[-1].end >= SHORT_FRAMES else MIN_SHORT_SCORE
+    usual = MIN_SCORE if segments[-1].end >= SHORT_FRAMES else MIN_SHORT_SCORE
     score = alignment_score(segments)
-    if score < lowest:
-        raise BadInput(f"the audio does not say what the transcript does: alignment score {score:.1f}, below {lowest}")
+    check_score(score, usual if min_score is None else min_score)
+    return score
 
 
 def _frame_secs(frame: int) -> float:

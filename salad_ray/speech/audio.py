@@ -13,12 +13,14 @@ import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import BinaryIO
 
 import fsspec
 import numpy as np
 import soundfile
 import soxr
+from fsspec.implementations.local import LocalFileSystem
 
 from salad_ray.config import QualityConfig
 from salad_ray.tables import BadInput, Utterance
@@ -33,6 +35,8 @@ END_TOLERANCE_SECS = 0.1
 """Durations in tables are rounded, and MP3 encoders pad."""
 MAX_FOREIGN_SHARE = 0.2
 """Largest share of letters outside the language's script."""
+CACHE_BYTES = 2**28
+"""Largest remote recording that is fetched whole."""
 _UNKNOWN_FRAMES = 2**62
 _STREAMED_WAV_BYTES = 0x7FFFF000
 """Programs that write WAV to a pipe leave a data size at or above this."""
@@ -87,6 +91,44 @@ def encode_audio(audio: np.ndarray, sampling_rate: int, audio_format: str) -> by
     return file.getvalue()
 
 
+def load_utterance(row: Utterance, sampling_rate: int) -> np.ndarray:
+    """The audio of an utterance, float32 (num_samples,) at `sampling_rate`; raises as `load_audio`."""
+    return load_audio(referenced(row), row.offset_secs, row.duration_secs, sampling_rate)[0]
+
+
+def referenced(row: Utterance) -> str | bytes | None:
+    """What an utterance's audio is to be opened from: a local path, or an encoded file's bytes.
+
+    Of an archive only the member is read. A remote recording is fetched once for the many cuts of it that follow each
+    other; one larger than `CACHE_BYTES` is left where it is.
+
+    Raises:
+        BadInput: missing, or an archive that ends before the member does.
+    """
+    if row.audio is not None or row.uri is None:
+        return row.audio
+    fs, path = fsspec.core.url_to_fs(row.uri)
+    try:
+        if row.byte_start is not None and row.num_bytes is not None:
+            data = fs.cat_file(path, row.byte_start, row.byte_start + row.num_bytes)
+            if len(data) != row.num_bytes:
+                raise BadInput(f"truncated: {row.uri} ends {row.num_bytes - len(data):,} bytes before the audio does")
+            return data
+        if isinstance(fs, LocalFileSystem) or fs.size(path) > CACHE_BYTES:
+            return row.uri
+        return _fetched(row.uri)
+    except FileNotFoundError:
+        raise BadInput(f"no such audio file: {row.uri}") from None
+    except OSError as error:
+        raise BadInput(f"audio file {row.uri} cannot be read ({error})") from None
+
+
+@lru_cache(maxsize=2)
+def _fetched(uri: str) -> bytes:
+    fs, path = fsspec.core.url_to_fs(uri)
+    return bytes(fs.cat_file(path))
+
+
 def check_recording(utterance: Utterance, quality: QualityConfig) -> Utterance:
     """Decode the audio of an utterance and check it and its transcript; at most `max_duration_secs` are decoded.
 
@@ -97,7 +139,9 @@ def check_recording(utterance: Utterance, quality: QualityConfig) -> Utterance:
         BadInput: with the reason.
     """
     check_transcript(utterance.text, utterance.language)
-    with open_recording(utterance.uri if utterance.audio is None else utterance.audio) as recording:
+    if quality.min_dnsmos is not None and utterance.dnsmos is not None and utterance.dnsmos < quality.min_dnsmos:
+        raise BadInput(f"DNSMOS {utterance.dnsmos:.2f}, below min_dnsmos={quality.min_dnsmos:g}")
+    with open_recording(referenced(utterance)) as recording:
         if recording.file.subtype in ("PCM_U8", "PCM_S8"):
             raise BadInput("8-bit samples, too coarse for speech; at least 16 bits are needed")
         start, num_frames = _cut(recording, utterance.offset_secs, utterance.duration_secs)

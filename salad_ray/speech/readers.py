@@ -1,13 +1,10 @@
-"""Recorded speech from a folder: `transcripts.tsv` and the audio files it names.
-
-Reading is cheap and never opens audio: it runs once, before the rows are dealt to workers, which check the audio
-(`audio.check_recording`).
-"""
+"""Recorded speech from a folder: `transcripts.tsv` and the audio files it names; and what all readers share."""
 
 from __future__ import annotations
 
 import difflib
 import math
+import re
 import unicodedata
 from collections.abc import Sequence
 
@@ -22,15 +19,23 @@ REQUIRED = ("utt_id", "audio", "text")
 STAGE = "ingest"
 
 
-def read_folder(folder: str, license: str) -> tuple[list[Utterance], list[Reject]]:
+# How corpora spell languages, beside codes such as en, EN or en-GB.
+LANGUAGES = {
+    "english": "en", "german": "de", "french": "fr", "chinese": "zh", "japanese": "ja", "korean": "ko", "spanish": "es",
+    "italian": "it", "dutch": "nl", "polish": "pl", "portuguese": "pt", "russian": "ru",
+}  # fmt: skip
+
+
+def read_folder(folder: str, license: str, name: str = "") -> tuple[list[Utterance], list[Reject]]:
     """Read `folder/transcripts.tsv`: UTF-8, tab-separated, with a header and no quoting.
 
     Columns: utt_id, audio (relative to the folder) and text; if known speaker, recording_id, offset and duration
     (seconds of a cut of the audio file), domain, language, license. Others are ignored.
 
     Args:
-        folder: a local path or any URL that fsspec opens; its name becomes the corpus and the prefix of the ids.
+        folder: a local path or any URL that fsspec opens.
         license: licence of rows that state none.
+        name: the corpus and prefix of the ids; "" takes the folder's name.
 
     Returns:
         Utterances whose `duration_secs` is what the table says, or 0 where it says nothing (the audio's end), and
@@ -43,15 +48,41 @@ def read_folder(folder: str, license: str) -> tuple[list[Utterance], list[Reject
     root = path if isinstance(fs, LocalFileSystem) else folder.rstrip("/")
     lines = _decode(_read_table(fs, path, folder), f"{folder.rstrip('/')}/{TABLE}").split("\n")
     columns = _columns(lines[0], f"{folder.rstrip('/')}/{TABLE}")
-    return _read_rows(lines, columns, root, license)
+    return _read_rows(lines, columns, root, license, name or root.rsplit("/", 1)[-1])
 
 
-def split_of(recording_id: str, heldout_share: float) -> str:
-    """`test` for the given share of the recordings, chosen by a hash that never changes; otherwise `train`.
+def check_folder(folder: str) -> None:
+    """Raises `ConfigError` for a folder without a table that can be read."""
+    fs, path = fsspec.core.url_to_fs(folder.rstrip("/") or folder)
+    table = f"{folder.rstrip('/')}/{TABLE}"
+    _columns(_decode(_read_table(fs, path, folder), table).split("\n", 1)[0], table)
 
-    The speaker does not enter: it would put the whole of a one-speaker corpus on one side.
+
+def split_of(source: str, heldout_share: float) -> str:
+    """`test` for the given share of the sources (or speakers), chosen by a hash that never changes; else `train`."""
+    return "test" if stable_hash("split", source) < heldout_share * 2**64 else "train"
+
+
+def language_code(name: str) -> str:
+    """English, EN and en-GB as `en`; a name that is not known as it is, in lower case."""
+    lower = name.strip().lower()
+    code = re.split("[-_]", lower)[0]
+    return LANGUAGES.get(lower) or (code if len(code) in (2, 3) else lower)
+
+
+def inside(path: str, root: str, allow_outside: bool = False) -> str:
+    """Where audio lies that a table or manifest names; it must not name other files of this machine, or other machines.
+
+    Raises:
+        BadInput: a path that leaves `root`, unless that is allowed.
     """
-    return "test" if stable_hash("split", recording_id) < heldout_share * 2**64 else "train"
+    if not path:
+        raise BadInput("empty audio path")
+    parts = path.replace("\\", "/").split("/")
+    is_absolute = parts[0] == "" or ":" in parts[0]
+    if (is_absolute or ".." in parts) and not allow_outside:
+        raise BadInput(f"audio path '{path}' leaves the folder; give a path relative to it, or set allow_outside=true")
+    return path if is_absolute else f"{root}/{path}"
 
 
 def normalize_text(text: str) -> str:
@@ -111,11 +142,10 @@ def _names(names: Sequence[str]) -> str:
 
 
 def _read_rows(
-    lines: Sequence[str], columns: Sequence[str], root: str, license: str
+    lines: Sequence[str], columns: Sequence[str], root: str, license: str, corpus: str
 ) -> tuple[list[Utterance], list[Reject]]:
     utterances: list[Utterance] = []
     rejects: list[Reject] = []
-    corpus = root.rsplit("/", 1)[-1]
     first_line: dict[str, int] = {}
     for number, line in enumerate(lines[1:], start=2):
         if not line.strip("\r\n\t "):
@@ -157,23 +187,14 @@ def _utterance(row: dict[str, str], utt_id: str, root: str, corpus: str, license
         duration_secs=duration_secs,
         recording_id=f"{corpus}/{row.get('recording_id') or row['utt_id']}",
         corpus=corpus,
+        source=f"{corpus}/{row.get('recording_id') or row['utt_id']}",
         speaker=row.get("speaker", ""),
         language=row.get("language") or "en",
         license=row.get("license") or license,
         domain=row.get("domain", ""),
-        uri=f"{root}/{_inside(row['audio'])}",
+        uri=inside(row["audio"], root),
         offset_secs=_seconds(row, "offset"),
     )
-
-
-def _inside(audio: str) -> str:
-    """A path that stays in its folder; a table from elsewhere must not name other files of this machine."""
-    if not audio:
-        raise BadInput("empty audio path")
-    parts = audio.replace("\\", "/").split("/")
-    if parts[0] == "" or ":" in parts[0] or ".." in parts:
-        raise BadInput(f"audio path '{audio}' leaves the folder; give a path relative to it")
-    return audio
 
 
 def _seconds(row: dict[str, str], column: str) -> float:

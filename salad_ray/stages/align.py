@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
-from salad_ray.config import Config, identity
-from salad_ray.speech.align import SAMPLING_RATE, PocketsphinxAligner
-from salad_ray.speech.audio import load_audio
-from salad_ray.stages.common import ShardResult, Stage, StageError, finished, keep_or_reject, run_shards
-from salad_ray.tables import Table, Utterance, to_arrow
+import numpy as np
+
+from salad_ray.config import AlignConfig, Config, identity
+from salad_ray.speech.align import Alignment, PocketsphinxAligner
+from salad_ray.speech.audio import load_utterance
+from salad_ray.speech.ctc import CTCAligner
+from salad_ray.stages.common import ShardPart, Stage, StageError, finished, keep_or_reject, run_shards, windows
+from salad_ray.tables import BadInput, Table, Utterance, to_arrow
+
+WINDOW_BATCHES = 4
+"""Batches of audio in memory at once; they are sorted by length within."""
 
 
 def run(config: Config) -> None:
     """Write `<set>/aligned` from `<set>/utterances`."""
-    if config.align.aligner == "none":
+    settings = config.align
+    if settings.aligner == "none":
         raise StageError("align: align.aligner=none, so there is nothing to align; set align.aligner=pocketsphinx")
     utterances = Table(config.run_dir, config.set, "utterances")
     manifest = finished(utterances, "ingest")
@@ -24,20 +32,50 @@ def run(config: Config) -> None:
         identity(config, "align"),
         {"utterances": manifest["fingerprint"]},
     )
-    run_shards(config, stage, {name: name for name in manifest["shards"]}, partial(AlignShard, config))
+    facts = {}
+    if settings.aligner == "ctc" and not stage.is_done():
+        facts["aligner"] = load_aligner(settings, "cpu").facts  # here too, so that a wrong path ends in one sentence
+    items = {name: name for name in manifest["shards"]}
+    run_shards(config, stage, items, partial(AlignShard, config), settings.num_gpus, **facts)
+
+
+def load_aligner(settings: AlignConfig, device: str) -> PocketsphinxAligner | CTCAligner:
+    """The aligner that a config names; raises `ModelError` when its weights cannot be used."""
+    if settings.aligner == "ctc":
+        assert settings.path is not None, "AlignConfig asks for a path"
+        return CTCAligner(settings.path, settings.revision, device, settings.min_score, settings.batch_secs)
+    return PocketsphinxAligner(settings.min_score)
 
 
 class AlignShard:
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.aligner = PocketsphinxAligner()
+        self.aligner = load_aligner(config.align, "cuda" if config.align.num_gpus else "cpu")
         self.utterances = Table(config.run_dir, config.set, "utterances")
 
-    def __call__(self, shard: str) -> ShardResult:
-        rows: list[Utterance] = self.utterances.read_rows(Utterance, shard)
-        kept, rejects = keep_or_reject("align", rows, lambda row: row.utt_id, self._align, self.config.strict)
-        return ShardResult(to_arrow(Utterance, kept), len(rows), len(kept), rejects)
+    def __call__(self, shard: str) -> Iterator[ShardPart]:
+        rows = self.utterances.iterate(Utterance, shard)
+        for window in windows(rows, WINDOW_BATCHES * self.config.align.batch_secs, lambda row: row.duration_secs):
+            yield self._align(window)
 
-    def _align(self, row: Utterance) -> Utterance:
-        audio, _ = load_audio(row.audio or row.uri, row.offset_secs, row.duration_secs, SAMPLING_RATE)
-        return replace(row, words=self.aligner.align(audio, row.text))
+    def _align(self, window: list[Utterance]) -> ShardPart:
+        """Utterances whose corpus gave word times keep them."""
+        strict = self.config.strict
+        unaligned = [row for row in window if row.words is None]
+        heard, unreadable = keep_or_reject("align", unaligned, lambda row: row.utt_id, self._load, strict)
+        found = self.aligner.align_batch([audio for _, audio in heard], [row.text for row, _ in heard])
+        pairs = [(row, alignment) for (row, _), alignment in zip(heard, found, strict=True)]
+        aligned, unfit = keep_or_reject("align", pairs, lambda pair: pair[0].utt_id, _with_words, strict)
+        by_id = {row.utt_id: row for row in aligned}
+        kept = [by_id.get(row.utt_id, row) for row in window if row.words is not None or row.utt_id in by_id]
+        return ShardPart(to_arrow(Utterance, kept), len(window), len(kept), unreadable + unfit)
+
+    def _load(self, row: Utterance) -> tuple[Utterance, np.ndarray]:
+        return row, load_utterance(row, self.aligner.sampling_rate)
+
+
+def _with_words(pair: tuple[Utterance, Alignment | BadInput]) -> Utterance:
+    row, found = pair
+    if isinstance(found, BadInput):
+        raise found
+    return replace(row, words=found.words, align_score=found.score)

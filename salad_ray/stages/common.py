@@ -11,13 +11,14 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from typing import Any, Protocol, TypeVar
 
-import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 
 from salad_ray import __version__
@@ -33,17 +34,21 @@ class StageError(RuntimeError):
 
 
 @dataclass
-class ShardResult:
-    """What a worker makes of one item: `num_input == num_kept + len(rejects)`."""
+class ShardPart:
+    """A piece of what a worker makes of one item, in order: `num_input == num_kept + len(rejects)`."""
 
     rows: pa.Table
     num_input: int
     num_kept: int
     rejects: list[Reject] = field(default_factory=list)
+    totals: dict[str, float] = field(default_factory=dict)
+    """Sums for the manifest, such as hours of audio."""
 
 
 class Worker(Protocol):
-    def __call__(self, payload: Any, /) -> ShardResult: ...
+    """Makes a shard of an item piece by piece, so that no shard has to fit into memory."""
+
+    def __call__(self, payload: Any, /) -> Iterator[ShardPart]: ...
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,12 @@ class Stage:
         if begun is not None and begun["fingerprint"] != self.fingerprint:
             difference = self._difference(begun)
             raise StageError(f"{self.table.url} was written with another config ({difference}); {self._remedy}")
-        return manifest is not None
+        if manifest is None:
+            return False
+        lost = set(manifest.get("shards", ())) - set(self.table.shards())
+        if lost:
+            say(f"{self.label}: {len(lost)} shards of {self.table.url} are gone, {min(lost)} first; making them again")
+        return not lost
 
     def begin(self) -> None:
         """Say whose output this is before the first shard is written."""
@@ -136,7 +146,7 @@ def run_shards(
 ) -> None:
     """Skip the stage if it is done; else do every item whose shard is missing and write the manifest, with `facts`."""
     if stage.is_done():
-        _check_strict(config, stage)
+        check_strict(config, stage)
         say(f"{stage.label}: done already, {stage.table.url}")
         return
     started = time.monotonic()
@@ -166,7 +176,7 @@ def make_shards(
     if pending:
         _map_on_ray(config, stage, pending, make_worker, num_gpus)
     counts = count_shards(stage.table, list(items))
-    _check_counts(config, stage, counts)
+    check_counts(config, stage, counts)
     if counts["num_rejected"]:
         rejects = Table(stage.table.run_dir, stage.table.set, "rejects")
         say(f"{stage.label}: {counts['num_rejected']:,} rejected, the reasons are in {rejects.url}")
@@ -188,18 +198,37 @@ def keep_or_reject(
     return kept, rejects
 
 
+def windows(rows: Iterable[Row], limit: float, size: Callable[[Row], float] = lambda _: 1.0) -> Iterator[list[Row]]:
+    """Runs of rows whose sizes add up to about `limit`; at least one, if an empty one, so that a shard has a part."""
+    window: list[Row] = []
+    total = 0.0
+    for row in rows:
+        if window and total + size(row) > limit:
+            yield window
+            window, total = [], 0.0
+        window.append(row)
+        total += size(row)
+    yield window
+
+
 def count_shards(table: Table, shards: Sequence[str]) -> dict[str, Any]:
     """Sum the counts that the shards carry in their footers."""
     counts: dict[str, Any] = {"num_input": 0, "num_kept": 0, "num_rejected": 0, "num_rows": 0, "shards": {}}
-    for shard in shards:
-        with fsspec.open(f"{table.url}/{shard}.parquet", "rb") as file:
-            metadata = pq.ParquetFile(file).metadata
-            own = json.loads(metadata.metadata[b"counts"])
-        for name, value in own.items():
-            counts[name] += value
-        counts["num_rows"] += metadata.num_rows
-        counts["shards"][shard] = metadata.num_rows
-    return counts
+    totals: dict[str, float] = {}
+    with ThreadPoolExecutor(32) as threads:  # an object store answers one at a time too slowly for thousands
+        for shard, (own, num_rows) in zip(shards, threads.map(partial(_footer, table), shards), strict=True):
+            for name, total in own.pop("totals", {}).items():
+                totals[name] = totals.get(name, 0.0) + total
+            for name, value in own.items():
+                counts[name] += value
+            counts["num_rows"] += num_rows
+            counts["shards"][shard] = num_rows
+    return counts | {"totals": {name: round(total, 6) for name, total in sorted(totals.items())}}
+
+
+def _footer(table: Table, shard: str) -> tuple[dict[str, Any], int]:
+    metadata = table.metadata(shard)
+    return json.loads(metadata.metadata[b"counts"]), metadata.num_rows
 
 
 def start_ray(config: Config) -> None:
@@ -221,20 +250,30 @@ class _ShardWriter:
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         try:
-            result = self.worker(json.loads(item["payload"]))
+            write_shard(self.stage.table, item["shard"], self.worker(json.loads(item["payload"])))
         except StageError as error:
-            return {"shard": item["shard"], "num_input": 0, "num_rejected": 0, "error": str(error)}
-        table, shard = self.stage.table, item["shard"]
-        if result.rejects:
-            rejects = Table(table.run_dir, table.set, "rejects")
-            rejects.write(f"{table.name}-{shard}", to_arrow(Reject, result.rejects))
-        counts = {
-            "num_input": result.num_input,
-            "num_kept": result.num_kept,
-            "num_rejected": len(result.rejects),
-        }
-        table.write(shard, result.rows.replace_schema_metadata({"counts": json.dumps(counts)}))
-        return {"shard": shard, "num_input": result.num_input, "num_rejected": len(result.rejects), "error": ""}
+            return {"error": str(error)}
+        return {"error": ""}
+
+
+def write_shard(table: Table, shard: str, parts: Iterator[ShardPart]) -> None:
+    """Write a shard as its parts come, its counts into the footer, and what was left out into `rejects` beside it."""
+    first = next(parts)
+    counts = {"num_input": 0, "num_kept": 0, "num_rejected": 0}
+    totals: dict[str, float] = {}
+    rejects: list[Reject] = []
+    footer: dict[str, str] = {}
+    with table.writer(shard, first.rows.schema, footer) as write:
+        for part in chain([first], parts):
+            write(part.rows)
+            rejects += part.rejects
+            for name, number in zip(counts, (part.num_input, part.num_kept, len(part.rejects)), strict=True):
+                counts[name] += number
+            for name, total in part.totals.items():
+                totals[name] = totals.get(name, 0.0) + total
+        footer["counts"] = json.dumps(counts | {"totals": totals})
+        if rejects:  # before the shard is there: a shard that is there is complete
+            Table(table.run_dir, table.set, "rejects").write(f"{table.name}-{shard}", to_arrow(Reject, rejects))
 
 
 def _map_on_ray(
@@ -264,7 +303,8 @@ def _map_on_ray(
             advance(1)
 
 
-def _check_strict(config: Config, stage: Stage) -> None:
+def check_strict(config: Config, stage: Stage) -> None:
+    """A strict run does not accept a table beside which anything was rejected."""
     num_rejected = (stage.table.manifest() or {}).get("num_rejected", 0)
     if config.strict and num_rejected:
         first = _first_reject(stage)
@@ -277,7 +317,8 @@ def _first_reject(stage: Stage) -> dict[str, str]:
     return rejects.read(name).to_pylist()[0] if name else {"key": "", "reason": "no input"}
 
 
-def _check_counts(config: Config, stage: Stage, counts: dict[str, Any]) -> None:
+def check_counts(config: Config, stage: Stage, counts: dict[str, Any]) -> None:
+    """Raises `StageError` when rows were lost, nothing was kept, or too large a share was rejected."""
     if counts["num_input"] != counts["num_kept"] + counts["num_rejected"]:
         raise StageError(f"{stage.label}: rows were lost ({counts}); please report this as a bug")
     share = counts["num_rejected"] / max(counts["num_input"], 1)

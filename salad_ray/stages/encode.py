@@ -2,61 +2,80 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
 from salad_ray.config import Config, identity
 from salad_ray.model.encoder import encode_in_batches, load_encoder
-from salad_ray.speech.audio import load_audio
-from salad_ray.stages.common import ShardResult, Stage, finished, keep_or_reject, run_shards
-from salad_ray.tables import BadInput, Features, Table, Utterance, to_arrow
+from salad_ray.sequences.batch import store_frames
+from salad_ray.speech.audio import load_utterance
+from salad_ray.speech.augment import augment
+from salad_ray.stages.common import ShardPart, Stage, StageError, finished, keep_or_reject, run_shards, windows
+from salad_ray.tables import Features, Table, Utterance, stable_hash, to_arrow
+
+WINDOW_BATCHES = 4
+"""Batches of audio in memory at once; they are sorted by length within."""
 
 
 def run(config: Config) -> None:
     """Write `<set>/features` from `<set>/aligned`, or `<set>/utterances` where the words are known or not wanted."""
-    recorded = config.set == "natural" and config.ingest.natural == "folder"
+    recorded = config.set == "natural" and bool(config.ingest.corpora)
     aligned = recorded and config.align.aligner != "none"
     utterances = Table(config.run_dir, config.set, "aligned" if aligned else "utterances")
     manifest = finished(utterances, "align" if aligned else "ingest" if recorded else "synthesize")
+    encoder = load_encoder(config.encode, "cpu")  # here too, so that a wrong path ends in one sentence
     stage = Stage(
         "encode",
         Table(config.run_dir, config.set, "features"),
-        identity(config, "encode"),
-        {utterances.name: manifest["fingerprint"]},
+        identity(config, "encode", *(["seed"] if config.encode.augment.share else [])),
+        {utterances.name: manifest["fingerprint"], "encoder weights": encoder.weights},
     )
-    encoder = load_encoder(config.encode, "cpu")  # here too, so that a wrong path ends in one sentence
-    spec = {name: getattr(encoder, name) for name in ("name", "sampling_rate", "frame_rate", "dim")}
-    spec |= {"path": config.encode.path, "revision": config.encode.revision}
+    spec = {name: getattr(encoder, name) for name in ("name", "sampling_rate", "frame_rate", "dim", "revision")}
     items = {name: name for name in manifest["shards"]}
-    worker = partial(EncodeShard, config, utterances)
-    run_shards(config, stage, items, worker, config.encode.num_gpus, encoder=spec)
+    worker = partial(EncodeShard, config, utterances, encoder.weights)
+    run_shards(config, stage, items, worker, config.encode.num_gpus, encoder=spec | {"path": config.encode.path})
 
 
 class EncodeShard:
-    def __init__(self, config: Config, utterances: Table) -> None:
+    def __init__(self, config: Config, utterances: Table, weights: str) -> None:
         self.config = config
-        self.utterances = utterances
+        self.utterances, self.weights = utterances, weights
         self.encoder = load_encoder(config.encode, "cuda" if config.encode.num_gpus else "cpu")
 
-    def __call__(self, shard: str) -> ShardResult:
-        rows: list[Utterance] = self.utterances.read_rows(Utterance, shard)
+    def __call__(self, shard: str) -> Iterator[ShardPart]:
+        if self.encoder.weights != self.weights:
+            raise StageError(
+                f"encode: {self.config.encode.path} holds other weights here than where the run was started"
+            )
+        rows = self.utterances.iterate(Utterance, shard)
+        for window in windows(rows, WINDOW_BATCHES * self.config.encode.batch_secs, lambda row: row.duration_secs):
+            yield self._encode(window)
+
+    def _encode(self, window: list[Utterance]) -> ShardPart:
         strict = self.config.strict
-        heard, rejects = keep_or_reject("encode", rows, lambda row: row.utt_id, self._load, strict)
+        heard, rejects = keep_or_reject("encode", window, lambda row: row.utt_id, self._load, strict)
         features = encode_in_batches(self.encoder, [audio for _, audio in heard], self.config.encode.batch_secs)
         encoded = [(row, frames) for (row, _), frames in zip(heard, features, strict=True)]
         kept, unusable = keep_or_reject("encode", encoded, lambda pair: pair[0].utt_id, self._to_row, strict)
-        return ShardResult(to_arrow(Features, kept), len(rows), len(kept), rejects + unusable)
+        hours = {"hours": sum(row.duration_secs for row in kept) / 3600}
+        return ShardPart(to_arrow(Features, kept), len(window), len(kept), rejects + unusable, hours)
 
     def _load(self, row: Utterance) -> tuple[Utterance, np.ndarray]:
-        source = row.audio or row.uri
-        return row, load_audio(source, row.offset_secs, row.duration_secs, self.encoder.sampling_rate)[0]
+        """The audio, and the row with the word times that hold in it."""
+        audio = load_utterance(row, self.encoder.sampling_rate)
+        settings = self.config.encode.augment
+        if not settings.share or row.split != "train":
+            return row, audio
+        rng = np.random.default_rng(stable_hash(self.config.seed, "augment", row.utt_id))
+        audio, words, _ = augment(audio, self.encoder.sampling_rate, row.words, settings, rng)
+        return replace(row, words=words), audio
 
     def _to_row(self, pair: tuple[Utterance, np.ndarray]) -> Features:
         row, frames = pair
-        features = frames.astype(np.float16)
-        if not len(features) or not np.isfinite(features).all():
-            raise BadInput("the encoder gave no frames, or values that are not finite in float16")
+        features, scales = store_frames(frames, self.config.encode.storage)
         return Features(
             utt_id=row.utt_id,
             recording_id=row.recording_id,
@@ -66,8 +85,10 @@ class EncodeShard:
             split=row.split,
             text=row.text,
             words=row.words,
-            num_frames=len(features),
+            num_frames=len(frames),
             frame_rate=self.encoder.frame_rate,
             dim=self.encoder.dim,
-            features=features.tobytes(),
+            features=features,
+            scales=scales,
+            order=row.order,
         )

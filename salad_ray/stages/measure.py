@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from salad_ray.model.speech_lm import EncoderSpec, SpeechLM, load_text_lm
 from salad_ray.sequences.batch import collate
 from salad_ray.sequences.loader import samples_of
 from salad_ray.sequences.plan import plan_lane
-from salad_ray.stages.common import ShardResult, Stage, StageError, finished, run_shards
+from salad_ray.stages.common import ShardPart, Stage, StageError, finished, run_shards
 from salad_ray.tables import Features, Measurement, PlanRow, Table, local_folder, to_arrow
 
 SYSTEMS = ("untrained", "stage1")
@@ -64,7 +65,7 @@ class MeasureShard:
             model = SpeechLM.from_pretrained(local_folder(f"{config.run_dir}/{system}/model"), self.dtype, attention)
         self.student = model.eval().to(self.device)
 
-    def __call__(self, shard: str) -> ShardResult:
+    def __call__(self, shard: str) -> Iterator[ShardPart]:
         config = self.config
         utterances = Table(config.run_dir, config.measured_set, "features").read_rows(Features, shard)
         num_input = sum(row.split == "test" for row in utterances)
@@ -83,7 +84,7 @@ class MeasureShard:
         size = config.measure.batch_rows
         scored = [self._measure(rows[i : i + size], utterances) for i in range(0, len(rows), size)]
         measured = [measurement for part in scored for measurement in part]
-        return ShardResult(to_arrow(Measurement, measured), num_input, num_input - len(rejects), rejects)
+        yield ShardPart(to_arrow(Measurement, measured), num_input, num_input - len(rejects), rejects)
 
     def _measure(self, rows: list[PlanRow], utterances: list[Features]) -> list[Measurement]:
         segments = [[[utterances[i] for i in segment.rows] for segment in row.segments] for row in rows]

@@ -6,6 +6,7 @@ Every epoch draws fresh interleavings. A longer training run adds epochs to the 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from salad_ray.console import say
 from salad_ray.model.speech_lm import load_tokenizer
 from salad_ray.sequences.plan import plan_lane, plan_shard_name, read_without_features, shards_of_lane
 from salad_ray.stages.common import (
-    ShardResult,
+    ShardPart,
     Stage,
     StageError,
     count_shards,
@@ -62,7 +63,7 @@ class PackLane:
         self.features = Table(config.run_dir, config.set, "features")
         self.tokenizer = load_tokenizer(local_folder(teacher["path"]), teacher["revision"])
 
-    def __call__(self, item: dict[str, int]) -> ShardResult:
+    def __call__(self, item: dict[str, int]) -> Iterator[ShardPart]:
         pack, lane, epoch = self.config.pack, item["lane"], item["epoch"]
         num_input = 0
 
@@ -76,7 +77,7 @@ class PackLane:
         rows, rejects = plan_lane(load, mine, self.tokenizer, pack, lane=lane, epoch=epoch, seed=self.config.seed)
         if rejects and self.config.strict:
             raise StageError(f"pack: {rejects[0].key}: {rejects[0].reason}")
-        return ShardResult(to_arrow(PlanRow, rows), num_input, num_input - len(rejects), rejects)
+        yield ShardPart(to_arrow(PlanRow, rows), num_input, num_input - len(rejects), rejects)
 
 
 def epoch_items(config: Config, epochs: Any) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 from salad_ray.config import Config, identity
 from salad_ray.speech.audio import encode_audio
-from salad_ray.stages.common import ShardResult, Stage, finished, keep_or_reject, run_shards
+from salad_ray.stages.common import ShardPart, Stage, finished, keep_or_reject, run_shards
 from salad_ray.synthesis.espeak import EspeakSynthesizer
 from salad_ray.tables import Passage, Table, Utterance, stable_hash, to_arrow
 
@@ -32,10 +33,10 @@ class SpeakShard:
         self.synthesizer = EspeakSynthesizer()
         self.passages = Table(config.run_dir, config.set, "passages")
 
-    def __call__(self, shard: str) -> ShardResult:
+    def __call__(self, shard: str) -> Iterator[ShardPart]:
         rows: list[Passage] = self.passages.read_rows(Passage, shard)
         kept, rejects = keep_or_reject("synthesize", rows, lambda row: row.passage_id, self._speak, self.config.strict)
-        return ShardResult(to_arrow(Utterance, kept), len(rows), len(kept), rejects)
+        yield ShardPart(to_arrow(Utterance, kept), len(rows), len(kept), rejects)
 
     def _speak(self, passage: Passage) -> Utterance:
         settings = self.config.synthesize

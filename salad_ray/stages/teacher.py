@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 import time
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any
 
 from salad_ray.config import Config, identity
 from salad_ray.console import progress, say
-from salad_ray.model.speech_lm import load_text_lm, load_tokenizer
+from salad_ray.model.loading import hub_commit
+from salad_ray.model.speech_lm import load_text_lm, load_tokenizer, tokenizer_hash
 from salad_ray.model.tiny_lm import train_tiny_lm
 from salad_ray.stages.common import Stage, finished
 from salad_ray.tables import Table, local_folder, put_folder
@@ -57,11 +57,12 @@ def _train_on_world(config: Config, table: Table) -> dict[str, Any]:
 def _verify(path: str, config: Config) -> dict[str, Any]:
     """Load the model once, so that a wrong path or missing weights end here and not in a worker."""
     local = local_folder(path)
-    tokenizer = load_tokenizer(local, config.model.revision)
-    llm = load_text_lm(local, config.model.revision, "auto", "sdpa")
+    revision = hub_commit(local, config.model.revision)
+    tokenizer = load_tokenizer(local, revision)
+    llm = load_text_lm(local, revision, "auto", "sdpa")
     return {
-        "revision": getattr(llm.config, "_commit_hash", None),
+        "revision": revision,
         "num_parameters": llm.num_parameters(),
         "vocabulary": llm.get_output_embeddings().weight.shape[0],
-        "tokenizer_hash": hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode(), digest_size=8).hexdigest(),
+        "tokenizer_hash": tokenizer_hash(tokenizer),
     }

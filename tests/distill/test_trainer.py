@@ -1,4 +1,4 @@
-"""Training on real Ray Train and DeepSpeed: it stops before a bad update and continues after a kill, at any ZeRO."""
+"""Training on real Ray Train and DeepSpeed: it stops before a bad update, and resumes after any kill, at any size."""
 
 from __future__ import annotations
 
@@ -6,20 +6,37 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+import ray
 
 from salad_ray import pipeline
 from salad_ray.config import Config, dump_config
 from salad_ray.model.speech_lm import SpeechLM
-from salad_ray.stages.common import StageError
+from salad_ray.stages.common import StageError, start_ray
+
+NUM_STEPS = 30
 
 
 def untrained_copy(run: Config, folder: Path, **distill: object) -> Config:
     """A copy of a finished run, as it was before Stage I."""
     shutil.copytree(run.run_dir, folder, ignore=shutil.ignore_patterns("stage1", "measurements_stage1", "report"))
+    return run.model_copy(update={"run_dir": str(folder), "distill": run.distill.model_copy(update=distill)})
+
+
+def half_trained_copy(run: Config, folder: Path, last_step: int, **distill: object) -> Config:
+    """A copy of a finished run as a kill after `last_step` would have left it."""
+    shutil.copytree(run.run_dir, folder)
+    stage = folder / "stage1"
+    for name in ("manifest.json", "result.json", "starts.json", "model"):
+        shutil.rmtree(stage / name) if (stage / name).is_dir() else (stage / name).unlink()
+    for checkpoint in (stage / "checkpoints").iterdir():
+        if int(checkpoint.name.split("-")[1]) > last_step:
+            shutil.rmtree(checkpoint)
     return run.model_copy(update={"run_dir": str(folder), "distill": run.distill.model_copy(update=distill)})
 
 
@@ -31,6 +48,24 @@ def losses(config: Config) -> list[tuple[float, float]]:
     return [(row["step"], row["loss"]) for row in training_log(config)]
 
 
+def starts(config: Config) -> list[dict]:
+    return json.loads(Path(config.run_dir, "stage1", "starts.json").read_text())["starts"]
+
+
+def manifests(config: Config) -> list[Path]:
+    return sorted(Path(config.run_dir, "stage1", "checkpoints").glob("step-*/manifest.json"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(finished_run: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Two workers, ZeRO 2, fp32, long enough to be killed, with all its checkpoints."""
+    settings = {"num_steps": NUM_STEPS, "checkpoint_every": 5, "keep_checkpoints": 20}
+    config = untrained_copy(finished_run, tmp_path_factory.mktemp("undisturbed") / "run", **settings)
+    pipeline.run_stage(config, "pack", "natural")
+    pipeline.run_stage(config, "stage1", "natural")
+    return config
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_update(finished_run: Config, tmp_path: Path) -> None:
     config = untrained_copy(finished_run, tmp_path / "run", learning_rate=1e30, warmup_share=0.0)
     with pytest.raises(StageError, match=r"the loss of step \d+ is not finite; the weights were not updated"):
@@ -39,26 +74,113 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(finished_run: Config,
     assert not Path(config.run_dir, "stage1", "manifest.json").exists()
 
 
-def test_a_killed_run_continues_from_its_checkpoint_with_the_same_losses(finished_run: Config, tmp_path: Path) -> None:
+def test_every_start_says_what_was_loaded_and_that_the_student_is_its_teacher(undisturbed: Config) -> None:
+    [start] = starts(undisturbed)
+    assert start["student_weights"] == start["teacher_weights"] != ""
+    teacher = json.loads(Path(undisturbed.run_dir, "teacher", "manifest.json").read_text())
+    assert start["tokenizer_hash"] == teacher["tokenizer_hash"]
+    assert start["llm_parameters"] == teacher["num_parameters"]
+    assert (start["resumed_from"], start["num_workers"]) == (None, 2)
+    card = Path(undisturbed.run_dir, "stage1", "model", "README.md").read_text()
+    assert teacher["tokenizer_hash"] in card
+
+
+def test_a_tokenizer_that_changed_since_planning_stops_the_start(finished_run: Config, tmp_path: Path) -> None:
     config = untrained_copy(finished_run, tmp_path / "run")
+    manifest = tmp_path / "run" / "teacher" / "manifest.json"
+    content = json.loads(manifest.read_text()) | {"tokenizer_hash": "another"}
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(StageError, match="is not the one that the plan was made with"):
+        pipeline.run_stage(config, "stage1", "natural")
+
+
+def test_a_killed_driver_continues_from_its_checkpoint_with_the_same_losses(
+    undisturbed: Config, tmp_path: Path
+) -> None:
+    config = untrained_copy(undisturbed, tmp_path / "run")
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(config))
     driver = subprocess.Popen([sys.executable, "-m", "salad_ray.cli", "stage1", str(path)])
-    snapshot = Path(config.run_dir, "stage1", "checkpoint_manager_snapshot.json")
     deadline = time.monotonic() + 180
-    while not snapshot.exists() and time.monotonic() < deadline and driver.poll() is None:
+    while not manifests(config) and time.monotonic() < deadline and driver.poll() is None:
         time.sleep(0.05)
     driver.kill()
     driver.wait()
-    assert snapshot.exists()
+    assert manifests(config)
     assert not Path(config.run_dir, "stage1", "manifest.json").exists(), "it had ended before it was killed"
-    first_checkpoint = Path(config.run_dir, "stage1", "step-00000003").stat().st_mtime_ns
     pipeline.run_stage(config, "stage1", "natural")
-    assert losses(config) == losses(finished_run)
-    assert Path(config.run_dir, "stage1", "step-00000003").stat().st_mtime_ns == first_checkpoint, "it began anew"
+    assert starts(config)[-1]["step"] >= 5, "it began anew"
+    assert losses(config) == losses(undisturbed)
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+def test_a_killed_worker_is_replaced_and_the_losses_are_the_same(undisturbed: Config, tmp_path: Path) -> None:
+    config = untrained_copy(undisturbed, tmp_path / "run")
+    killed: list[int] = []
+
+    def kill_one_after_the_first_checkpoint() -> None:
+        while not manifests(config):
+            time.sleep(0.05)
+        for process in psutil.Process().children(recursive=True):
+            if "RayTrainWorker" in process.name() or "RayTrainWorker" in " ".join(process.cmdline()):
+                process.kill()
+                killed.append(process.pid)
+                return
+
+    killer = threading.Thread(target=kill_one_after_the_first_checkpoint, daemon=True)
+    killer.start()
+    pipeline.run_stage(config, "stage1", "natural")
+    assert killed
+    assert [start["step"] for start in starts(config)][0] == 0
+    assert starts(config)[1]["step"] >= 5
+    assert losses(config) == losses(undisturbed)
+
+
+def test_other_numbers_of_workers_and_zero_stages_go_on_with_the_same_rows(undisturbed: Config, tmp_path: Path) -> None:
+    """2 workers, ZeRO 2 → (a file of its last checkpoint is lost) → 1 worker, ZeRO 3 → 2 workers, ZeRO 1."""
+    config = half_trained_copy(undisturbed, tmp_path / "one", 15, num_workers=1, zero_stage=3)
+    lost = manifests(config)[-1].parent / "rank-00001.safetensors"
+    lost.unlink()
+    pipeline.run_stage(config, "stage1", "natural")
+    [start] = starts(config)
+    assert (start["step"], start["num_workers"], start["zero_stage"]) == (10, 1, 3)
+    assert "step-00000015" in start["not_whole"][0]
+    assert "rank-00001.safetensors is missing" in start["not_whole"][0]
+    assert_same_course(config, undisturbed)
+    again = half_trained_copy(config, tmp_path / "two", 20, num_workers=2, zero_stage=1)
+    pipeline.run_stage(again, "stage1", "natural")
+    [start] = starts(again)
+    assert (start["step"], start["num_workers"], start["zero_stage"]) == (20, 2, 1)
+    assert_same_course(again, undisturbed)
+
+
+def assert_same_course(config: Config, reference: Config) -> None:
+    found, expected = training_log(config), training_log(reference)
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    for row, other in zip(found, expected, strict=True):
+        assert row["num_positions"] == other["num_positions"]
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+def test_elastic_training_starts_with_the_workers_there_is_room_for(undisturbed: Config, tmp_path: Path) -> None:
+    config = half_trained_copy(undisturbed, tmp_path / "run", 20, num_workers=(1, 2))
+    start_ray(config)
+
+    @ray.remote(num_cpus=1)
+    class Occupant:
+        def ready(self) -> bool:
+            return True
+
+    occupant = Occupant.remote()
+    assert ray.get(occupant.ready.remote())
+    try:
+        pipeline.run_stage(config, "stage1", "natural")
+    finally:
+        ray.kill(occupant)
+    assert [start["num_workers"] for start in starts(config)] == [1]
+    assert_same_course(config, undisturbed)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
 def test_the_zero_stages_agree(finished_run: Config, tmp_path: Path, stage: int) -> None:
     """ZeRO 3 shards the head and the tied embedding; the loss gathers them. The reference is ZeRO 2."""
     config = untrained_copy(finished_run, tmp_path / "run", zero_stage=stage)

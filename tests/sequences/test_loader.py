@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from salad_ray.config import ConfigError, PackConfig
 from salad_ray.sequences.batch import Batch, Sample
 from salad_ray.sequences.loader import LaneReader, LaneStream
 from salad_ray.sequences.plan import plan_lane, plan_shard_name, read_without_features, shards_of_lane
-from salad_ray.tables import Features, PlanRow, Table, TableError, to_arrow
+from salad_ray.tables import Features, PlanRow, Table, TableError, to_arrow, write_json
 
 TOKENIZER = make_tokenizer("byte_level")
 CONFIG = PackConfig(context=128, text_words=(2, 6), speech_words=(1, 4), num_lanes=4, rows_per_lane=2)
@@ -84,7 +85,7 @@ def same(a: Batch, b: Batch) -> bool:
 def test_every_world_size_sees_the_same_rows(run_dir: str) -> None:
     num_steps = min_epoch_rows(run_dir) // CONFIG.rows_per_lane + 3  # into the second epoch
     alone = steps(make_reader(run_dir), num_steps)
-    for world_size in (2, 4):
+    for world_size in (2, 3, 4):
         ranks = [steps(make_reader(run_dir, rank=r, world_size=world_size), num_steps) for r in range(world_size)]
         for number, step in enumerate(alone):
             assert sorted(step) == sorted(row for rank in ranks for row in rank[number])
@@ -173,6 +174,27 @@ def test_a_missing_feature_shard_reaches_the_caller(run_dir: str, tmp_path: Path
         next(iter(reader))
 
 
+def test_a_shard_that_went_after_planning_is_named_with_the_remedy(run_dir: str, tmp_path: Path) -> None:
+    shutil.copytree(run_dir, tmp_path, dirs_exist_ok=True)
+    write_json(f"{tmp_path}/natural/features/manifest.json", {"stage": "encode"})
+    reader = iter(make_reader(str(tmp_path)))
+    next(reader)
+    for path in Path(tmp_path, "natural", "features").glob("*.parquet"):
+        path.unlink()
+    with pytest.raises(TableError, match=r"shard-\d\d.parquet is missing; rerun `salad encode CONFIG set=natural`"):
+        list(islice(reader, min_epoch_rows(run_dir)))
+    assert not loader_threads()
+
+
+def test_a_shard_with_fewer_rows_than_planned_is_named(run_dir: str, tmp_path: Path) -> None:
+    shutil.copytree(run_dir, tmp_path, dirs_exist_ok=True)
+    features = Table(str(tmp_path), "natural", "features")
+    for shard in features.shards():
+        features.write(shard, features.read(shard).slice(0, 1))
+    with pytest.raises(TableError, match=r"features/shard-\d\d has 1 rows, and .* refers to row \d+; .* 'pack'"):
+        next(iter(make_reader(str(tmp_path))))
+
+
 def test_another_tokenizer_is_noticed(run_dir: str) -> None:
     plan, features = Table(run_dir, "natural", "plan"), Table(run_dir, "natural", "features")
     fusing = make_tokenizer("byte_level")
@@ -181,7 +203,21 @@ def test_another_tokenizer_is_noticed(run_dir: str) -> None:
         list(islice(LaneReader(plan, features, fusing, CONFIG).samples(), 3))
 
 
-@pytest.mark.parametrize(("options", "match"), [({"world_size": 3}, "3 workers"), ({"micro_batch_rows": 3}, "of 3")])
-def test_uneven_shares_are_refused(run_dir: str, options: dict[str, int], match: str) -> None:
-    with pytest.raises(ConfigError, match=match):
-        make_reader(run_dir, **options)
+@pytest.mark.parametrize(("world_size", "micro_batch_rows"), [(1, 1), (1, 3), (2, 2), (3, 1), (3, 3), (4, 1)])
+def test_every_rank_knows_how_many_micro_batches_a_step_has_at_most(
+    run_dir: str, world_size: int, micro_batch_rows: int
+) -> None:
+    options = {"world_size": world_size, "micro_batch_rows": micro_batch_rows}
+    readers = [make_reader(run_dir, rank=rank, **options) for rank in range(world_size)]
+    first = [next(iter(reader)) for reader in readers]
+    assert {reader.num_micro_batches for reader in readers} == {max(map(len, first))}
+    sizes = [[len(batch.token_ids) for batch in step] for step in first]
+    assert sum(map(sum, sizes)) == CONFIG.num_lanes * CONFIG.rows_per_lane
+    for step in sizes:
+        assert set(step[:-1]) <= {micro_batch_rows}
+        assert 0 < step[-1] <= micro_batch_rows
+
+
+def test_more_workers_than_lanes_are_refused(run_dir: str) -> None:
+    with pytest.raises(ConfigError, match=r"5 workers cannot share pack\.num_lanes=4"):
+        make_reader(run_dir, world_size=5)

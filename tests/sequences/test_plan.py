@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from factories import make_features, make_tokenizer
 
@@ -13,7 +15,7 @@ from salad_ray.config import PackConfig
 from salad_ray.sequences.interleave import build_segment, units_of
 from salad_ray.sequences.plan import find_chains, plan_lane, read_without_features, shards_of_lane
 from salad_ray.sequences.plan import usable_clips as usable_clips
-from salad_ray.tables import Features, PlanRow, Reject, Table, from_arrow, to_arrow
+from salad_ray.tables import Features, PlanRow, Reject, Table, from_arrow, schema_of, to_arrow
 
 TOKENIZER = make_tokenizer("bos")
 CONFIG = PackConfig(context=256, text_words=(2, 6), speech_words=(1, 4), num_lanes=4)
@@ -97,6 +99,22 @@ def test_clips_that_overlap_or_lie_apart_are_not_joined(offset_secs: float) -> N
     assert [len(chain) for chain in find_chains(clips)] == [1, 1, 1, 1]
 
 
+def test_clips_of_unknown_offset_are_joined_where_their_order_counts_on() -> None:
+    """As in windows that were cut for a corpus: all offsets 0, and 2 and 7 are missing."""
+    orders = [9, 0, 4, 6, 1, 5, 8, 3, 10]
+    utterances = [replace(make_features("a b c", str(i), recording_id="window"), order=i) for i in orders]
+    clips, _ = usable_clips(utterances, "train")
+    chains = [[clip.utterance.order for clip in chain] for chain in find_chains(clips)]
+    assert chains == [[0, 1], [3, 4, 5, 6], [8, 9, 10]]
+    rows, rejects = plan({"s": utterances})
+    joined = [[utterances[i].order for i in segment.rows] for row in rows for segment in row.segments]
+    assert not rejects
+    assert sorted(order for passage in joined for order in passage) == sorted(orders)
+    assert max(map(len, joined)) > 1
+    for passage in joined:
+        assert passage == list(range(passage[0], passage[-1] + 1))
+
+
 def test_plan_is_deterministic_and_every_epoch_and_seed_differs() -> None:
     shards = make_shards()
     assert plan(shards) == plan(shards)
@@ -149,5 +167,20 @@ def test_tables_give_back_what_was_written(tmp_path) -> None:
     rows, _ = plan(shards)
     assert from_arrow(PlanRow, to_arrow(PlanRow, rows)) == rows
     table = Table(str(tmp_path), "natural", "features")
-    table.write("shard", to_arrow(Features, shards["shard-0"]))
-    assert read_without_features(table, "shard") == [replace(row, features=b"") for row in shards["shard-0"]]
+    written = [replace(row, order=i, scales=b"1234") for i, row in enumerate(shards["shard-0"])]
+    table.write("shard", to_arrow(Features, written))
+    assert read_without_features(table, "shard") == [replace(row, features=b"", scales=None) for row in written]
+
+
+def test_the_heavy_columns_are_not_read(tmp_path) -> None:
+    asked: list[str] = []
+
+    class Watched(Table):
+        def read(self, shard: str, columns: Sequence[str] | None = None) -> pa.Table:
+            asked.extend(columns or ["everything"])
+            return super().read(shard, columns)
+
+    table = Watched(str(tmp_path), "natural", "features")
+    table.write("shard", to_arrow(Features, [make_features("a b")]))
+    read_without_features(table, "shard")
+    assert set(schema_of(Features).names) - set(asked) == {"features", "scales"}

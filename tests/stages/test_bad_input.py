@@ -61,7 +61,7 @@ def make_corpus(folder: Path) -> dict[str, str]:
 
 def config_for(tmp_path: Path, **overrides: object) -> Config:
     data = small_world_config(tmp_path)
-    data["ingest"] |= {"natural": "folder", "folders": [str(tmp_path / "corpus")]} | overrides
+    data["ingest"] |= {"corpora": [str(tmp_path / "corpus")]} | overrides
     return parse_config(data)
 
 

@@ -1,0 +1,270 @@
+"""Checkpoints that do not depend on the number of workers or the ZeRO stage, written while training goes on.
+
+A checkpoint is a folder `step-00000500-3fa1/`. Every worker writes what it owns of the fp32 weights and of the
+optimizer's moments, as pieces of flattened parameters, into a safetensors file of its own; the worker of rank 0 writes
+`manifest.json` when all files are there. A folder without manifest is none. To resume, a worker reads the pieces that
+overlap with what it owns now, by byte range, so no conversion is needed at another world size and nobody reads it all.
+
+The file format: 8 bytes little-endian header length, JSON header (name → dtype, shape, data_offsets), then the data.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import fsspec
+import torch
+from torch import Tensor
+
+from salad_ray.tables import TableError, atomic_file, read_json, write_json
+
+PARTS = ("weight", "exp_avg", "exp_avg_sq")
+"""Of every element: the fp32 weight and Adam's two moments."""
+POLL_SECS = 0.5
+PATIENCE_SECS = 3600.0
+"""How long rank 0 waits for the other workers' files; a worker that died ends the wait by ending the run."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements [start, start + numel) of a flattened parameter, which stand at `offset` of a worker's partition."""
+
+    name: str
+    start: int
+    numel: int
+    offset: int
+
+
+@dataclass
+class Partition:
+    """A run of parameters laid end to end, as one worker owns it."""
+
+    weight: Tensor
+    """fp32 (numel,)."""
+    pieces: list[Piece]
+    moments: dict[str, Tensor] = field(default_factory=dict)
+    """`exp_avg`, `exp_avg_sq`, like `weight`."""
+
+    def part(self, name: str) -> Tensor:
+        return self.weight if name == "weight" else self.moments[name]
+
+
+class CheckpointWriter:
+    """One worker's side of writing: `save` copies to host memory and returns; a thread does the rest.
+
+    Args:
+        url: folder of the checkpoints.
+        token: what tells this attempt's folders from an earlier one's; the same on all workers.
+        keep: whole checkpoints to keep, beside those that are to stay.
+    """
+
+    def __init__(self, url: str, rank: int, world_size: int, token: str, keep: int) -> None:
+        self.url, self.rank, self.world_size, self.token, self.keep = url, rank, world_size, token, keep
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self.stalled_secs = 0.0
+        """Time for which training stood still."""
+
+    def save(self, partitions: Iterable[Partition], state: Mapping[str, Any], stays: bool = False) -> None:
+        """Begin to write a checkpoint; waits for the one before, and raises what went wrong with it.
+
+        Args:
+            state: plain data for the manifest, with `step`.
+            stays: never pruned.
+        """
+        started = time.perf_counter()
+        self.wait()
+        folder = f"{self.url}/step-{state['step']:08d}-{self.token}"
+        tensors = {
+            f"{part}/{piece.start}/{piece.name}": _to_host(partition.part(part), piece)
+            for partition in partitions
+            for piece in partition.pieces
+            for part in PARTS
+        }
+        self._pending = self._thread.submit(self._write, folder, tensors, dict(state) | {"stays": stays})
+        self.stalled_secs += time.perf_counter() - started
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is whole, as far as this worker is concerned; raises what went wrong."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def _write(self, folder: str, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        write_tensors(f"{folder}/{_file_name(self.rank)}", tensors)
+        if self.rank == 0:
+            files = _wait_for_files(folder, self.world_size)
+            write_json(f"{folder}/manifest.json", {"files": files, "world_size": self.world_size} | state)
+            prune(self.url, self.keep)
+
+
+def _to_host(values: Tensor, piece: Piece) -> Tensor:
+    own = values.detach().narrow(0, piece.offset, piece.numel)
+    return own.clone() if own.device.type == "cpu" else own.cpu()
+
+
+def _file_name(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def _wait_for_files(folder: str, world_size: int) -> dict[str, int]:
+    """Sizes of all workers' files, once they are there; each appears whole."""
+    deadline = time.monotonic() + PATIENCE_SECS
+    names = [_file_name(rank) for rank in range(world_size)]
+    while not set(names) <= (found := _files(folder)).keys():
+        if time.monotonic() > deadline:
+            missing = next(name for name in names if name not in found)
+            raise TableError(f"{folder}/{missing} was not written within {PATIENCE_SECS / 60:.0f} minutes")
+        time.sleep(POLL_SECS)
+    return {name: found[name] for name in names}
+
+
+def _files(folder: str) -> dict[str, int]:
+    fs, path = fsspec.core.url_to_fs(folder)
+    fs.invalidate_cache(path)
+    entries = fs.ls(path, detail=True) if fs.isdir(path) else []
+    return {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in entries}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint."""
+
+    url: str
+    state: dict[str, Any]
+    """Its manifest."""
+
+    @property
+    def step(self) -> int:
+        return self.state["step"]
+
+
+def new_token() -> str:
+    return uuid.uuid4().hex[:8]
+
+
+def latest(url: str, complain: Callable[[str], None] = lambda _: None) -> Checkpoint | None:
+    """The newest whole checkpoint; `complain` is told of every newer one that is not whole any more, and why."""
+    for folder in sorted(_folders(url), reverse=True):
+        state = read_json(f"{url}/{folder}/manifest.json")
+        if state is None:  # its writing was interrupted; it never counted
+            continue
+        found = _files(f"{url}/{folder}")
+        broken = [name for name, size in state["files"].items() if found.get(name) != size]
+        if not broken:
+            return Checkpoint(f"{url}/{folder}", state)
+        what = "is missing" if broken[0] not in found else f"has {found[broken[0]]:,} bytes"
+        complain(f"checkpoint {url}/{folder} is not whole ({broken[0]} {what}); going back to the one before it")
+    return None
+
+
+def _folders(url: str) -> list[str]:
+    fs, path = fsspec.core.url_to_fs(url)
+    fs.invalidate_cache(path)
+    names = (entry.rstrip("/").rsplit("/", 1)[-1] for entry in (fs.ls(path, detail=False) if fs.isdir(path) else []))
+    return [name for name in names if re.fullmatch(r"step-\d+-\w+", name)]
+
+
+def prune(url: str, keep: int) -> None:
+    """Delete all but the newest `keep` whole checkpoints and those that stay, and what interrupted writing left."""
+    whole: list[str] = []
+    stay: set[str] = set()
+    folders = sorted(_folders(url), reverse=True)
+    for folder in folders:
+        state = read_json(f"{url}/{folder}/manifest.json")
+        if state is not None:
+            whole.append(folder)
+            stay |= {folder} if state["stays"] else set()
+    newest = whole[0] if whole else ""
+    kept = set(whole[:keep]) | stay
+    for folder in folders:
+        if folder not in kept and folder < newest:
+            _delete(f"{url}/{folder}")
+
+
+def _delete(url: str) -> None:
+    fs, path = fsspec.core.url_to_fs(url)
+    if fs.exists(f"{path}/manifest.json"):  # first: half a deletion must not look whole
+        fs.rm(f"{path}/manifest.json")
+    fs.rm(path, recursive=True)
+
+
+class CheckpointReader:
+    """Fills partitions from a checkpoint, whoever wrote it: only the bytes that are needed are read."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._files = {f"{checkpoint.url}/{name}": {} for name in checkpoint.state["files"]}
+        self._saved: dict[str, list[tuple[int, int, str, int]]] = {}
+        for url in self._files:
+            for name, tensor in read_header(url).items():
+                part, start, parameter = name.split("/", 2)
+                begin, end = tensor["data_offsets"]
+                saved = (int(start), (end - begin) // 4, url, begin)
+                self._saved.setdefault(f"{part}/{parameter}", []).append(saved)
+
+    def fill(self, partition: Partition) -> None:
+        """Overwrite weights and moments; raises `TableError` where the checkpoint has no such elements."""
+        for part in PARTS:
+            values = partition.part(part)
+            for piece in partition.pieces:
+                values.narrow(0, piece.offset, piece.numel).copy_(self._read(part, piece))
+
+    def _read(self, part: str, piece: Piece) -> Tensor:
+        values = torch.empty(piece.numel)
+        num_found = 0
+        for start, numel, url, begin in self._saved.get(f"{part}/{piece.name}", []):
+            first, last = max(start, piece.start), min(start + numel, piece.start + piece.numel)
+            if first < last:
+                found = _read_floats(url, begin + 4 * (first - start), last - first)
+                values[first - piece.start : last - piece.start] = found
+                num_found += last - first
+        if num_found != piece.numel:
+            raise TableError(
+                f"the checkpoint holds {num_found:,} of the {piece.numel:,} elements of {part} {piece.name} that are "
+                "needed; it is of another model"
+            )
+        return values
+
+
+def write_tensors(url: str, tensors: Mapping[str, Tensor]) -> None:
+    """Write fp32 CPU tensors as a safetensors file, without a second copy in memory; appears whole or not at all."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32:
+            raise ValueError(f"{name} is {tensor.dtype}, but a checkpoint holds float32")
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [end, end + 4 * tensor.numel()]}
+        end += 4 * tensor.numel()
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_file(url) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors.values():
+            file.write(memoryview(tensor.contiguous().numpy()).cast("B"))
+
+
+def read_header(url: str) -> dict[str, Any]:
+    """The header of a safetensors file, with `data_offsets` from the beginning of the file."""
+    fs, path = fsspec.core.url_to_fs(url)
+    [length] = struct.unpack("<Q", fs.cat_file(path, 0, 8))
+    header = json.loads(fs.cat_file(path, 8, 8 + length))
+    header.pop("__metadata__", None)
+    for tensor in header.values():
+        tensor["data_offsets"] = [8 + length + offset for offset in tensor["data_offsets"]]
+    return header
+
+
+def _read_floats(url: str, begin: int, number: int) -> Tensor:
+    fs, path = fsspec.core.url_to_fs(url)
+    data = fs.cat_file(path, begin, begin + 4 * number)
+    if len(data) != 4 * number:
+        raise TableError(f"{url} ends in the middle of a tensor; delete its folder to resume from an earlier one")
+    return torch.frombuffer(bytearray(data), dtype=torch.float32)

@@ -1,0 +1,109 @@
+"""What all loaders of pretrained weights share: every weight accounted for, and failures in one sentence."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import resolve_revision
+
+# What transformers and its parsers raise for a folder, hub id or setting that cannot be used.
+UNUSABLE = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError, StrictDataclassError)
+
+
+class ModelError(ValueError):
+    """A model, tokenizer or folder that cannot be used; the message is one sentence for the user."""
+
+
+def require_readable(path: str, example: str) -> None:
+    """A hub id such as `example`, or a folder with a config; raises `ModelError`.
+
+    Transformers would take a mistyped path for a hub id.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_file():
+        raise ModelError(f"{path}: is a file; give the folder that holds it")
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{path}: holds no config.json, so it is not a Hugging Face model folder")
+    elif not is_hub_id(path):
+        raise ModelError(f"{path}: no such folder; give a folder or a hub id such as {example}")
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether something that is not on this disk can be the name of a hub repository."""
+    return path.count("/") == 1 and not path.startswith((".", "/", "~"))
+
+
+def hub_commit(path: str, revision: str | None) -> str | None:
+    """The commit that a revision (none: the main branch) of a hub id stands for now.
+
+    To know what was loaded, load this one: transformers keeps no note of it. None for a folder, and where neither the
+    hub nor its cache answers, which loading itself will say better.
+    """
+    return getattr(resolve_revision(path, revision), "resolved", None)
+
+
+def require_whole(path: str, info: Mapping[str, Any]) -> None:
+    """Refuse weights that do not fit their model.
+
+    Args:
+        info: `missing_keys` and `unexpected_keys`, names; `mismatched_keys`, (name, found shape, needed shape): what
+            `from_pretrained(…, ignore_mismatched_sizes=True, output_loading_info=True)` returns beside the model.
+
+    Raises:
+        ModelError: any of them is not empty.
+    """
+    shapes = [f"{name} {tuple(found)} instead of {tuple(needed)}" for name, found, needed in info["mismatched_keys"]]
+    problems = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"], "of another shape": shapes}
+    found = [f"{len(names)} {kind}: {_listed(sorted(names))}" for kind, names in problems.items() if names]
+    if found:
+        raise ModelError(f"{path}: its weights do not fit its config: {'; '.join(found)}")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars and reports: what matters of them is raised."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def reason(error: BaseException) -> str:
+    """The first sentence of an error, on one line."""
+    text = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+    return text[:300] or type(error).__name__
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """A hash of the names, shapes, types and bytes of all weights: equal if and only if they are bit-identical."""
+    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
+        digests = pool.map(_tensor_digest, sorted(model.state_dict().items()))
+        return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
+
+
+def _tensor_digest(item: tuple[str, Tensor]) -> bytes:
+    name, tensor = item
+    digest = hashlib.sha256(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+    data: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    digest.update(data)
+    return digest.digest()
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

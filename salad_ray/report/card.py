@@ -1,0 +1,52 @@
+"""The model card that travels with an exported model: what it is, what it heard, under which licences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from salad_ray import __version__
+
+
+@dataclass(frozen=True)
+class SpeechData:
+    """Training speech of one corpus under one licence."""
+
+    corpus: str
+    license: str
+    hours: float
+    attribution: str
+
+
+def model_card(
+    stage: str, teacher: dict[str, Any], encoder: dict[str, Any], speech: Sequence[SpeechData], alpha: float
+) -> str:
+    """The card as Markdown.
+
+    Args:
+        teacher: the manifest of the stage `teacher`.
+        encoder: what `encode` wrote about the encoder.
+    """
+    revision = f" at revision {teacher['revision']}" if teacher["revision"] else ""
+    source = encoder["path"] or "no weights"
+    pinned = f" at revision {encoder['revision']}" if encoder.get("revision") else ""
+    lines = [
+        f"# Speech LM, {stage}",
+        "",
+        f"Distilled by salad_ray {__version__} (SALAD, arXiv 2510.13632) from the text LLM "
+        f"`{teacher['path']}`{revision}, α = {alpha:g}. It hears speech through the encoder {encoder['name']} "
+        f"({source}{pinned}, {encoder['sampling_rate']:,} Hz, {encoder['frame_rate']:g} frames a second).",
+        "",
+        f"Tokenizer hash: `{teacher['tokenizer_hash']}`. The licence of the text LLM applies to its weights here too.",
+        "",
+        "## Speech it was trained on",
+        "",
+        "| corpus | licence | hours | attribution |",
+        "| --- | --- | --- | --- |",
+        *(f"| {row.corpus} | {row.license} | {row.hours:,.2f} | {row.attribution} |" for row in speech),
+        "",
+    ]
+    if any("NC" in row.license.upper().split("-") or " NC" in row.license.upper() for row in speech):
+        lines += ["Some of this speech is licensed for non-commercial use only.", ""]
+    return "\n".join(lines)

@@ -1,0 +1,148 @@
+"""Tar archives as places where audio lies: an index of byte ranges, made in one pass. Nothing is ever extracted.
+
+So no name in an archive is ever used as a path, and links and devices lead nowhere.
+"""
+
+from __future__ import annotations
+
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO, cast
+
+import fsspec
+
+from salad_ray.tables import BadInput, atomic_file, file_exists, stable_hash
+
+BLOCK_BYTES = 2**23
+"""Read ahead on object stores: headers are some ten kilobytes apart, and a request each costs more than reading all."""
+MAX_META_BYTES = 2**20
+"""Largest JSON file, and largest extended header, that is believed."""
+CHUNK_BYTES = 2**22
+MAX_RATIO = 20
+"""Speech is compressed already; a gzip that grows more is a decompression bomb."""
+FREE_BYTES = 2**26
+"""Below this much output the ratio does not matter."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file in an archive; `content` only of small metadata."""
+
+    name: str
+    byte_start: int
+    num_bytes: int
+    content: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """A member, or the archive (`name` ""), that cannot be used, and why."""
+
+    name: str
+    reason: str
+
+
+class _Bounded:
+    """A file that refuses huge reads: a forged extended header would otherwise be read into memory whole."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+
+    def read(self, size: int = -1) -> bytes:
+        if size > MAX_META_BYTES or size < 0:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        return self.file.read(size)
+
+    def seek(self, position: int, whence: int = 0) -> int:
+        return self.file.seek(position, whence)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+
+def members(url: str, max_member_bytes: int) -> Iterator[Member | Unusable]:
+    """Every entry of a tar but folders, in its order; `.json` members with their content.
+
+    A tar that is cut off gives all that is whole before the cut, and then says where it ends.
+    """
+    fs, path = fsspec.core.url_to_fs(url)
+    size = fs.info(path)["size"]
+    with fs.open(path, "rb", block_size=BLOCK_BYTES) as file:
+        end = 0
+        try:
+            with tarfile.open(fileobj=cast(Any, _Bounded(file)), mode="r:") as tar:
+                for info in tar:
+                    end = info.offset_data + -(-info.size // 512) * 512
+                    if not info.isdir():
+                        yield _member(info, file, size, max_member_bytes)
+        except (tarfile.TarError, EOFError) as error:
+            yield Unusable("", f"the archive is truncated or damaged at byte {end:,} of {size:,} ({error})")
+            return
+    if end + 512 > size:
+        yield Unusable("", f"the archive ends at byte {size:,} without its end mark, so it is truncated")
+
+
+def _member(info: tarfile.TarInfo, file: BinaryIO, size: int, max_member_bytes: int) -> Member | Unusable:
+    parts = info.name.replace("\\", "/").split("/")
+    is_meta = info.name.endswith(".json")
+    most = min(MAX_META_BYTES, max_member_bytes) if is_meta else max_member_bytes
+    if parts[0] == "" or ":" in parts[0] or ".." in parts:
+        return Unusable(info.name, "its name leaves the archive's folder")
+    if not info.isreg() or info.issparse():
+        return Unusable(info.name, "not a plain file (a link, a device or a sparse file)")
+    if info.size > most:
+        return Unusable(
+            info.name, f"{info.size:,} bytes, above the {most:,} that are allowed (ingest.max_member_bytes)"
+        )
+    if info.offset_data + info.size > size:
+        return Unusable(info.name, f"truncated: the archive ends at byte {size:,}, within it")
+    if not is_meta:
+        return Member(info.name, info.offset_data, info.size)
+    file.seek(info.offset_data)
+    return Member(info.name, info.offset_data, info.size, file.read(info.size))
+
+
+def unpack(archive: str, target: str) -> str:
+    """Decompress a tar.gz once, as a whole: gzip has no random access.
+
+    Args:
+        target: where to, `….tar`; what tells one state of the archive from another is added to the name.
+
+    Returns:
+        Where it is. A gzip that breaks off gives a tar that does.
+
+    Raises:
+        BadInput: not a gzip, or one that grows more than audio can.
+    """
+    fs, path = fsspec.core.url_to_fs(archive)
+    info = fs.info(path)
+    state = stable_hash(info["size"], info.get("ETag") or info.get("mtime") or "")
+    target = f"{target.removesuffix('.tar')}-{state:016x}.tar"
+    if file_exists(target):
+        return target
+    with fs.open(path, "rb", block_size=BLOCK_BYTES) as packed, atomic_file(target) as unpacked:
+        written = 0
+        for chunk in _decompress(packed, archive):
+            written += len(chunk)
+            if written > max(FREE_BYTES, MAX_RATIO * info["size"]):
+                raise BadInput(
+                    f"{archive} grows to more than {MAX_RATIO} times its size: a decompression bomb, refused"
+                )
+            unpacked.write(chunk)
+    return target
+
+
+def _decompress(packed: BinaryIO, archive: str) -> Iterator[bytes]:
+    """The content, as far as it goes: where a gzip breaks off, the tar inside will be found cut off."""
+    inflate = zlib.decompressobj(wbits=31)
+    try:
+        while block := packed.read(CHUNK_BYTES):
+            while block:
+                yield inflate.decompress(block, CHUNK_BYTES)
+                block = inflate.unconsumed_tail
+                if inflate.eof:  # another gzip may follow in the same file
+                    block, inflate = inflate.unused_data.lstrip(b"\0"), zlib.decompressobj(wbits=31)
+    except zlib.error as error:
+        raise BadInput(f"{archive} is not a gzip file, or damaged ({error})") from None

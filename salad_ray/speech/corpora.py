@@ -1,0 +1,233 @@
+"""Corpora of recorded speech: what lies at a path, and its records as utterances, one source file at a time.
+
+Reading is cheap and never opens audio; an utterance refers to its audio (`audio.py` opens it).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from salad_ray.config import ConfigError, CorpusConfig, path_name
+from salad_ray.speech import emilia, kaldi, lhotse_cuts, readers
+from salad_ray.tables import Reject, Utterance, digest
+
+DIGEST_BYTES = 2**26
+"""Sources up to this size are known by their content, larger ones by size and time."""
+LIBRILIGHT = "LibriVox readers, by way of Libri-Light; text and cuts: LibriHeavy (k2-fsa), Apache-2.0"
+LIBRILIGHT_LICENSE = "public domain"
+EMILIA = "Emilia (open-mmlab/Amphion)"
+YODAS = "Emilia-YODAS (open-mmlab/Amphion), from YODAS: YouTube videos, whose ids are the utterances' `source`"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file that one task reads: a manifest, a table or an archive."""
+
+    corpus: str
+    format: str
+    url: str
+    root: str = ""
+    """Folder that audio paths are relative to."""
+    archive: str = ""
+    """Emilia's older layout: the tar.gz beside the jsonl."""
+
+
+def corpus_name(corpus: CorpusConfig) -> str:
+    return corpus.name or path_name(corpus.path)
+
+
+def attributions(corpora: Sequence[CorpusConfig]) -> dict[str, str]:
+    """Corpus name → whom the model card is to name."""
+    return {corpus_name(corpus): corpus.attribution or _known_attribution(corpus.path) for corpus in corpora}
+
+
+def _known_attribution(path: str) -> str:
+    lower = path.lower()
+    if "libriheavy" in lower or "librilight" in lower:
+        return LIBRILIGHT
+    if "emilia" in lower:
+        return YODAS if "yodas" in lower else EMILIA
+    return ""
+
+
+def find_sources(corpus: CorpusConfig) -> list[Source]:
+    """The files of a corpus, sorted.
+
+    Raises:
+        ConfigError: nothing is there, nothing that is known, or a manifest whose audio is nowhere.
+    """
+    fs, path = fsspec.core.url_to_fs(corpus.path.rstrip("/") or corpus.path)
+    if "*" not in path and not fs.exists(path):
+        raise ConfigError(_nothing_there(fs, corpus.path, path))
+    kind = corpus.format if corpus.format != "auto" else _guess(fs, path, corpus.path)
+    name = corpus_name(corpus)
+    if kind == "folder":
+        readers.check_folder(corpus.path)
+        return [Source(name, kind, f"{url_of(fs, path)}/{readers.TABLE}")]
+    if kind == "kaldi":
+        root = _root(fs, path, kaldi.first_paths(url_of(fs, path)), corpus)
+        return [Source(name, kind, url_of(fs, path), root)]
+    if kind == "emilia":
+        return _emilia_sources(fs, path, name, corpus.path)
+    manifests = _manifests(fs, path)
+    if not manifests:
+        raise ConfigError(f"{corpus.path}: no Lhotse manifest (.jsonl or .jsonl.gz) is there")
+    paths = lhotse_cuts.first_paths(url_of(fs, manifests[0]))
+    root = _root(fs, manifests[0].rpartition("/")[0], paths, corpus)
+    return [Source(name, kind, url_of(fs, one), root) for one in manifests]
+
+
+def url_of(fs: fsspec.AbstractFileSystem, path: str) -> str:
+    """A path of a file system as something that `fsspec.open` takes."""
+    return path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
+
+
+def source_stamp(source: Source) -> str:
+    """Tells whether a source changed: its content, or size and time where it is large."""
+    if source.format == "kaldi":
+        return ", ".join(_stamp(f"{source.url}/{name}") for name in kaldi.TABLES)
+    return ", ".join(_stamp(url) for url in (source.url, source.archive) if url)
+
+
+def _stamp(url: str) -> str:
+    fs, path = fsspec.core.url_to_fs(url)
+    if not fs.exists(path):
+        return "none"
+    info = fs.info(path)
+    if info["size"] <= DIGEST_BYTES:
+        return digest(url)
+    changed = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified") or ""
+    return f"{info['size']} bytes, {changed}"
+
+
+def scan(source: Source, corpus: CorpusConfig, max_member_bytes: int, unpack_url: str) -> Iterator[Utterance | Reject]:
+    """The records of one source: each is an utterance or a reject.
+
+    Args:
+        max_member_bytes: largest file inside an archive.
+        unpack_url: where a tar.gz is decompressed to.
+    """
+    for row in _records(source, corpus, max_member_bytes, unpack_url):
+        yield row if isinstance(row, Reject) else _with_license(row, source, corpus)
+
+
+def _records(
+    source: Source, corpus: CorpusConfig, max_member_bytes: int, unpack_url: str
+) -> Iterator[Utterance | Reject]:
+    if source.format == "folder":
+        utterances, rejects = readers.read_folder(source.url.rpartition("/")[0], "", source.corpus)
+        yield from utterances
+        yield from rejects
+    elif source.format == "kaldi":
+        yield from kaldi.read_kaldi(source.url, source.corpus, source.root, corpus.allow_outside)
+    elif source.format == "lhotse":
+        yield from lhotse_cuts.read_cuts(source.url, source.corpus, source.root, corpus.text, corpus.allow_outside)
+    elif source.archive:
+        unpacked = f"{unpack_url}/{source.corpus}/{path_name(source.url)}.tar"
+        yield from emilia.read_raw(source.url, source.archive, unpacked, source.corpus, max_member_bytes)
+    else:
+        yield from emilia.read_tar(source.url, source.corpus, max_member_bytes)
+
+
+def _with_license(row: Utterance, source: Source, corpus: CorpusConfig) -> Utterance:
+    """The row's own licence, the one configured, or the one known for the corpus."""
+    known = ""
+    if source.format == "emilia":
+        known = row.license  # by the kind of the record
+    elif row.source != row.recording_id and source.format in ("lhotse", "kaldi"):
+        known = LIBRILIGHT_LICENSE  # only Libri-Light's recordings have a book
+    own = "" if source.format == "emilia" else row.license
+    return replace(row, license=own or corpus.license or known or "unknown")
+
+
+def _guess(fs: fsspec.AbstractFileSystem, path: str, shown: str) -> str:
+    """The format of what lies at a path, from the names there."""
+    if path.endswith(".tar"):
+        return "emilia"
+    if path.endswith((".jsonl", ".jsonl.gz")):
+        return "emilia" if fs.exists(path.removesuffix(".jsonl") + ".tar.gz") else "lhotse"
+    if not fs.isdir(path):
+        raise ConfigError(
+            f"{shown}: a file, but a corpus is a folder with {readers.TABLE}, a Lhotse manifest (.jsonl, .jsonl.gz), a "
+            "folder of Kaldi's tables, or Emilia's tars; set its format if it is one of them"
+        )
+    names = {entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False)}
+    if readers.TABLE in names:
+        return "folder"
+    if "wav.scp" in names:
+        return "kaldi"
+    manifests = [name for name in names if name.endswith((".jsonl", ".jsonl.gz"))]
+    if manifests and not any(name.endswith((".tar", ".tar.gz")) for name in names):
+        return "lhotse"
+    if _archives(fs, path):
+        return "emilia"
+    raise ConfigError(
+        f"{shown}: has no {readers.TABLE}, no Lhotse manifest (.jsonl, .jsonl.gz), no wav.scp and no tar archives"
+        + _similar(names)
+    )
+
+
+def _similar(names: set[str]) -> str:
+    near = difflib.get_close_matches(readers.TABLE, names, n=1)
+    return f"; did you mean '{near[0]}' to be {readers.TABLE}?" if near else ""
+
+
+def _nothing_there(fs: fsspec.AbstractFileSystem, shown: str, path: str) -> str:
+    parent, _, name = path.rpartition("/")
+    entries = fs.ls(parent, detail=False) if parent and fs.isdir(parent) else []
+    near = difflib.get_close_matches(name, [str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in entries], n=1)
+    return f"{shown}: no such file or folder" + (f"; did you mean '{near[0]}'?" if near else "")
+
+
+def _manifests(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
+    found = fs.glob(path) if "*" in path else fs.ls(path, detail=False) if fs.isdir(path) else [path]
+    return sorted(one for one in found if one.endswith((".jsonl", ".jsonl.gz")))
+
+
+def _archives(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
+    """Tars, and jsonl files with a tar.gz, at or below a path."""
+    found = fs.glob(path) if "*" in path else fs.find(path) if fs.isdir(path) else [path]
+    names = set(found)
+    raw = [one for one in found if one.endswith(".jsonl") and f"{one.removesuffix('.jsonl')}.tar.gz" in names]
+    return sorted([one for one in found if one.endswith(".tar")] + raw)
+
+
+def _emilia_sources(fs: fsspec.AbstractFileSystem, path: str, name: str, shown: str) -> list[Source]:
+    sources = []
+    archives = [path] if fs.isfile(path) and path.endswith(".jsonl") else _archives(fs, path)
+    if not archives:
+        raise ConfigError(f"{shown}: no Emilia archives (.tar, or .jsonl beside its .tar.gz) are there")
+    for one in archives:
+        beside = url_of(fs, one.removesuffix(".jsonl") + ".tar.gz") if one.endswith(".jsonl") else ""
+        sources.append(Source(name, "emilia", url_of(fs, one), archive=beside))
+    return sources
+
+
+def _root(fs: fsspec.AbstractFileSystem, folder: str, paths: list[str], corpus: CorpusConfig) -> str:
+    """What a manifest's audio paths are relative to: as configured, or the nearest folder upwards in which audio is.
+
+    Raises:
+        ConfigError: none of the paths is anywhere.
+    """
+    folders = _upward(folder) if corpus.root is None else [fsspec.core.url_to_fs(corpus.root.rstrip("/"))[1]]
+    relative = [path for path in paths if "://" not in path and not path.startswith("/")]
+    if not relative:  # nothing to go by: each row is judged by itself
+        return url_of(fs, folders[0])
+    for one in folders:
+        if any(fs.exists(f"{one}/{path}") for path in relative):
+            return url_of(fs, one)
+    raise ConfigError(
+        f"{corpus.path} points nowhere: {relative[0]} is not under {url_of(fs, folders[0])}"
+        + (" or the folders above it" if corpus.root is None else "")
+        + "; set the corpus' root to the folder that its audio paths are relative to"
+    )
+
+
+def _upward(folder: str, levels: int = 5) -> list[str]:
+    parts = folder.split("/")
+    return ["/".join(parts[: len(parts) - up]) for up in range(min(levels, len(parts)))]

@@ -1,0 +1,152 @@
+"""Emilia and Emilia-YODAS: WebDataset tars with `<key>.json` beside `<key>.mp3`, and the older jsonl with a tar.gz.
+
+Members are paired by key, not by order. Keys are like EN_B00000_S00000_W000004: language, batch, source, window. The
+windows of a source are numbered in order, and numbers are missing where Emilia's authors left windows out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import fsspec
+
+from salad_ray.speech.archives import Member, Unusable, members, unpack
+from salad_ray.speech.readers import STAGE, language_code, normalize_text
+from salad_ray.tables import BadInput, Reject, Utterance
+
+AUDIO = ("mp3", "flac", "wav", "ogg", "opus", "m4a")
+LICENSE = "CC BY-NC 4.0"
+YODAS_LICENSE = "CC BY 4.0"
+
+
+def read_tar(url: str, corpus: str, max_member_bytes: int) -> Iterator[Utterance | Reject]:
+    """The samples of a WebDataset tar, each an utterance or a reject, as are members that belong to none."""
+    records: dict[str, Member] = {}
+    audio: dict[str, Member] = {}
+    for member in members(url, max_member_bytes):
+        if isinstance(member, Unusable):
+            yield _reject(corpus, url, member)
+            continue
+        key, _, end = member.name.rpartition(".")
+        kind = records if end == "json" else audio if end.lower() in AUDIO else None
+        if kind is None or key in kind:
+            reason = "neither JSON nor audio" if kind is None else "its key has such a file already"
+            yield Reject(STAGE, f"{corpus}/{member.name}", reason)
+        else:
+            kind[key] = member
+    for key in sorted(records.keys() | audio.keys()):
+        yield _sample(corpus, url, key, records.get(key), audio.get(key))
+
+
+def read_raw(
+    table: str, archive: str, unpacked: str, corpus: str, max_member_bytes: int
+) -> Iterator[Utterance | Reject]:
+    """The older layout: a line of the table for each sample, its audio at the path `wav` in the archive.
+
+    Args:
+        unpacked: where the archive is decompressed to.
+    """
+    audio: dict[str, Member] = {}
+    try:
+        url = unpack(archive, unpacked)
+    except BadInput as error:
+        yield Reject(STAGE, archive, str(error))
+        url = ""
+    for member in members(url, max_member_bytes) if url else ():
+        if isinstance(member, Unusable):
+            yield _reject(corpus, archive, member)
+        else:
+            audio[member.name.removeprefix("./")] = member
+    used: set[str] = set()
+    with fsspec.open(table, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield _line(corpus, table, number, line, url, audio, used)
+    for name in sorted(audio.keys() - used):
+        yield Reject(STAGE, f"{corpus}/{name}", "no line of the table names it")
+
+
+def _reject(corpus: str, url: str, member: Unusable) -> Reject:
+    return Reject(STAGE, f"{corpus}/{member.name}" if member.name else url, member.reason)
+
+
+def _sample(corpus: str, url: str, key: str, record: Member | None, audio: Member | None) -> Utterance | Reject:
+    try:
+        if record is None:
+            raise BadInput("audio without a JSON file of its key")
+        if audio is None:
+            raise BadInput("a JSON file without audio of its key")
+        return _utterance(corpus, url, key.rpartition("/")[2], _json(record.content or b""), audio)
+    except BadInput as error:
+        return Reject(STAGE, f"{corpus}/{key}", str(error))
+
+
+def _line(
+    corpus: str, table: str, number: int, line: bytes, url: str, audio: dict[str, Member], used: set[str]
+) -> Utterance | Reject:
+    key = f"{table}:{number}"
+    try:
+        record = _json(line)
+        key = str(record.get("id") or record.get("_id") or key)
+        path = str(record.get("wav", "")).removeprefix("./")
+        if path not in audio:
+            raise BadInput(f"its audio '{path}' is not in the archive")
+        if path in used:
+            raise BadInput(f"another line names '{path}' already")
+        used.add(path)
+        return _utterance(corpus, url, key, record, audio[path])
+    except BadInput as error:
+        return Reject(STAGE, f"{corpus}/{key}", str(error))
+
+
+def _json(data: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(data)
+    except ValueError as error:
+        raise BadInput(f"its JSON cannot be read ({error})") from None
+    if not isinstance(record, dict):
+        raise BadInput("its JSON is no object")
+    return record
+
+
+def _utterance(corpus: str, url: str, key: str, record: dict[str, Any], audio: Member) -> Utterance:
+    text = normalize_text(str(record.get("text") or ""))
+    if not text:
+        raise BadInput("empty transcript")
+    if audio.name.lower().endswith(".m4a"):
+        raise BadInput("M4A cannot be decoded here; convert it to FLAC or MP3")
+    is_yodas = "_id" in record or "phone_count" in record
+    window = re.fullmatch(r"(.+)_W(\d+)", key)
+    recording = window[1] if window else key
+    speaker = str(record.get("speaker") or "")
+    dnsmos = record.get("dnsmos")
+    return Utterance(
+        utt_id=f"{corpus}/{key}",
+        text=text,
+        duration_secs=_seconds(record.get("duration")),
+        recording_id=f"{corpus}/{recording}",
+        corpus=corpus,
+        speaker=speaker,
+        language=language_code(str(record.get("language") or "en")),
+        license=YODAS_LICENSE if is_yodas else LICENSE,
+        source=f"{corpus}/{_source(speaker, recording)}",
+        order=int(window[2]) if window else None,
+        dnsmos=float(dnsmos) if isinstance(dnsmos, int | float) else None,
+        uri=url,
+        byte_start=audio.byte_start,
+        num_bytes=audio.num_bytes,
+    )
+
+
+def _seconds(value: Any) -> float:
+    """0 where the record does not say."""
+    return float(value) if isinstance(value, int | float) and value > 0 else 0.0
+
+
+def _source(speaker: str, recording: str) -> str:
+    """The video where the speaker's name holds its id (EN_<video>_SPEAKER_00), else the source that was cut up."""
+    video = re.fullmatch(r"[A-Z]{2,3}_(.+)_SPEAKER_\d+", speaker)
+    return video[1] if video else recording

@@ -1,0 +1,283 @@
+"""Lhotse cut manifests, read and written: LibriHeavy's full manifest and both its second-step forms, and any other.
+
+A MonoCut gives one utterance per supervision. LibriHeavy's full manifest keeps its text in `custom.texts` (the book's
+and the recogniser's) and what stands before it in `custom.pre_texts`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Literal
+
+import fsspec
+import soundfile
+from lhotse import AudioSource, MonoCut, Recording, SupervisionSegment
+from lhotse.serialization import deserialize_item
+from lhotse.supervision import AlignmentItem
+
+from salad_ray.speech.audio import open_recording, referenced
+from salad_ray.speech.readers import STAGE, inside, language_code, normalize_text
+from salad_ray.tables import BadInput, Reject, Utterance, Word, atomic_file, stable_hash, write_bytes
+
+END_TOLERANCE_SECS = 0.1
+NUM_PROBES = 50
+# What lhotse raises for a record that is not of its format.
+_MALFORMED = (ValueError, KeyError, TypeError, AttributeError, AssertionError, NotImplementedError)
+
+
+def read_cuts(
+    url: str, corpus: str, root: str, form: Literal["book", "recogniser"], allow_outside: bool
+) -> Iterator[Utterance | Reject]:
+    """The supervisions of a manifest, line by line; every broken line or unusable cut is a reject.
+
+    Args:
+        root: folder that audio paths are relative to.
+        form: which of LibriHeavy's two texts.
+        allow_outside: believe absolute paths and URLs.
+    """
+    seen: set[int] = set()
+    for number, line in _lines(url):
+        if isinstance(line, BadInput):
+            yield Reject(STAGE, f"{corpus}/{url}:{number}", str(line))
+            continue
+        try:
+            rows = _utterances(line, corpus, root, form, allow_outside)
+        except BadInput as error:
+            yield Reject(STAGE, f"{corpus}/{_id_in(line) or f'{url}:{number}'}", str(error))
+            continue
+        for row in rows:
+            if isinstance(row, Reject):
+                yield row
+            elif (key := stable_hash(row.utt_id)) in seen:
+                yield Reject(STAGE, row.utt_id, "a cut of this id was read already")
+            else:
+                seen.add(key)
+                yield row
+
+
+def first_paths(url: str) -> list[str]:
+    """The audio paths of a manifest's first cuts; what cannot be read is left to `read_cuts` to complain about."""
+    paths = []
+    for _, line in islice(_lines(url), NUM_PROBES):
+        try:
+            paths += [source.source for source in _cut(line).recording.sources if source.type == "file"]
+        except BadInput:
+            continue
+    return list(dict.fromkeys(paths))
+
+
+def book_of(recording_id: str) -> str:
+    """What of a Libri-Light recording (size/speaker/book/chapter) is its book; any other recording is its own."""
+    found = re.match(r"((?:small|medium|large|unlab-\w+)/\d+/[^/]+)/", recording_id)
+    return found[1] if found else recording_id
+
+
+def _lines(url: str) -> Iterator[tuple[int, str | BadInput]]:
+    """Numbered lines; a file that breaks off ends with what is wrong with it."""
+    number = 0
+    with fsspec.open(url, "rb") as file:
+        stream = gzip.GzipFile(fileobj=file) if url.endswith(".gz") else file
+        try:
+            for number, line in enumerate(io.BufferedReader(stream), start=1):
+                if line.strip():
+                    yield number, line.decode("utf-8", errors="replace")
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            yield number + 1, BadInput(f"the manifest is truncated or damaged after line {number} ({error})")
+
+
+def _cut(line: str | BadInput) -> MonoCut:
+    if isinstance(line, BadInput):
+        raise line
+    try:
+        cut = deserialize_item(json.loads(line))
+    except _MALFORMED as error:
+        raise BadInput(f"not a Lhotse cut ({type(error).__name__}: {error})") from None
+    if not isinstance(cut, MonoCut):
+        raise BadInput(f"a {type(cut).__name__}; only cuts of one channel of one recording are read")
+    if cut.recording is None:
+        raise BadInput("the cut names no recording")
+    return cut
+
+
+def _id_in(line: str) -> str:
+    found = re.search(r'"id": ?"([^"]+)"', line)
+    return found[1] if found else ""
+
+
+def _utterances(
+    line: str, corpus: str, root: str, form: Literal["book", "recogniser"], allow_outside: bool
+) -> list[Utterance | Reject]:
+    cut = _cut(line)
+    if not cut.supervisions:
+        raise BadInput("the cut has no supervision, so no text")
+    uri = _uri(cut, root, allow_outside)
+    rows: list[Utterance | Reject] = []
+    for supervision in cut.supervisions:
+        name = cut.id if len(cut.supervisions) == 1 else f"{cut.id}/{supervision.id}"
+        try:
+            rows.append(_utterance(f"{corpus}/{name}", cut, supervision, corpus, uri, form))
+        except BadInput as error:
+            rows.append(Reject(STAGE, f"{corpus}/{name}", str(error)))
+    return rows
+
+
+def _uri(cut: MonoCut, root: str, allow_outside: bool) -> str:
+    if len(cut.recording.sources) != 1:
+        raise BadInput(f"its recording has {len(cut.recording.sources)} sources; one file is needed")
+    if cut.recording.transforms:
+        raise BadInput("its recording is transformed on the fly, which is not done here; store it as it should sound")
+    if cut.recording.num_channels != 1:
+        raise BadInput(f"its recording has {cut.recording.num_channels} channels; split them into files of one")
+    [source] = cut.recording.sources
+    if source.type not in ("file", "url"):
+        raise BadInput(f"its audio is a '{source.type}', which is not run or read; give a file")
+    return inside(source.source, root, allow_outside)
+
+
+def _utterance(
+    utt_id: str, cut: MonoCut, supervision: SupervisionSegment, corpus: str, uri: str, form: str
+) -> Utterance:
+    custom = (cut.custom or {}) | (supervision.custom or {})
+    text, pre_text = _texts(supervision, custom, form)
+    offset = max(0.0, round(cut.start + supervision.start, 6))
+    end = offset + supervision.duration
+    if end > cut.recording.duration + END_TOLERANCE_SECS:
+        raise BadInput(
+            f"cut {offset:g}–{end:.3f} s ends beyond its recording, which has {cut.recording.duration:.3f} s"
+        )
+    return Utterance(
+        utt_id=utt_id,
+        text=text,
+        duration_secs=supervision.duration,
+        recording_id=f"{corpus}/{cut.recording.id}",
+        corpus=corpus,
+        speaker=supervision.speaker or "",
+        language=language_code(supervision.language or "en"),
+        license=str(custom.get("license") or ""),
+        domain=str(custom.get("domain") or ""),
+        source=f"{corpus}/{custom.get('source') or custom.get('text_path') or book_of(cut.recording.id)}",
+        pre_text=pre_text,
+        dnsmos=_number(custom.get("dnsmos")),
+        align_score=_number(custom.get("align_score")),
+        words=_words(supervision, text),
+        uri=uri,
+        offset_secs=offset,
+    )
+
+
+def _texts(supervision: SupervisionSegment, custom: dict[str, Any], form: str) -> tuple[str, str]:
+    """Text and what stands before it."""
+    which = 0 if form == "book" else 1
+    text = supervision.text if supervision.text is not None else _form(custom.get("texts"), which)
+    pre_text = custom.get("pre_text") or _form(custom.get("pre_texts"), which)
+    if not normalize_text(str(text)):
+        raise BadInput("empty transcript")
+    return normalize_text(str(text)), normalize_text(str(pre_text))
+
+
+def _form(values: Any, index: int) -> str:
+    return str(values[index]) if isinstance(values, list) and len(values) > index else ""
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _words(supervision: SupervisionSegment, text: str) -> list[Word] | None:
+    """Its own word alignment, if that covers the text word by word; times from the utterance's start."""
+    items = (supervision.alignment or {}).get("word") or []
+    if [item.symbol for item in items] != text.split():
+        return None
+    return [Word(item.symbol, *_times(item, supervision.start)) for item in items]
+
+
+def _times(item: AlignmentItem, start: float) -> tuple[float, float]:
+    return round(item.start - start, 6), round(item.end - start, 6)
+
+
+def write_cuts(utterances: Iterable[Utterance], url: str) -> int:
+    """Write utterances as a manifest that `lhotse.CutSet.from_file` loads; returns their number.
+
+    Audio in plain files is referred to. Audio in an archive or in the row itself is written beside the manifest, into
+    `<its name>_audio/`.
+
+    Args:
+        url: `….jsonl.gz`, local or remote.
+
+    Raises:
+        BadInput: audio that cannot be opened.
+    """
+    count = 0
+    with atomic_file(url) as file, gzip.GzipFile(fileobj=file, mode="wb", mtime=0) as stream:
+        recordings = _Recordings(re.sub(r"\.jsonl(\.gz)?$", "", url) + "_audio")
+        for row in utterances:
+            stream.write(json.dumps(_cut_of(row, recordings.of(row)).to_dict(), ensure_ascii=False).encode() + b"\n")
+            count += 1
+    return count
+
+
+@dataclass
+class _Recordings:
+    """Lhotse's description of the recordings, one look at a file's header for consecutive cuts of it."""
+
+    folder: str
+    last: dict[str, Recording] = field(default_factory=dict)
+
+    def of(self, row: Utterance) -> Recording:
+        embedded = row.audio is not None or row.byte_start is not None
+        path = self._write(row) if embedded else row.uri or ""
+        if path not in self.last:
+            with open_recording(path) as recording:
+                frames, rate = recording.file.frames, recording.file.samplerate
+                channels = list(range(recording.file.channels))
+            kind = "url" if "://" in path else "file"
+            name = row.utt_id if embedded else row.recording_id
+            self.last = {
+                path: Recording(name, [AudioSource(kind, channels, path)], rate, frames, frames / rate, channels)
+            }
+        return self.last[path]
+
+    def _write(self, row: Utterance) -> str:
+        source = referenced(row)
+        assert isinstance(source, bytes), "embedded audio is bytes"
+        with soundfile.SoundFile(io.BytesIO(source)) as file:
+            end = {"WAV": "wav", "WAVEX": "wav", "FLAC": "flac", "MP3": "mp3", "OGG": "ogg"}[file.format]
+        safe = re.sub(r"[^A-Za-z0-9._-]+", "_", row.utt_id)[-100:]
+        path = f"{self.folder}/{safe}-{stable_hash(row.utt_id):016x}.{end}"
+        write_bytes(path, source)
+        return path
+
+
+def _cut_of(row: Utterance, recording: Recording) -> MonoCut:
+    extra: dict[str, Any] = {
+        "license": row.license,
+        "domain": row.domain,
+        "source": row.source.removeprefix(f"{row.corpus}/"),
+    }
+    extra |= {"dnsmos": row.dnsmos, "align_score": row.align_score, "pre_text": row.pre_text}
+    items = [AlignmentItem(word.text, word.start_secs, _length(word)) for word in row.words or []]
+    duration = row.duration_secs or recording.duration
+    supervision = SupervisionSegment(
+        id=row.utt_id.removeprefix(f"{row.corpus}/"),
+        recording_id=recording.id,
+        start=0.0,
+        duration=duration,
+        channel=0,
+        text=row.text,
+        language=row.language,
+        speaker=row.speaker or None,
+        custom={name: value for name, value in extra.items() if value},
+        alignment={"word": items} if items else None,
+    )
+    return MonoCut(supervision.id, row.offset_secs, duration, 0, supervisions=[supervision], recording=recording)
+
+
+def _length(word: Word) -> float:
+    return round(word.end_secs - word.start_secs, 6)

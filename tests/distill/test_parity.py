@@ -1,0 +1,345 @@
+"""Gradients and weights under DeepSpeed ZeRO 0–3 on two workers, beside plain PyTorch in one process on the same rows.
+
+This file is also the worker: `python test_parity.py FOLDER` under torch.distributed's variables writes what an engine
+of every case has after one step, so two processes are started once for all cases.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from factories import make_features, make_tokenizer
+from torch import Tensor, nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from salad_ray.config import AdapterConfig, DistillConfig
+from salad_ray.distill.step import DTYPES, batch_loss, global_scale
+from salad_ray.model.speech_lm import EncoderSpec, SpeechLM, load_text_lm, parameter_groups
+from salad_ray.sequences.batch import Batch, Sample, collate, sample_of, without_labels
+from salad_ray.sequences.interleave import interleave
+
+NUM_WORKERS = 2
+NUM_MICRO_BATCHES = 3  # not a power of two, so that dividing by it rounds
+ADAPTER = AdapterConfig(hidden_size=16, num_layers=2, num_heads=2, ffn_size=24)
+ENCODER = EncoderSpec(name="log_mel", path=None, revision=None, sampling_rate=16000, frame_rate=12.5, dim=6)
+SETTINGS = DistillConfig(use_gpu=False, alpha=0.7, learning_rate=1e-3, adapter_learning_rate=3e-3, max_grad_norm=0.5)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One engine."""
+
+    zero_stage: int
+    precision: str
+    recompute: bool = False
+    """Activation checkpointing, under which every layer runs twice a step (DeepSpeed#8224)."""
+
+    def __str__(self) -> str:
+        return f"zero{self.zero_stage}-{self.precision}{'-recompute' * self.recompute}"
+
+    @property
+    def settings(self) -> DistillConfig:
+        return SETTINGS.model_copy(update={"zero_stage": self.zero_stage, "precision": self.precision})
+
+
+CASES = [Case(stage, precision) for precision in DTYPES for stage in range(4)]
+CASES += [Case(stage, "bf16", recompute=True) for stage in (2, 3)]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step made: gradients before it and weights after it, in fp32 by name."""
+
+    grads: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    used: dict[str, Tensor]
+    """The weights that the next forward computes with, as they are."""
+    norm: float | None
+    """Of the whole gradient, before clipping; DeepSpeed does not tell it at ZeRO 0 in fp32."""
+
+
+def save_teacher(folder: Path) -> None:
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 400}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
+    Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=True, **shape)).save_pretrained(folder)
+    make_tokenizer("byte_level").save_pretrained(folder)
+
+
+def micro_batches(rank: int) -> list[Batch]:
+    """Micro-batches with different numbers of labels; the last of rank 1 has none, as it has a row less."""
+    tokenizer, rng = make_tokenizer("byte_level"), np.random.default_rng(rank)
+    batches = [collate([make_row(tokenizer, rng) for _ in range(1 + i)], 192) for i in range(NUM_MICRO_BATCHES)]
+    return batches if rank == 0 else [*batches[:-1], without_labels(batches[-1])]
+
+
+def make_row(tokenizer: Any, rng: np.random.Generator) -> list[Sample]:
+    samples = []
+    for _ in range(rng.integers(1, 4)):
+        text = " ".join(rng.choice(["people", "said", "union,", "12", "café", "opened"], rng.integers(5, 12)))
+        utterance = make_features(text, dim=ENCODER.dim, secs_per_word=0.3)
+        frames = rng.standard_normal((utterance.num_frames, ENCODER.dim)).astype(np.float16)
+        utterance = replace(utterance, features=frames.tobytes())
+        samples.append(sample_of(interleave([utterance], tokenizer, (1, 3), (1, 3), rng), [utterance]))
+    return samples
+
+
+def load(folder: str, dtype: torch.dtype) -> tuple[nn.Module, SpeechLM]:
+    teacher = load_text_lm(folder, None, dtype).requires_grad_(False)
+    return teacher, SpeechLM.from_teacher(folder, None, ADAPTER, ENCODER, 0, dtype)
+
+
+def make_optimizer(student: SpeechLM) -> torch.optim.AdamW:
+    groups = parameter_groups(student, SETTINGS.learning_rate, SETTINGS.adapter_learning_rate, SETTINGS.weight_decay)
+    return torch.optim.AdamW(groups, betas=SETTINGS.betas)
+
+
+# The workers.
+
+
+def work(folder: str) -> None:
+    """Entry of each of the two processes."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo", verbose=False)
+    torch.set_num_threads(1)
+    for case in CASES:
+        outcome = engine_step(case, folder)
+        if torch.distributed.get_rank() == 0:
+            torch.save(vars(outcome), f"{folder}/{case}.pt")
+
+
+def engine_step(case: Case, folder: str) -> Outcome:
+    """One step exactly as the trainer makes it."""
+    import deepspeed
+    from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+
+    from salad_ray.distill.trainer import deepspeed_config
+
+    teacher, student = load(folder, DTYPES[case.precision])
+    if case.recompute:
+        student.gradient_checkpointing()
+    engine, *_ = deepspeed.initialize(
+        model=student,
+        optimizer=make_optimizer(student),
+        config=deepspeed_config(case.settings, NUM_MICRO_BATCHES),
+        dist_init_required=False,
+    )
+    batches = micro_batches(torch.distributed.get_rank())
+    num_labels = torch.tensor([sum(len(batch.labels) for batch in batches)])
+    torch.distributed.all_reduce(num_labels)
+    grads = {}
+    for index, batch in enumerate(batches):
+        backward(engine, teacher, batch, int(num_labels), case)
+        if index == len(batches) - 1:
+            grads = {name: safe_get_full_grad(p).float().clone() for name, p in engine.module.named_parameters()}
+        engine.step()
+    with GatheredParameters(list(engine.module.parameters()), enabled=case.zero_stage == 3):
+        used = {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
+    if case.zero_stage == 0:
+        weights = masters_of_stage0(engine)
+    else:
+        weights = {name: safe_get_full_fp32_param(p).clone() for name, p in engine.module.named_parameters()}
+    norm = engine.get_global_grad_norm()
+    return Outcome(grads, weights, used, None if norm is None else float(norm))
+
+
+def masters_of_stage0(engine: Any) -> dict[str, Tensor]:
+    """In fp32 the model's own weights; in bf16 the optimizer has copies of them."""
+    groups = zip(
+        getattr(engine.optimizer, "fp16_groups", []), getattr(engine.optimizer, "fp32_groups", []), strict=True
+    )
+    masters = {id(low): high for pair in groups for low, high in zip(*pair, strict=True)}
+    return {name: masters.get(id(p), p).detach().clone() for name, p in engine.module.named_parameters()}
+
+
+def backward(engine: Any, teacher: nn.Module, batch: Batch, num_labels: int, case: Case) -> None:
+    """As `Distiller._forward_backward`."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    head = engine.module.head
+    batch = batch.to("cpu", DTYPES[case.precision])
+    with ExitStack() as stack:
+        gather = partial(stack.enter_context, GatheredParameters([head], enabled=case.zero_stage == 3))
+        loss = batch_loss(engine, head, teacher, batch, SETTINGS.alpha, gather_head=gather)
+        engine.backward(loss.loss * global_scale(len(batch.labels), num_labels, NUM_WORKERS, NUM_MICRO_BATCHES))
+
+
+# The reference.
+
+
+def plain_step(folder: str, dtype: torch.dtype, compute: torch.dtype) -> Outcome:
+    """The same step without DeepSpeed, over the rows of all workers; weights of `dtype`, everything in `compute`."""
+    teacher, student = load(folder, dtype)
+    teacher, student = teacher.to(compute), student.to(compute)
+    batches = [batch for rank in range(NUM_WORKERS) for batch in micro_batches(rank)]
+    num_labels = sum(len(batch.labels) for batch in batches)
+    for batch in batches:
+        loss = batch_loss(student, student.head, teacher, batch.to("cpu", compute), SETTINGS.alpha)
+        (loss.loss * (len(batch.labels) / num_labels)).backward()
+    grads = {name: parameter.grad.float() for name, parameter in student.named_parameters()}  # type: ignore[union-attr]
+    return optimizer_step(folder, dtype, grads)
+
+
+def optimizer_step(
+    folder: str, dtype: torch.dtype, grads: dict[str, Tensor], after_empty_step: bool = False
+) -> Outcome:
+    """One step of AdamW on fp32 copies of weights of `dtype`, from given gradients, clipped."""
+    student = load(folder, dtype)[1].float()
+    optimizer = make_optimizer(student)
+    if after_empty_step:
+        for parameter in student.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    for name, parameter in student.named_parameters():
+        parameter.grad = grads[name].clone()
+    norm = nn.utils.clip_grad_norm_(student.parameters(), SETTINGS.max_grad_norm)
+    optimizer.step()
+    weights = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
+    used = {name: weight.to(dtype) for name, weight in weights.items()}
+    return Outcome(grads, weights, used, float(norm))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The teacher; also where the workers write."""
+    path = tmp_path_factory.mktemp("parity")
+    save_teacher(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder: str) -> dict[Case, Outcome]:
+    """Every case, from one launch of two processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    workers = [start_worker(folder, rank, port) for rank in range(NUM_WORKERS)]
+    try:
+        output = [worker.communicate(timeout=120)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [worker.returncode for worker in workers] == [0] * NUM_WORKERS, "\n".join(output)[-3000:]
+    return {case: Outcome(**torch.load(f"{folder}/{case}.pt")) for case in CASES}
+
+
+def start_worker(folder: str, rank: int, port: int) -> subprocess.Popen[str]:
+    here = Path(__file__).resolve()
+    env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(NUM_WORKERS)}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    env |= {"PYTHONPATH": os.pathsep.join([str(here.parents[1]), str(here.parents[2])])}
+    command = [sys.executable, str(here), folder]
+    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+@dataclass(frozen=True)
+class References:
+    """Of one precision."""
+
+    start: dict[str, Tensor]
+    plain: Outcome
+    exact: Outcome
+    """From the same weights, computed in fp32."""
+
+
+@pytest.fixture(scope="module")
+def references(folder: str) -> dict[str, References]:
+    return {precision: make_references(folder, dtype) for precision, dtype in DTYPES.items()}
+
+
+def make_references(folder: str, dtype: torch.dtype) -> References:
+    start = {name: p.detach().float() for name, p in load(folder, dtype)[1].named_parameters()}
+    return References(start, plain_step(folder, dtype, dtype), plain_step(folder, dtype, torch.float32))
+
+
+def errors(values: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
+    """Relative error of every parameter's tensor, in the 2-norm."""
+    assert values.keys() == reference.keys()
+    return {name: float((values[name] - exact).norm() / exact.norm()) for name, exact in reference.items()}
+
+
+def updates(after: dict[str, Tensor], before: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: after[name] - before[name] for name in before}
+
+
+def of_precision(precision: str) -> list[Case]:
+    return [case for case in CASES if case.precision == precision]
+
+
+def test_the_micro_batches_differ_in_labels_and_one_has_none() -> None:
+    counts = [len(batch.labels) for rank in range(NUM_WORKERS) for batch in micro_batches(rank)]
+    assert len(set(counts)) == NUM_WORKERS * NUM_MICRO_BATCHES
+    assert counts[-1] == 0
+
+
+@pytest.mark.parametrize("case", of_precision("fp32"), ids=str)
+def test_fp32_gradients_are_those_of_plain_pytorch(
+    outcomes: dict[Case, Outcome], references: dict[str, References], case: Case
+) -> None:
+    exact = references["fp32"].exact
+    assert max(errors(outcomes[case].grads, exact.grads).values()) <= 1e-5
+    assert outcomes[case].norm in (None, pytest.approx(exact.norm, rel=1e-5))
+
+
+@pytest.mark.parametrize("case", of_precision("bf16"), ids=str)
+def test_bf16_gradients_err_hardly_more_than_plain_bf16(
+    outcomes: dict[Case, Outcome], references: dict[str, References], case: Case
+) -> None:
+    """Plain bf16 is 1–4 % from the exact gradient, as every product is rounded to 8 bits. DeepSpeed rounds the scaled
+    loss, the division by the micro-batches and the mean over the workers besides: a few ulp of 2⁻⁸. A micro-batch, a
+    worker or one of a tied weight's two gradients lost or counted twice would be an error of tens of percent.
+    """
+    plain, exact = references["bf16"].plain, references["bf16"].exact
+    ours, theirs = errors(outcomes[case].grads, exact.grads), errors(plain.grads, exact.grads)
+    assert {name: error for name, error in ours.items() if error > 1.5 * theirs[name] + 2**-8} == {}
+    assert max(errors(outcomes[case].grads, plain.grads).values()) <= 8 * 2**-8
+    assert outcomes[case].norm == pytest.approx(plain.norm, rel=2**-7)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.recompute], ids=str)
+def test_recomputing_the_layers_changes_no_gradient(outcomes: dict[Case, Outcome], case: Case) -> None:
+    without = outcomes[replace(case, recompute=False)]
+    assert max(errors(outcomes[case].grads, without.grads).values()) <= 1e-6
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_step_makes_of_its_gradients_what_adamw_does(
+    outcomes: dict[Case, Outcome], references: dict[str, References], folder: str, case: Case
+) -> None:
+    """Clipping, groups and fp32 copies of the weights too. Adam divides each gradient by its own size, so weights are
+    compared from the same gradients: at the first step, noise in the smallest of them turns into whole updates. At
+    ZeRO 0 in bf16 DeepSpeed lets the optimizer take an empty step first, which makes Adam's count one too high.
+    """
+    outcome, start = outcomes[case], references[case.precision].start
+    after_empty_step = case == Case(0, "bf16")
+    expected = optimizer_step(folder, DTYPES[case.precision], outcome.grads, after_empty_step)
+    assert max(errors(updates(outcome.weights, start), updates(expected.weights, start)).values()) <= 1e-4
+    for name, weight in outcome.weights.items():
+        assert torch.equal(outcome.used[name], weight.to(DTYPES[case.precision])), name
+
+
+@pytest.mark.parametrize("case", of_precision("fp32"), ids=str)
+def test_fp32_weights_after_the_step_are_those_of_plain_pytorch(
+    outcomes: dict[Case, Outcome], references: dict[str, References], case: Case
+) -> None:
+    start, exact = references["fp32"].start, references["fp32"].exact
+    found = updates(outcomes[case].weights, start)
+    assert max(errors(found, updates(exact.weights, start)).values()) <= 1e-3
+
+
+if __name__ == "__main__":
+    work(sys.argv[1])
