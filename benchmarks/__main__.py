@@ -33,6 +33,11 @@ BENCHMARKS = {
     "alignment": Benchmark(2, "Word alignment at known joins of recordings", "errors within a frame of 80 ms"),
     "loss": Benchmark(2, "distillation_loss beside dense PyTorch and Liger", "memory ≤ 1/8 of dense; time ≤ both"),
     "training": Benchmark(4, "Training loop beside a bare PyTorch loop", "ours/bare ≥ 0.95"),
+    "checkpoint": Benchmark(2, "Checkpoints beside DeepSpeed's own", "stalled < 2 % of the steps between two"),
+    "reader": Benchmark(3, "Reading beside what a training rank needs; planning", "≥ 3 × the need; waiting < 5 %"),
+    "recorded": Benchmark(
+        40, "Ingest, align and encode beside a bare loop; 1 h to 20 h", "ours/bare ≥ 0.9; memory flat"
+    ),
     "encoding": Benchmark(4, "Encoding stage beside a bare loop", "ours/bare ≥ 0.95 for Mimi, steady"),
 }
 """In the order in which they run."""
@@ -41,7 +46,9 @@ BENCHMARKS = {
 def main() -> None:
     parser = argparse.ArgumentParser("python -m benchmarks", description="Ratios, side by side in one run.")
     parser.add_argument("names", nargs="*", metavar="name", help=f"which: {', '.join(BENCHMARKS)}; all by default")
-    parser.add_argument("--full", action="store_true", help="the loss at all sizes (a quarter of an hour)")
+    parser.add_argument(
+        "--full", action="store_true", help="the loss at all sizes, and the plan of a million utterances"
+    )
     options = parser.parse_args()
     unknown = set(options.names) - set(BENCHMARKS)
     if unknown:
@@ -62,7 +69,7 @@ def show(name: str, full: bool) -> None:
         return
     console.print(f"\n{name}: about {benchmark.minutes:g} minutes …")
     started = time.monotonic()
-    options = {"full": True} if full and name == "loss" else {}
+    options = {"full": True} if full and name in ("loss", "reader") else {}
     rows = importlib.import_module(f"benchmarks.{name}").run(**options)
     secs = time.monotonic() - started
     console.print(grid(f"{benchmark.title} ({secs:.0f} s; aim: {benchmark.aim})", rows))
@@ -71,7 +78,7 @@ def show(name: str, full: bool) -> None:
 def missing_data(name: str) -> str:
     """Why a benchmark cannot run here, if it cannot."""
     speech = Path(os.environ.get("SALAD_DATA", "../shared/data")) / "speech"
-    if name == "alignment" and not speech.is_dir():
+    if name in ("alignment", "recorded") and not speech.is_dir():
         return f"as there are no recordings at {speech}; set SALAD_DATA to the folder that holds speech/"
     return ""
 

@@ -2,10 +2,10 @@
 
     python -m benchmarks.checkpoint
 
-One worker, ZeRO 2, fp32, a Qwen2 of 58 M parameters with random weights, in a process of its own. Both write to the same
-disk, taking turns. Ours copies to host memory and writes while training goes on; "stalled" is that copy, "written" the
-time until the checkpoint is whole. DeepSpeed's `save_checkpoint` returns when everything is written. "resume" reads
-the checkpoint back into the engine. Ours may be read at any other number of workers; DeepSpeed's has to be
+One worker, ZeRO 2, fp32, a Qwen2 of 62 M parameters with random weights, in a process of its own. Both write to the
+same disk, taking turns. Ours copies to host memory and writes while training goes on; "stalled" is that copy, "written"
+the time until the checkpoint is whole. DeepSpeed's `save_checkpoint` returns when everything is written. "resume"
+reads the checkpoint back into the engine. Ours may be read at any other number of workers; DeepSpeed's has to be
 converted first (`ds_to_universal`), which is timed as "to universal".
 """
 

@@ -2,10 +2,10 @@
 
     python -m benchmarks.recorded
 
-The recordings of `SALAD_DATA`, listed again and again under new ids; decoding, alignment and encoding are done for every
-one of them. Each stage has one Ray actor and the bare loop one process, both with one thread, taking turns; the bare
-loop calls the same functions and writes the same tables, without Ray. Rates are of the steady part, from the first shard
-to the last, so that starting Ray and the actors is left out; "whole" includes it.
+The recordings of `SALAD_DATA`, listed again and again under new ids; decoding, alignment and encoding are done for
+every one of them. Each stage has one Ray actor and the bare loop one process, both with one thread, taking turns; the
+bare loop calls the same functions and writes the same tables, without Ray. Rates are of the steady part, from the first
+shard to the last, so that starting Ray and the actors is left out; "whole" includes it.
 
 Memory: the largest resident set of any actor during a stage, while the audio grows twentyfold in as many shards.
 """
@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,15 @@ from benchmarks.encoding import Timing, steady_rate, write_times
 from benchmarks.side_by_side import PAIRS, in_subprocess, one_thread_each, ratio_row, take_turns
 from salad_ray import pipeline
 from salad_ray.config import Config, load_config, parse_config
+from salad_ray.model.encoder import load_encoder
 from salad_ray.stages.align import AlignShard
-from salad_ray.stages.common import Stage, ShardPart, write_shard
+from salad_ray.stages.common import ShardPart, write_shard
 from salad_ray.stages.encode import EncodeShard
 from salad_ray.stages.ingest import CheckShard
-from salad_ray.model.encoder import load_encoder
 from salad_ray.tables import Table
+
+Turns = list[tuple[Timing, Timing]]
+Rate = Callable[[Timing, dict[str, float]], float]
 
 NUM_SHARDS = 8
 PAIR_HOURS = 0.75
@@ -61,13 +65,23 @@ def side_by_side(folder: Path, hours: float, pairs: int) -> list[dict[str, Any]]
     config = prepare(folder / "pairs", hours)
     rows = []
     for stage, table in STAGES.items():
-        turns = take_turns(lambda _: ours(config, stage), lambda _: bare(config, stage), pairs)
+        turns = take_turns(partial(of_stage, ours, config, stage), partial(of_stage, bare, config, stage), pairs)
         audio = audio_secs(config, "utterances")
-        for kind, rate in (("steady", steady_rate), ("whole", lambda timing, audio: sum(audio.values()) / timing.secs)):
-            sides = [[rate(timing, audio) for timing in side] for side in zip(*turns, strict=True)]
-            rows.append(ratio_row(f"{stage}, {kind}", "audio-s/s per core", *sides) | {"audio (h)": hours})
+        rows += [
+            ratio_row(f"{stage}, {kind}", "audio-s/s per core", *sides(turns, rate, audio)) | {"audio (h)": hours}
+            for kind, rate in (("steady", steady_rate), ("whole", whole_rate))
+        ]
         require_equal(config, table)
     return rows
+
+
+def sides(turns: Turns, rate: Rate, audio: dict[str, float]) -> list[list[float]]:
+    """Rates of the stage, and of the bare loop."""
+    return [[rate(timing, audio) for timing in side] for side in zip(*turns, strict=True)]
+
+
+def whole_rate(timing: Timing, audio: dict[str, float]) -> float:
+    return sum(audio.values()) / timing.secs
 
 
 def peak_memory(folder: Path, hours: float) -> list[dict[str, Any]]:
@@ -115,6 +129,10 @@ def write_corpus(folder: Path, hours: float) -> None:
             path, duration, text = clips[number % len(clips)]
             file.write(f"{number:07d}\t{path}\t{text}\tr{number // 20}\n")
             secs, number = secs + duration, number + 1
+
+
+def of_stage(side: Callable[[Config, str], Timing], config: Config, stage: str, _: int) -> Timing:
+    return side(config, stage)
 
 
 def ours(config: Config, stage: str) -> Timing:

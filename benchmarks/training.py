@@ -87,7 +87,7 @@ def job_of(config: Config, name: str) -> Job:
     """What the trainer is told by stage1."""
     tables = {"teacher": "", "features": "natural", "plan": "natural"}
     teacher, features, plan = (finished(Table(config.run_dir, of, name), name) for name, of in tables.items())
-    return Job(config, name, teacher, EncoderSpec(**features["encoder"]), plan["num_steps"])
+    return Job(config, name, teacher, EncoderSpec(**features["encoder"]), plan["num_steps"], card="")
 
 
 def ours(config: Config, pair: int) -> tuple[Rows, float]:

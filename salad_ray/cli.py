@@ -71,6 +71,16 @@ def status(run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="Folde
     console.print(grid)
 
 
+@app.command()
+def cuts(
+    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="Folder or URL of a run.")],
+    target: Annotated[str, typer.Argument(metavar="OUT.jsonl.gz", help="The manifest to write.")],
+    set_name: Annotated[str, typer.Option("--set", help="natural, heldout, …")] = "natural",
+) -> None:
+    """Write a run's utterances, with their word times, as a Lhotse cut manifest."""
+    say(f"{pipeline.export_cuts(run_dir, set_name, target):,} cuts → {target}")
+
+
 def add_stage(name: str, summary: str, sections: tuple[str, ...]) -> None:
     """Add `salad NAME CONFIG [key=value …]`; its help lists the keys of its sections."""
 

@@ -283,7 +283,7 @@ class PackConfig(Section):
     speech_words: tuple[int, int] = (5, 15)
     """Shortest and longest speech span, in words (ours)."""
     num_lanes: int = Field(8, ge=1)
-    """Streams of rows; the number of training workers must divide it."""
+    """Streams of rows; at most so many training workers, and best a number that divides it."""
     rows_per_lane: int = Field(1, ge=1)
     """Rows that each lane gives to one step; the global batch is num_lanes × rows_per_lane rows."""
 
@@ -358,7 +358,7 @@ class DistillConfig(Section):
     """Training workers; [least, most] lets their number follow the cluster, at the price of a resume at each change."""
     micro_batch_rows: int = Field(1, ge=1)
     """Rows of one forward pass; accumulation follows from it, the lanes and the workers."""
-    zero_stage: Literal[0, 1, 2, 3] = 2
+    zero_stage: Literal[1, 2, 3] = 2
     precision: Literal["fp32", "bf16"] = "bf16"
     use_gpu: bool = True
     """Train on GPUs (one a worker), or on CPUs over gloo."""

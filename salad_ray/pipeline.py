@@ -9,7 +9,7 @@ from types import ModuleType
 
 from salad_ray.config import Config, ConfigError, SetName, dump_config
 from salad_ray.console import clock, say
-from salad_ray.tables import Table, file_exists, read_json, write_bytes
+from salad_ray.tables import Table, Utterance, file_exists, read_json, write_bytes
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,24 @@ def redo(config: Config, stage: str, set_name: str) -> None:
         for table in step.tables:
             Table(config.run_dir, step.set, table).delete()
             Table(config.run_dir, step.set, "rejects").delete_shards(f"{table}-")
+
+
+def export_cuts(run_dir: str, set_name: str, target: str) -> int:
+    """Write a set's utterances as a Lhotse manifest, with word times where there are any; returns their number.
+
+    Raises:
+        ConfigError: the set has no finished utterances, or the target is not called `….jsonl.gz`.
+    """
+    from salad_ray.speech.lhotse_cuts import write_cuts
+
+    if not target.endswith(".jsonl.gz"):
+        raise ConfigError(f"{target}: a cut manifest ends in .jsonl.gz")
+    tables = [Table(run_dir, set_name, name) for name in ("aligned", "utterances")]
+    table = next((table for table in tables if table.manifest() is not None), None)
+    if table is None:
+        raise ConfigError(f"{tables[-1].url} is not finished; run `salad ingest CONFIG set={set_name}` first")
+    rows = (row for shard in table.shards() for row in table.iterate(Utterance, shard))
+    return write_cuts(rows, target)
 
 
 def status(config: Config) -> list[dict[str, str]]:

@@ -201,9 +201,10 @@ class CheckpointReader:
     """Fills partitions from a checkpoint, whoever wrote it: only the bytes that are needed are read."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._files = {f"{checkpoint.url}/{name}": {} for name in checkpoint.state["files"]}
         self._saved: dict[str, list[tuple[int, int, str, int]]] = {}
-        for url in self._files:
+        """Part and parameter → first element, number, file and place in it of every piece."""
+        for file in checkpoint.state["files"]:
+            url = f"{checkpoint.url}/{file}"
             for name, tensor in read_header(url).items():
                 part, start, parameter = name.split("/", 2)
                 begin, end = tensor["data_offsets"]
@@ -248,7 +249,7 @@ def write_tensors(url: str, tensors: Mapping[str, Tensor]) -> None:
     with atomic_file(url) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors.values():
-            file.write(memoryview(tensor.contiguous().numpy()).cast("B"))
+            file.write(tensor.contiguous().numpy().data.cast("B"))
 
 
 def read_header(url: str) -> dict[str, Any]:

@@ -259,13 +259,13 @@ def _cut_of(row: Utterance, recording: Recording) -> MonoCut:
     extra: dict[str, Any] = {
         "license": row.license,
         "domain": row.domain,
-        "source": row.source.removeprefix(f"{row.corpus}/"),
+        "source": row.source,
     }
     extra |= {"dnsmos": row.dnsmos, "align_score": row.align_score, "pre_text": row.pre_text}
     items = [AlignmentItem(word.text, word.start_secs, _length(word)) for word in row.words or []]
     duration = row.duration_secs or recording.duration
     supervision = SupervisionSegment(
-        id=row.utt_id.removeprefix(f"{row.corpus}/"),
+        id=row.utt_id,
         recording_id=recording.id,
         start=0.0,
         duration=duration,

@@ -33,24 +33,24 @@ def run(config: Config) -> None:
         {"utterances": manifest["fingerprint"]},
     )
     facts = {}
-    if settings.aligner == "ctc" and not stage.is_done():
-        facts["aligner"] = load_aligner(settings, "cpu").facts  # here too, so that a wrong path ends in one sentence
+    if settings.aligner == "ctc" and not stage.is_done():  # here too, so that a wrong path ends in one sentence
+        facts["aligner"] = load_ctc(settings, "cpu").facts
     items = {name: name for name in manifest["shards"]}
     run_shards(config, stage, items, partial(AlignShard, config), settings.num_gpus, **facts)
 
 
-def load_aligner(settings: AlignConfig, device: str) -> PocketsphinxAligner | CTCAligner:
-    """The aligner that a config names; raises `ModelError` when its weights cannot be used."""
-    if settings.aligner == "ctc":
-        assert settings.path is not None, "AlignConfig asks for a path"
-        return CTCAligner(settings.path, settings.revision, device, settings.min_score, settings.batch_secs)
-    return PocketsphinxAligner(settings.min_score)
+def load_ctc(settings: AlignConfig, device: str) -> CTCAligner:
+    """The CTC model that a config names; raises `ModelError` when its weights cannot be used."""
+    assert settings.path is not None, "AlignConfig asks for a path"
+    return CTCAligner(settings.path, settings.revision, device, settings.min_score, settings.batch_secs)
 
 
 class AlignShard:
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.aligner = load_aligner(config.align, "cuda" if config.align.num_gpus else "cpu")
+        device = "cuda" if config.align.num_gpus else "cpu"
+        is_ctc = config.align.aligner == "ctc"
+        self.aligner = load_ctc(config.align, device) if is_ctc else PocketsphinxAligner(config.align.min_score)
         self.utterances = Table(config.run_dir, config.set, "utterances")
 
     def __call__(self, shard: str) -> Iterator[ShardPart]:

@@ -1,4 +1,4 @@
-"""Gradients and weights under DeepSpeed ZeRO 0–3 on two workers, beside plain PyTorch in one process on the same rows.
+"""Gradients and weights under DeepSpeed ZeRO 1, 2 and 3 on two workers, beside plain PyTorch in one process on the same rows.
 
 This file is also the worker: `python test_parity.py FOLDER` under torch.distributed's variables writes what an engine
 of every case has after one step, so two processes are started once for all cases.
@@ -53,7 +53,7 @@ class Case:
         return SETTINGS.model_copy(update={"zero_stage": self.zero_stage, "precision": self.precision})
 
 
-CASES = [Case(stage, precision) for precision in DTYPES for stage in range(4)]
+CASES = [Case(stage, precision) for precision in DTYPES for stage in (1, 2, 3)]
 CASES += [Case(stage, "bf16", recompute=True) for stage in (2, 3)]
 
 
@@ -65,8 +65,8 @@ class Outcome:
     weights: dict[str, Tensor]
     used: dict[str, Tensor]
     """The weights that the next forward computes with, as they are."""
-    norm: float | None
-    """Of the whole gradient, before clipping; DeepSpeed does not tell it at ZeRO 0 in fp32."""
+    norm: float
+    """Of the whole gradient, before clipping."""
 
 
 def save_teacher(folder: Path) -> None:
@@ -149,21 +149,8 @@ def engine_step(case: Case, folder: str) -> Outcome:
         engine.step()
     with GatheredParameters(list(engine.module.parameters()), enabled=case.zero_stage == 3):
         used = {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
-    if case.zero_stage == 0:
-        weights = masters_of_stage0(engine)
-    else:
-        weights = {name: safe_get_full_fp32_param(p).clone() for name, p in engine.module.named_parameters()}
-    norm = engine.get_global_grad_norm()
-    return Outcome(grads, weights, used, None if norm is None else float(norm))
-
-
-def masters_of_stage0(engine: Any) -> dict[str, Tensor]:
-    """In fp32 the model's own weights; in bf16 the optimizer has copies of them."""
-    groups = zip(
-        getattr(engine.optimizer, "fp16_groups", []), getattr(engine.optimizer, "fp32_groups", []), strict=True
-    )
-    masters = {id(low): high for pair in groups for low, high in zip(*pair, strict=True)}
-    return {name: masters.get(id(p), p).detach().clone() for name, p in engine.module.named_parameters()}
+    weights = {name: safe_get_full_fp32_param(p).clone() for name, p in engine.module.named_parameters()}
+    return Outcome(grads, weights, used, float(engine.get_global_grad_norm()))
 
 
 def backward(engine: Any, teacher: nn.Module, batch: Batch, num_labels: int, case: Case) -> None:
@@ -194,16 +181,10 @@ def plain_step(folder: str, dtype: torch.dtype, compute: torch.dtype) -> Outcome
     return optimizer_step(folder, dtype, grads)
 
 
-def optimizer_step(
-    folder: str, dtype: torch.dtype, grads: dict[str, Tensor], after_empty_step: bool = False
-) -> Outcome:
+def optimizer_step(folder: str, dtype: torch.dtype, grads: dict[str, Tensor]) -> Outcome:
     """One step of AdamW on fp32 copies of weights of `dtype`, from given gradients, clipped."""
     student = load(folder, dtype)[1].float()
     optimizer = make_optimizer(student)
-    if after_empty_step:
-        for parameter in student.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
     for name, parameter in student.named_parameters():
         parameter.grad = grads[name].clone()
     norm = nn.utils.clip_grad_norm_(student.parameters(), SETTINGS.max_grad_norm)
@@ -292,7 +273,7 @@ def test_fp32_gradients_are_those_of_plain_pytorch(
 ) -> None:
     exact = references["fp32"].exact
     assert max(errors(outcomes[case].grads, exact.grads).values()) <= 1e-5
-    assert outcomes[case].norm in (None, pytest.approx(exact.norm, rel=1e-5))
+    assert outcomes[case].norm == pytest.approx(exact.norm, rel=1e-5)
 
 
 @pytest.mark.parametrize("case", of_precision("bf16"), ids=str)
@@ -321,12 +302,10 @@ def test_the_step_makes_of_its_gradients_what_adamw_does(
     outcomes: dict[Case, Outcome], references: dict[str, References], folder: str, case: Case
 ) -> None:
     """Clipping, groups and fp32 copies of the weights too. Adam divides each gradient by its own size, so weights are
-    compared from the same gradients: at the first step, noise in the smallest of them turns into whole updates. At
-    ZeRO 0 in bf16 DeepSpeed lets the optimizer take an empty step first, which makes Adam's count one too high.
+    compared from the same gradients: at the first step, noise in the smallest of them turns into whole updates.
     """
     outcome, start = outcomes[case], references[case.precision].start
-    after_empty_step = case == Case(0, "bf16")
-    expected = optimizer_step(folder, DTYPES[case.precision], outcome.grads, after_empty_step)
+    expected = optimizer_step(folder, DTYPES[case.precision], outcome.grads)
     assert max(errors(updates(outcome.weights, start), updates(expected.weights, start)).values()) <= 1e-4
     for name, weight in outcome.weights.items():
         assert torch.equal(outcome.used[name], weight.to(DTYPES[case.precision])), name

@@ -1,0 +1,332 @@
+"""Word times of recorded speech: forced alignment with any CTC recogniser of transformers, on CPUs or GPUs.
+
+A written word is first turned into what is said for it (`spoken.spoken_tokens`, of each token the first reading), that
+into the labels of the recogniser's vocabulary, and an exact Viterbi search fits the labels, with optional blanks
+between them, to the frames of the recogniser.
+
+Shape letters: N samples, T frames, V labels of the vocabulary, L labels of a text.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoFeatureExtractor, AutoModelForCTC, AutoTokenizer, Wav2Vec2CTCTokenizer
+
+from salad_ray.model.loading import (
+    UNUSABLE,
+    ModelError,
+    hub_commit,
+    quiet,
+    reason,
+    require_readable,
+    require_whole,
+    weights_fingerprint,
+)
+from salad_ray.speech.align import Alignment, check_score, or_error, worst_stretch
+from salad_ray.speech.spoken import spoken_tokens
+from salad_ray.tables import BadInput, Word
+
+CTC_MIN_SCORE = -1.0
+"""Least mean log-probability of a frame, in nats, along the path in the worst stretch. A recogniser that hears what the
+text says puts nearly all of its probability on the path: −0.05 to −0.5. With a wrong text every second or third frame
+of speech is a label, some 5 to 10 nats off, on one side or the other: −1.5 and less. Recognisers differ in how sure
+they are of themselves: look at the scores of some hundred utterances before a large run, and set `min_score`."""
+SCORE_SECS = 2.0
+"""Stretch over which scores are averaged: long enough to be sure, short enough to find a wrong sentence."""
+MIN_SECS = 0.1
+_PROBE_SECS = 1.28
+"""A multiple of every stride of 10 ms · 2ⁿ up to itself, so that the stride is measured exactly."""
+
+
+@dataclass(frozen=True)
+class _Script:
+    """What is to be found: the labels (L,) of a text, and the word of each; −1 for the delimiters between words."""
+
+    words: list[str]
+    labels: list[int]
+    owners: list[int]
+
+
+class CTCAligner:
+    """Aligns text to audio; utterances of like length run through the model together.
+
+    What is found for an utterance does not depend on the others. Models that say so in their feature extractor
+    (`return_attention_mask`) are given padded batches; of others only utterances of the very same length share one.
+
+    Args:
+        path: folder or hub id (`facebook/wav2vec2-base-960h`) of the model, its feature extractor and its tokenizer;
+            safetensors only.
+        revision: of the hub id.
+        min_score: least score of an alignment; None takes `CTC_MIN_SCORE`.
+        batch_secs: audio of a batch, padding included; a longer utterance is a batch of its own.
+
+    Raises:
+        ModelError: it cannot be read or had, is not a CTC model, its parts do not fit each other, or weights are
+            missing, too many or of other shapes.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        revision: str | None = None,
+        device: str | torch.device = "cpu",
+        min_score: float | None = None,
+        batch_secs: float = 120.0,
+    ) -> None:
+        require_readable(path, "facebook/wav2vec2-base-960h")
+        commit = hub_commit(path, revision)
+        self._model = _load_model(path, commit or revision).to(device)
+        self._features = _load_part(AutoFeatureExtractor, path, commit or revision)
+        self._speller = Speller(path, _load_part(AutoTokenizer, path, commit or revision), self._model.config)
+        self._min_score = CTC_MIN_SCORE if min_score is None else min_score
+        self._batch_secs = batch_secs
+        self._pads = _can_pad(self._model, self._features)
+        self.sampling_rate: int = self._features.sampling_rate
+        self.facts = {"path": path, "revision": commit, "weights": weights_fingerprint(self._model)}
+        self._frame_secs = self._measure_stride(path)
+
+    def align(self, audio: np.ndarray, text: str) -> list[Word]:
+        """Times of the white-space separated words of `text`.
+
+        Args:
+            audio: float32 (N,) at `sampling_rate`.
+
+        Returns:
+            One `Word` per word of `text.split()`, times in seconds, non-decreasing, within the audio. A word that
+            is not spoken (a lone dash), or of which the vocabulary has no character, has zero length at the end of
+            the word before it.
+
+        Raises:
+            BadInput: the text does not fit the audio.
+        """
+        [found] = self.align_batch([audio], [text])
+        if isinstance(found, BadInput):
+            raise found
+        return found.words
+
+    def align_batch(self, audios: Sequence[np.ndarray], texts: Sequence[str]) -> list[Alignment | BadInput]:
+        """`align` for each pair, in batches; where it fails, the error in place of the result."""
+        found: list[Alignment | BadInput] = []
+        scripts: dict[int, _Script] = {}
+        for index, (audio, text) in enumerate(zip(audios, texts, strict=True)):
+            script = or_error(self._script, audio, text)
+            found.append(script if isinstance(script, BadInput) else BadInput("not aligned"))
+            if not isinstance(script, BadInput):
+                scripts[index] = script
+        lengths = {index: len(audios[index]) for index in scripts}
+        for batch in _batches(lengths, self._batch_secs * self.sampling_rate, self._pads):
+            for index, log_probs in zip(batch, self._log_probs([audios[index] for index in batch]), strict=True):
+                found[index] = or_error(self._fit, scripts[index], log_probs, lengths[index])
+        return found
+
+    def _script(self, audio: np.ndarray, text: str) -> _Script:
+        if len(audio) < MIN_SECS * self.sampling_rate:
+            raise BadInput(f"alignment failed: {len(audio)} samples are too few")
+        script = self._speller.script(text.split())
+        if not script.labels:
+            raise BadInput("nothing to align: the transcript has no word that the CTC model can spell")
+        return script
+
+    def _fit(self, script: _Script, log_probs: np.ndarray, num_samples: int) -> Alignment:
+        labels = np.array(script.labels)
+        path = best_path(log_probs, labels, self._speller.blank)
+        symbols = np.where(path % 2, labels[np.minimum(path // 2, len(labels) - 1)], self._speller.blank)
+        score = worst_stretch(log_probs[np.arange(len(path)), symbols], round(SCORE_SECS / self._frame_secs))
+        check_score(score, self._min_score)
+        return Alignment(_words(script, path, self._frame_secs, num_samples / self.sampling_rate), score)
+
+    @torch.inference_mode()
+    def _log_probs(self, audios: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """One batch, (N,) each → (T, V) each, without the frames of the padding."""
+        inputs = self._features(list(audios), sampling_rate=self.sampling_rate, padding=True, return_tensors="pt")
+        inputs = inputs.to(self._model.device)
+        logits = self._model(**inputs).logits
+        num_frames = [logits.shape[1]] * len(audios)
+        if self._pads:
+            num_frames = self._model._get_feat_extract_output_lengths(inputs["attention_mask"].sum(-1)).tolist()
+        log_probs = logits.float().log_softmax(-1).cpu().numpy()
+        return [row[:number] for row, number in zip(log_probs, num_frames, strict=True)]
+
+    def _measure_stride(self, path: str) -> float:
+        """Seconds from frame to frame: what another stretch of silence adds; edges add the same to either."""
+        num_samples = round(_PROBE_SECS * self.sampling_rate)
+        try:
+            [short], [long] = (self._log_probs([np.zeros(times * num_samples, np.float32)]) for times in (1, 2))
+        except UNUSABLE as error:
+            raise ModelError(f"{path}: its feature extractor does not fit its model ({reason(error)})") from None
+        if len(long) <= len(short):
+            raise ModelError(f"{path}: gives {len(long)} frames for {2 * _PROBE_SECS} s, so it cannot time words")
+        return num_samples / (len(long) - len(short)) / self.sampling_rate
+
+
+class Speller:
+    """Spoken words → labels of a recogniser: characters in the vocabulary's own case, or its subwords.
+
+    Args:
+        path: of the model, for messages.
+        tokenizer: any of transformers.
+        config: of the model.
+
+    Raises:
+        ModelError: it has no blank, or the tokenizer has no letters, or more labels than the model.
+    """
+
+    def __init__(self, path: str, tokenizer: Any, config: Any) -> None:
+        if config.pad_token_id is None:
+            raise ModelError(f"{path}: its config names no pad_token_id, which is the blank of CTC")
+        self.blank: int = config.pad_token_id
+        self._tokenizer = tokenizer
+        self._by_character = isinstance(tokenizer, Wav2Vec2CTCTokenizer)
+        self._vocabulary: dict[str, int] = tokenizer.get_vocab()
+        self._no_labels = {self.blank, tokenizer.unk_token_id}
+        delimiter = tokenizer.word_delimiter_token if self._by_character else None
+        self._delimiter = self._vocabulary.get(delimiter) if delimiter else None
+        letters = [label for letter in string.ascii_lowercase for label in self.spell(letter)]
+        if not letters:
+            raise ModelError(f"{path}: its tokenizer knows no English letters")
+        if max(letters) >= config.vocab_size:
+            raise ModelError(f"{path}: its tokenizer has labels beyond the model's {config.vocab_size}")
+
+    def script(self, words: Sequence[str]) -> _Script:
+        """The labels of written words, delimiters only between spoken words that have labels."""
+        script = _Script(list(words), [], [])
+        for owner, tokens in enumerate(spoken_tokens(words)):
+            for labels in filter(None, (self.spell(spoken) for token in tokens for spoken in token[0])):
+                if script.labels and self._delimiter is not None:
+                    script.labels.append(self._delimiter)
+                    script.owners.append(-1)
+                script.labels.extend(labels)
+                script.owners.extend([owner] * len(labels))
+        return script
+
+    def spell(self, spoken: str) -> list[int]:
+        """Labels of a word in lower case; characters that the vocabulary lacks have none."""
+        if self._by_character:
+            labels = [self._vocabulary.get(char, self._vocabulary.get(char.upper())) for char in spoken]
+        else:
+            labels = min(self._subwords(spoken), self._subwords(spoken.upper()), key=self._num_unknown)
+        return [label for label in labels if label is not None and label not in self._no_labels]
+
+    def _subwords(self, spoken: str) -> list[int | None]:
+        return list(self._tokenizer(spoken, add_special_tokens=False)["input_ids"])
+
+    def _num_unknown(self, labels: Sequence[int | None]) -> int:
+        return sum(label in self._no_labels for label in labels)
+
+
+def best_path(log_probs: np.ndarray, labels: np.ndarray, blank: int) -> np.ndarray:
+    """The most probable CTC path of a label sequence.
+
+    Args:
+        log_probs: (T, V), of each frame.
+        labels: int (L,), none of them the blank.
+
+    Returns:
+        int (T,), non-decreasing: state 2i + 1 is label i, state 2i the blank before it, 2L the blank at the end.
+
+    Raises:
+        BadInput: fewer frames than labels and the blanks between equal neighbours.
+    """
+    needed = len(labels) + int((labels[1:] == labels[:-1]).sum())
+    if len(log_probs) < needed:
+        raise BadInput(f"alignment failed: {len(log_probs)} frames are too few for {needed} labels")
+    symbols = np.full(2 * len(labels) + 1, blank)
+    symbols[1::2] = labels
+    skips = np.full(len(symbols), -np.inf)  # what it costs to come from two states before
+    skips[3::2][labels[1:] != labels[:-1]] = 0
+    return _trace(*_moves(log_probs, symbols, skips))
+
+
+def _moves(log_probs: np.ndarray, symbols: np.ndarray, skips: np.ndarray) -> tuple[np.ndarray, int]:
+    """For every frame and state how many states back its best predecessor is, uint8 (T, 2L + 1); the last state."""
+    moves = np.zeros((len(log_probs), len(symbols)), np.uint8)
+    # Two unreachable states in front spare the first two a case of their own.
+    scores = np.full(len(symbols) + 2, -np.inf)
+    scores[2:4] = log_probs[0, symbols[:2]]
+    for frame in range(1, len(log_probs)):
+        best, skip = np.maximum(scores[2:], scores[1:-1]), scores[:-2] + skips
+        moves[frame] = scores[1:-1] > scores[2:]
+        moves[frame][skip > best] = 2
+        scores[2:] = np.maximum(best, skip) + log_probs[frame, symbols]
+    return moves, len(symbols) - 1 - int(scores[-2] > scores[-1])
+
+
+def _trace(moves: np.ndarray, last: int) -> np.ndarray:
+    path = np.empty(len(moves), np.int64)
+    for frame in range(len(moves) - 1, -1, -1):
+        path[frame] = last
+        last -= int(moves[frame, last])
+    return path
+
+
+def _words(script: _Script, path: np.ndarray, frame_secs: float, end_secs: float) -> list[Word]:
+    """Frame t stands for [t, t + 1) · frame_secs, around its centre."""
+    owners = np.append(script.owners, -1)[np.where(path % 2, path // 2, -1)]  # (T,): the word of each frame
+    result: list[Word] = []
+    previous_end = 0.0
+    for index, text in enumerate(script.words):
+        frames = np.flatnonzero(owners == index)
+        start = end = previous_end
+        if len(frames):
+            start, end = (min(float(edge) * frame_secs, end_secs) for edge in (frames[0], frames[-1] + 1))
+        result.append(Word(text, start, end))
+        previous_end = end
+    return result
+
+
+def _batches(lengths: dict[int, int], max_samples: float, pads: bool) -> Iterator[list[int]]:
+    """Keys from the longest to the shortest, grouped so that size × longest ≤ max_samples; of one length unless pads."""
+    batch: list[int] = []
+    for index in sorted(lengths, key=lambda index: -lengths[index]):
+        longest = lengths[batch[0]] if batch else 0
+        if batch and ((len(batch) + 1) * longest > max_samples or not (pads or lengths[index] == longest)):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def _can_pad(model: Any, features: Any) -> bool:
+    """Whether padding changes nothing: it is masked, and no norm of the first convolution runs over time."""
+    over_time = getattr(model.config, "feat_extract_norm", None) == "group"
+    return features.return_attention_mask and not over_time and hasattr(model, "_get_feat_extract_output_lengths")
+
+
+def _load_model(path: str, revision: str | None) -> Any:
+    try:
+        with quiet():
+            model, info = AutoModelForCTC.from_pretrained(
+                path,
+                revision=revision,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # they come back in `info`
+                output_loading_info=True,
+            )
+    except UNUSABLE as error:
+        raise ModelError(f"{path}: cannot be loaded as a CTC model ({reason(error)})") from None
+    # Many published wav2vec 2.0 models lack the vector that masks frames in training. It is not used here; it is
+    # zeroed because it would be drawn at random, and the fingerprint would change from one load to the next.
+    unused = {name for name in info["missing_keys"] if name.endswith("masked_spec_embed")}
+    for name in unused:
+        torch.nn.init.zeros_(model.get_parameter(name))
+    require_whole(path, {**info, "missing_keys": set(info["missing_keys"]) - unused})
+    return model.eval()
+
+
+def _load_part(kind: Any, path: str, revision: str | None) -> Any:
+    """The feature extractor or the tokenizer that lies with the model."""
+    try:
+        with quiet():
+            return kind.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except UNUSABLE as error:
+        what = {AutoTokenizer: "tokenizer"}.get(kind, "feature extractor")
+        raise ModelError(f"{path}: its {what} cannot be loaded ({reason(error)})") from None

@@ -1,0 +1,256 @@
+"""Recorded corpora through the pipeline: catalog, checks, word times, features; nothing lost, nothing doubled."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import lhotse
+import numpy as np
+import pytest
+from factories import small_world_config
+
+from salad_ray import pipeline
+from salad_ray.config import Config, ConfigError, parse_config
+from salad_ray.sequences.batch import frames_of
+from salad_ray.stages.common import StageError
+from salad_ray.tables import Features, PlanRow, Reject, Table, TableError, Utterance
+
+
+def corpora_config(folder: Path, shared_data: Path, **sections: Any) -> Config:
+    formats = shared_data / "formats"
+    data = small_world_config(folder)
+    data["ingest"] |= {
+        "corpora": [
+            {"path": str(formats / "libriheavy"), "name": "libriheavy"},
+            {"path": str(formats / "emilia" / "Emilia"), "name": "emilia"},
+            {"path": str(formats / "emilia" / "Emilia-YODAS"), "name": "yodas"},
+            {"path": str(formats / "emilia" / "raw_layout"), "name": "raw"},
+        ],
+        "heldout_share": 0.3,
+    }
+    for name, section in sections.items():
+        data[name] = data.get(name, {}) | section
+    return parse_config(data)
+
+
+def rows_of(config: Config, name: str, row_type: type) -> list[Any]:
+    table = Table(config.run_dir, "natural", name)
+    return [row for shard in table.shards() for row in table.read_rows(row_type, shard)]
+
+
+def manifest_of(config: Config, name: str) -> dict[str, Any]:
+    return json.loads(Path(config.run_dir, "natural", name, "manifest.json").read_text())
+
+
+def rejects_of(config: Config) -> dict[str, str]:
+    return {row.key: row.reason for row in rows_of(config, "rejects", Reject)}
+
+
+@pytest.fixture(scope="module")
+def recorded_run(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """LibriHeavy, Emilia in three layouts: ingested, aligned and encoded. Copy its run_dir before changing it."""
+    config = corpora_config(tmp_path_factory.mktemp("recorded"), shared_data)
+    for stage in ("ingest", "align", "encode"):
+        pipeline.run_stage(config, stage, "natural")
+    return config
+
+
+def copy_of(run: Config, folder: Path) -> Config:
+    shutil.copytree(run.run_dir, folder)
+    return run.model_copy(update={"run_dir": str(folder)})
+
+
+def test_every_record_is_there_once_with_times_and_features(recorded_run: Config) -> None:
+    catalog = rows_of(recorded_run, "catalog", Utterance)
+    assert len(catalog) == len({row.utt_id for row in catalog}) == 20 + 21 + 8 + 6
+    aligned = rows_of(recorded_run, "aligned", Utterance)
+    features = rows_of(recorded_run, "features", Features)
+    rejected = rejects_of(recorded_run)
+    assert {row.utt_id for row in aligned} | rejected.keys() == {row.utt_id for row in catalog}
+    assert len(aligned) + len(rejected) == len(catalog)
+    assert len(aligned) >= 50
+    assert {row.utt_id for row in features} == {row.utt_id for row in aligned}
+    for row in aligned:
+        assert row.words is not None
+        assert [word.text for word in row.words] == row.text.split()
+        assert row.align_score is not None
+    for row in features:
+        assert row.num_frames == pytest.approx(row.duration_secs * 12.5, abs=1.5)
+
+
+def test_a_recording_is_in_one_shard_in_its_order_and_a_source_in_one_split(recorded_run: Config) -> None:
+    table = Table(recorded_run.run_dir, "natural", "utterances")
+    places: dict[str, set[str]] = {}
+    for shard in table.shards():
+        rows: list[Utterance] = table.read_rows(Utterance, shard)
+        for row in rows:
+            places.setdefault(row.recording_id, set()).add(shard)
+        keys = [(row.recording_id, row.offset_secs, row.order or 0) for row in rows]
+        assert keys == sorted(keys)
+    assert all(len(shards) == 1 for shards in places.values())
+    splits: dict[str, set[str]] = {}
+    for row in rows_of(recorded_run, "utterances", Utterance):
+        splits.setdefault(row.source, set()).add(row.split)
+    assert all(len(split) == 1 for split in splits.values())
+    assert {split for own in splits.values() for split in own} == {"train", "test"}
+
+
+def test_the_manifest_counts_hours_by_corpus_and_licence(recorded_run: Config) -> None:
+    totals = manifest_of(recorded_run, "utterances")["totals"]
+    assert totals.keys() == {
+        "hours of emilia, CC BY-NC 4.0",
+        "hours of libriheavy, public domain",
+        "hours of raw, CC BY-NC 4.0",
+        "hours of yodas, CC BY 4.0",
+    }
+    hours = sum(row.duration_secs for row in rows_of(recorded_run, "utterances", Utterance)) / 3600
+    assert sum(totals.values()) == pytest.approx(hours, rel=1e-4)
+
+
+def test_the_catalog_is_the_same_whatever_the_order_in_which_it_was_read(recorded_run: Config, tmp_path: Path) -> None:
+    backwards = tuple(reversed(recorded_run.ingest.corpora))
+    config = recorded_run.model_copy(
+        update={
+            "run_dir": str(tmp_path / "run"),
+            "ingest": recorded_run.ingest.model_copy(update={"corpora": backwards}),
+        }
+    )
+    pipeline.run_stage(config, "ingest", "natural")
+    rows = [row for row in rows_of(config, "utterances", Utterance) if row.corpus != "raw"]  # unpacked elsewhere
+    assert rows == [row for row in rows_of(recorded_run, "utterances", Utterance) if row.corpus != "raw"]
+
+
+def test_neighbours_are_joined_into_passages_that_fill_the_context(recorded_run: Config, tmp_path: Path) -> None:
+    config = copy_of(recorded_run, tmp_path / "run")
+    for step in pipeline.steps(config):
+        if (step.stage, step.set) in {("ingest", "web"), ("teacher", ""), ("pack", "natural")}:
+            pipeline.run_stage(config, step.stage, step.set or "natural")
+    features = {
+        name: Table(config.run_dir, "natural", "features").read_rows(Features, name) for name in _shards(config)
+    }
+    plan: list[PlanRow] = rows_of(config, "plan", PlanRow)
+    joined = [segment for row in plan for segment in row.segments if len(segment.rows) > 1]
+    assert joined
+    corpora = set()
+    for segment in joined:
+        clips = [features[segment.shard][index] for index in segment.rows]
+        assert len({clip.recording_id for clip in clips}) == 1
+        corpora.add(clips[0].utt_id.split("/")[0])
+        for left, right in pairwise(clips):
+            if left.order is not None:
+                assert right.order == left.order + 1
+            else:
+                assert right.offset_secs > left.offset_secs
+    assert {"libriheavy", "emilia"} <= corpora
+
+
+def _shards(config: Config) -> list[str]:
+    return Table(config.run_dir, "natural", "features").shards()
+
+
+def test_languages_dnsmos_and_speakers_are_switches(shared_data: Path, tmp_path: Path) -> None:
+    settings = {"languages": ["de"]}
+    config = corpora_config(tmp_path / "de", shared_data, ingest=settings)
+    with pytest.raises(StageError, match=r"language 'en' is not among ingest.languages \(de\)"):
+        pipeline.run_stage(config, "ingest", "natural")
+    settings = {"quality": {"min_dnsmos": 3.2}, "split_by": "speaker"}
+    config = corpora_config(tmp_path / "dnsmos", shared_data, ingest=settings)
+    pipeline.run_stage(config, "ingest", "natural")
+    rows = rows_of(config, "utterances", Utterance)
+    assert all(row.dnsmos is None or row.dnsmos >= 3.2 for row in rows)
+    assert any("below min_dnsmos=3.2" in reason for reason in rejects_of(config).values())
+    splits: dict[str, set[str]] = {}
+    for row in rows:
+        splits.setdefault(f"{row.corpus}/{row.speaker}", set()).add(row.split)
+    assert all(len(own) == 1 for own in splits.values())
+
+
+def test_two_corpora_of_one_name_are_refused(shared_data: Path, tmp_path: Path) -> None:
+    path = str(shared_data / "formats" / "emilia" / "Emilia" / "EN")
+    with pytest.raises(ConfigError, match=r"two of them are called 'EN', and ids begin with the name"):
+        corpora_config(tmp_path, shared_data, ingest={"corpora": [path, path.replace("Emilia/EN", "Emilia-YODAS/EN")]})
+
+
+def test_utterances_that_are_read_twice_are_there_once(shared_data: Path, tmp_path: Path) -> None:
+    """Two archives of a corpus with the same keys: the second finds its ids taken."""
+    corpus = tmp_path / "corpus"
+    for number in (0, 1):
+        (corpus / f"part{number}").mkdir(parents=True)
+        shutil.copy(
+            shared_data / "formats/emilia/Emilia-YODAS/EN/EN-B000000.tar", corpus / f"part{number}" / "EN-B000000.tar"
+        )
+    config = corpora_config(tmp_path / "run", shared_data, ingest={"corpora": [str(corpus)]})
+    pipeline.run_stage(config, "ingest", "natural")
+    assert len(rows_of(config, "utterances", Utterance)) == 8
+    assert list(rejects_of(config).values()) == ["an utterance of this id was read already"] * 8
+
+
+def test_a_corpus_that_changed_or_a_config_that_changed_is_refused(recorded_run: Config, tmp_path: Path) -> None:
+    config = copy_of(recorded_run, tmp_path / "run")
+    ingest = config.ingest.model_copy(update={"heldout_share": 0.5})
+    with pytest.raises(StageError, match=r"ingest.heldout_share: 0.3 → 0.5.*--redo"):
+        pipeline.run_stage(config.model_copy(update={"ingest": ingest}), "ingest", "natural")
+    manifest = Path(config.run_dir, "natural", "catalog", "manifest.json")
+    content = json.loads(manifest.read_text())
+    content["inputs"]["yodas"] = "another"
+    content["fingerprint"] = "another"
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(StageError, match=r"its input yodas changed.*salad ingest CONFIG set=natural --redo"):
+        pipeline.run_stage(config, "ingest", "natural")
+
+
+def test_a_run_goes_out_as_a_lhotse_manifest(recorded_run: Config, tmp_path: Path) -> None:
+    path = tmp_path / "out" / "cuts.jsonl.gz"
+    count = pipeline.export_cuts(recorded_run.run_dir, "natural", str(path))
+    cuts = lhotse.CutSet.from_file(path)
+    lhotse.validate(cuts)
+    rows = rows_of(recorded_run, "aligned", Utterance)
+    assert count == len(rows)
+    aligned = {row.utt_id: row for row in rows}
+    for cut in cuts:
+        [supervision] = cut.supervisions
+        assert [item.symbol for item in supervision.alignment["word"]] == aligned[cut.id].text.split()
+        assert len(cut.load_audio()[0]) == pytest.approx(cut.duration * cut.sampling_rate, abs=200)
+    with pytest.raises(ConfigError, match=r"ends in \.jsonl\.gz"):
+        pipeline.export_cuts(recorded_run.run_dir, "natural", str(tmp_path / "cuts.json"))
+    with pytest.raises(ConfigError, match="is not finished; run `salad ingest"):
+        pipeline.export_cuts(recorded_run.run_dir, "web", str(path))
+
+
+def test_a_lost_shard_is_made_again_and_the_others_are_left_alone(recorded_run: Config, tmp_path: Path) -> None:
+    config = copy_of(recorded_run, tmp_path / "run")
+    table = Table(config.run_dir, "natural", "features")
+    lost, *others = sorted(Path(table.url).glob("*.parquet"))
+    content, times = lost.read_bytes(), [path.stat().st_mtime_ns for path in others]
+    lost.unlink()
+    with pytest.raises(
+        TableError, match=r"is missing; rerun `salad encode CONFIG set=natural`, it makes what is missing"
+    ):
+        table.read(lost.stem)
+    pipeline.run_stage(config, "encode", "natural")
+    assert lost.read_bytes() == content
+    assert [path.stat().st_mtime_ns for path in others] == times
+
+
+def test_features_as_int8_and_augmented_training_speech(recorded_run: Config, tmp_path: Path) -> None:
+    plain = {row.utt_id: row for row in rows_of(recorded_run, "features", Features)}
+    config = copy_of(recorded_run, tmp_path / "int8")
+    encode = config.encode.model_copy(update={"storage": "int8"})
+    pipeline.redo(config, "encode", "natural")
+    pipeline.run_stage(config.model_copy(update={"encode": encode}), "encode", "natural")
+    for row in rows_of(config, "features", Features):
+        exact = frames_of(plain[row.utt_id]).astype(np.float32)
+        assert len(row.features) == exact.size
+        limit = np.abs(exact).max(axis=0) / 127
+        assert (np.abs(frames_of(row).astype(np.float32) - exact) <= limit + 0.01).all()
+    augment = config.encode.augment.model_copy(update={"share": 1.0})
+    encode = config.encode.model_copy(update={"augment": augment})
+    pipeline.redo(config, "encode", "natural")
+    pipeline.run_stage(config.model_copy(update={"encode": encode}), "encode", "natural")
+    for row in rows_of(config, "features", Features):
+        same = row.features == plain[row.utt_id].features
+        assert same == (row.split == "test"), "training speech is changed, measured speech never"
