@@ -51,7 +51,7 @@ class _Bounded:
         self.file = file
 
     def read(self, size: int = -1) -> bytes:
-        if size > MAX_META_BYTES or size < 0:
+        if not 0 <= size <= MAX_META_BYTES:
             raise tarfile.ReadError(f"a header of {size:,} bytes")
         return self.file.read(size)
 
@@ -74,14 +74,27 @@ def members(url: str, max_member_bytes: int) -> Iterator[Member | Unusable]:
         try:
             with tarfile.open(fileobj=cast(Any, _Bounded(file)), mode="r:") as tar:
                 for info in tar:
-                    end = info.offset_data + -(-info.size // 512) * 512
+                    if info.size < 0:  # forged: tarfile would go backwards
+                        raise tarfile.ReadError("a member of negative size")
+                    end = tar.offset
                     if not info.isdir():
                         yield _member(info, file, size, max_member_bytes)
+            yield from _after(file, end, size)
         except (tarfile.TarError, EOFError) as error:
             yield Unusable("", f"the archive is truncated or damaged at byte {end:,} of {size:,} ({error})")
-            return
-    if end + 512 > size:
+
+
+def _after(file: BinaryIO, end: int, size: int) -> Iterator[Unusable]:
+    """What is wrong behind the last member that tarfile found: it takes a damaged header for the end."""
+    file.seek(end)
+    rest = file.read(min(max(0, size - end), MAX_META_BYTES))
+    position = end + len(rest) - len(rest.lstrip(b"\0"))
+    if len(rest) < 512:
         yield Unusable("", f"the archive ends at byte {size:,} without its end mark, so it is truncated")
+    elif position < end + 512:
+        yield Unusable("", f"the archive is damaged at byte {end:,} of {size:,}; nothing from there on is read")
+    elif position < end + len(rest):
+        yield Unusable("", f"another archive follows the first one's end at byte {end:,}; it is not read")
 
 
 def _member(info: tarfile.TarInfo, file: BinaryIO, size: int, max_member_bytes: int) -> Member | Unusable:

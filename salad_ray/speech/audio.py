@@ -114,9 +114,8 @@ def referenced(row: Utterance) -> str | bytes | None:
             if len(data) != row.num_bytes:
                 raise BadInput(f"truncated: {row.uri} ends {row.num_bytes - len(data):,} bytes before the audio does")
             return data
-        if isinstance(fs, LocalFileSystem) or fs.size(path) > CACHE_BYTES:
-            return row.uri
-        return _fetched(row.uri)
+        fetched = None if isinstance(fs, LocalFileSystem) else _fetched(row.uri)
+        return row.uri if fetched is None else fetched
     except FileNotFoundError:
         raise BadInput(f"no such audio file: {row.uri}") from None
     except OSError as error:
@@ -124,9 +123,10 @@ def referenced(row: Utterance) -> str | bytes | None:
 
 
 @lru_cache(maxsize=2)
-def _fetched(uri: str) -> bytes:
+def _fetched(uri: str) -> bytes | None:
+    """A remote file, or None for one that is too large; the look at its size is kept, too, as it costs a request."""
     fs, path = fsspec.core.url_to_fs(uri)
-    return bytes(fs.cat_file(path))
+    return bytes(fs.cat_file(path)) if fs.size(path) <= CACHE_BYTES else None
 
 
 def check_recording(utterance: Utterance, quality: QualityConfig) -> Utterance:
@@ -233,6 +233,9 @@ def open_recording(source: str | bytes | None) -> Iterator[Recording]:
         if size == 0:
             raise BadInput("empty file")
         missing, id3_bytes = _missing_frames(binary, size), _id3_bytes(binary)
+        binary.seek(4)
+        if binary.read(4) == b"ftyp":
+            raise BadInput("M4A or MP4 cannot be decoded here; convert it to FLAC or MP3")
         binary.seek(0)
         try:
             with soundfile.SoundFile(binary) as file:

@@ -112,8 +112,30 @@ def scan(source: Source, corpus: CorpusConfig, max_member_bytes: int, unpack_url
         max_member_bytes: largest file inside an archive.
         unpack_url: where a tar.gz is decompressed to.
     """
+    seen = readers.IdSet()
     for row in _records(source, corpus, max_member_bytes, unpack_url):
-        yield row if isinstance(row, Reject) else _with_license(row, source, corpus)
+        if isinstance(row, Reject):
+            yield Reject(row.stage, _legible(row.key), _legible(row.reason))
+        elif not _is_unicode(row):
+            yield Reject(readers.STAGE, _legible(row.utt_id), "not valid Unicode (UTF-8, without lone surrogates)")
+        elif not seen.add(row.utt_id):
+            yield Reject(readers.STAGE, row.utt_id, "an utterance of this id was read already")
+        else:
+            yield _with_license(row, source, corpus)
+
+
+def _is_unicode(row: Utterance) -> bool:
+    """Whether a table can hold the row: JSON can name half a character, and a tar any bytes."""
+    texts = (row.utt_id, row.text, row.pre_text, row.recording_id, row.speaker, row.source, row.language, row.domain)
+    try:
+        "".join((*texts, row.license, row.uri or "")).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _legible(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _records(
@@ -139,14 +161,16 @@ def _with_license(row: Utterance, source: Source, corpus: CorpusConfig) -> Utter
     known = ""
     if source.format == "emilia":
         known = row.license  # by the kind of the record
-    elif row.source != row.recording_id and source.format in ("lhotse", "kaldi"):
-        known = LIBRILIGHT_LICENSE  # only Libri-Light's recordings have a book
+    elif lhotse_cuts.book_of(recording := row.recording_id.removeprefix(f"{row.corpus}/")) != recording:
+        known = LIBRILIGHT_LICENSE  # recordings are called <size>/<speaker>/<book>/<chapter> there only
     own = "" if source.format == "emilia" else row.license
     return replace(row, license=own or corpus.license or known or "unknown")
 
 
 def _guess(fs: fsspec.AbstractFileSystem, path: str, shown: str) -> str:
     """The format of what lies at a path, from the names there."""
+    if "*" in path and not path.endswith((".tar", ".jsonl", ".jsonl.gz")):
+        raise ConfigError(f"{shown}: a pattern must end in .jsonl, .jsonl.gz or .tar; set its ending, or drop the `*`")
     if path.endswith(".tar"):
         return "emilia"
     if path.endswith((".jsonl", ".jsonl.gz")):
@@ -197,11 +221,23 @@ def _archives(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
     return sorted([one for one in found if one.endswith(".tar")] + raw)
 
 
+def _lone(fs: fsspec.AbstractFileSystem, path: str, archives: list[str]) -> list[str]:
+    """Halves of the older layout that are there without the other."""
+    if not fs.isdir(path):
+        return [one for one in archives if one.endswith(".jsonl") and not fs.exists(f"{one[:-6]}.tar.gz")]
+    paired = {end for one in archives if one.endswith(".jsonl") for end in (one, f"{one[:-6]}.tar.gz")}
+    return [one for one in sorted(fs.find(path)) if one.endswith((".jsonl", ".tar.gz")) and one not in paired]
+
+
 def _emilia_sources(fs: fsspec.AbstractFileSystem, path: str, name: str, shown: str) -> list[Source]:
     sources = []
     archives = [path] if fs.isfile(path) and path.endswith(".jsonl") else _archives(fs, path)
     if not archives:
         raise ConfigError(f"{shown}: no Emilia archives (.tar, or .jsonl beside its .tar.gz) are there")
+    for one in _lone(fs, path, archives):
+        raise ConfigError(
+            f"{shown}: {one} lacks its other half: Emilia's older layout is a .jsonl beside a .tar.gz of the same name"
+        )
     for one in archives:
         beside = url_of(fs, one.removesuffix(".jsonl") + ".tar.gz") if one.endswith(".jsonl") else ""
         sources.append(Source(name, "emilia", url_of(fs, one), archive=beside))

@@ -34,9 +34,10 @@ from salad_ray.tables import BadInput, Word
 
 CTC_MIN_SCORE = -1.0
 """Least mean log-probability of a frame, in nats, along the path in the worst stretch. A recogniser that hears what the
-text says puts nearly all of its probability on the path: −0.05 to −0.5. With a wrong text every second or third frame
-of speech is a label, some 5 to 10 nats off, on one side or the other: −1.5 and less. Recognisers differ in how sure
-they are of themselves: look at the scores of some hundred utterances before a large run, and set `min_score`."""
+text says puts nearly all of its probability on the path: the small one of the tests scores −0.1 and better. With a
+wrong text every third frame or so of speech is off by 5 to 10 nats: −1.6 to −2.7. Not measured on published models,
+which differ in how sure they are, above all of noisy speech: look at the scores (`align_score`, and those in the
+reasons of `rejects`) of some hundred utterances before a large run, and set `min_score`."""
 SCORE_SECS = 2.0
 """Stretch over which scores are averaged: long enough to be sure, short enough to find a wrong sentence."""
 MIN_SECS = 0.1
@@ -281,7 +282,7 @@ def _words(script: _Script, path: np.ndarray, frame_secs: float, end_secs: float
 
 
 def _batches(lengths: dict[int, int], max_samples: float, pads: bool) -> Iterator[list[int]]:
-    """Keys from the longest to the shortest, grouped so that size × longest ≤ max_samples; of one length unless pads."""
+    """Keys from the longest to the shortest, in groups of size × longest ≤ max_samples; of one length unless pads."""
     batch: list[int] = []
     for index in sorted(lengths, key=lambda index: -lengths[index]):
         longest = lengths[batch[0]] if batch else 0

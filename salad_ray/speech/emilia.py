@@ -7,6 +7,7 @@ windows of a source are numbered in order, and numbers are missing where Emilia'
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -105,7 +106,7 @@ def _line(
 def _json(data: bytes) -> dict[str, Any]:
     try:
         record = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"its JSON cannot be read ({error})") from None
     if not isinstance(record, dict):
         raise BadInput("its JSON is no object")
@@ -134,7 +135,7 @@ def _utterance(corpus: str, url: str, key: str, record: dict[str, Any], audio: M
         license=YODAS_LICENSE if is_yodas else LICENSE,
         source=f"{corpus}/{_source(speaker, recording)}",
         order=int(window[2]) if window else None,
-        dnsmos=float(dnsmos) if isinstance(dnsmos, int | float) else None,
+        dnsmos=float(dnsmos) if isinstance(dnsmos, int | float) and math.isfinite(dnsmos) else None,
         uri=url,
         byte_start=audio.byte_start,
         num_bytes=audio.num_bytes,
@@ -143,7 +144,7 @@ def _utterance(corpus: str, url: str, key: str, record: dict[str, Any], audio: M
 
 def _seconds(value: Any) -> float:
     """0 where the record does not say."""
-    return float(value) if isinstance(value, int | float) and value > 0 else 0.0
+    return float(value) if isinstance(value, int | float) and 0 < value < math.inf else 0.0
 
 
 def _source(speaker: str, recording: str) -> str:

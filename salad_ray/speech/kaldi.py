@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import islice
 
 import fsspec
 
 from salad_ray.config import ConfigError
 from salad_ray.speech.lhotse_cuts import book_of
-from salad_ray.speech.readers import STAGE, inside, normalize_text
-from salad_ray.tables import BadInput, Reject, Utterance
+from salad_ray.speech.readers import STAGE, IdSet, inside, normalize_text
+from salad_ray.tables import BadInput, Reject, Utterance, file_exists
 
 NUM_PROBES = 50
 TABLES = ("wav.scp", "text", "segments", "utt2spk")
@@ -18,15 +19,23 @@ TABLES = ("wav.scp", "text", "segments", "utt2spk")
 
 def first_paths(folder: str) -> list[str]:
     """The first audio paths of `wav.scp`; raises `ConfigError` where there is none."""
-    return [path for path in _table(folder, "wav.scp").values() if not path.endswith("|")][:NUM_PROBES]
+    if not file_exists(f"{folder}/text"):
+        raise ConfigError(f"{folder}: no text; a Kaldi folder has wav.scp and text")
+    return list(islice((path for _, path in _rows(folder, "wav.scp") if not path.endswith("|")), NUM_PROBES))
 
 
 def read_kaldi(folder: str, corpus: str, root: str, allow_outside: bool) -> Iterator[Utterance | Reject]:
-    """Every line of `text` as an utterance or a reject, and a reject for every segment without text."""
-    audio, speakers, segments = _table(folder, "wav.scp"), _table(folder, "utt2spk"), _table(folder, "segments")
-    texts = _table(folder, "text")
-    for name, text in texts.items():
+    """Every line of `text` as an utterance or a reject, and a reject for every segment without text.
+
+    Only the recordings are held in memory; the tables of utterances are read side by side.
+    """
+    audio, speakers = dict(_rows(folder, "wav.scp")), _SideBySide(folder, "utt2spk")
+    segments = _SideBySide(folder, "segments") if file_exists(f"{folder}/segments") else None
+    seen = IdSet()
+    for name, text in _rows(folder, "text"):
         try:
+            if not seen.add(name):
+                raise BadInput("text has a line of this id already")
             recording, offset, duration = _segment(name, segments)
             yield Utterance(
                 utt_id=f"{corpus}/{name}",
@@ -34,33 +43,55 @@ def read_kaldi(folder: str, corpus: str, root: str, allow_outside: bool) -> Iter
                 duration_secs=duration,
                 recording_id=f"{corpus}/{recording}",
                 corpus=corpus,
-                speaker=speakers.get(name, ""),
+                speaker=speakers.take(name) or "",
                 source=f"{corpus}/{book_of(recording)}",
                 uri=inside(_audio(recording, audio), root, allow_outside),
                 offset_secs=offset,
             )
         except BadInput as error:
             yield Reject(STAGE, f"{corpus}/{name}", str(error))
-    for name in segments.keys() - texts.keys():
+    for name in segments.rest() if segments else ():
         yield Reject(STAGE, f"{corpus}/{name}", "a segment without a line in text")
 
 
-def _table(folder: str, name: str) -> dict[str, str]:
-    fs, path = fsspec.core.url_to_fs(f"{folder}/{name}")
-    if not fs.exists(path):
-        if name in ("wav.scp", "text"):
-            raise ConfigError(f"{folder}: no {name}; a Kaldi folder has wav.scp and text")
-        return {}
-    lines = fs.cat_file(path).decode("utf-8", errors="replace").splitlines()
-    pairs = [line.split(maxsplit=1) for line in lines if line.strip()]
-    return {pair[0]: pair[1].strip() if len(pair) > 1 else "" for pair in pairs}
+class _SideBySide:
+    """A table whose lines are taken in about their own order; those that are ahead of their turn wait."""
+
+    def __init__(self, folder: str, name: str) -> None:
+        self._rows = _rows(folder, name) if file_exists(f"{folder}/{name}") else iter(())
+        self._waiting: dict[str, str] = {}
+
+    def take(self, name: str) -> str | None:
+        while name not in self._waiting:
+            row = next(self._rows, None)
+            if row is None:
+                return None
+            self._waiting[row[0]] = row[1]
+        return self._waiting.pop(name)
+
+    def rest(self) -> Iterator[str]:
+        """The ids of all that was not taken."""
+        yield from self._waiting
+        yield from (name for name, _ in self._rows)
 
 
-def _segment(name: str, segments: dict[str, str]) -> tuple[str, float, float]:
+def _rows(folder: str, name: str) -> Iterator[tuple[str, str]]:
+    """First field and rest of every line of a table; bytes that are not UTF-8 become surrogates."""
+    try:
+        with fsspec.open(f"{folder}/{name}", "rb") as file:
+            for line in file:
+                fields = line.decode("utf-8", errors="surrogateescape").split(maxsplit=1)
+                if fields:
+                    yield fields[0], fields[1].strip() if len(fields) > 1 else ""
+    except FileNotFoundError:
+        raise ConfigError(f"{folder}: no {name}; a Kaldi folder has wav.scp and text") from None
+
+
+def _segment(name: str, segments: _SideBySide | None) -> tuple[str, float, float]:
     """Recording, offset and duration; without `segments` an utterance is a whole recording."""
-    if not segments:
+    if segments is None:
         return name, 0.0, 0.0
-    fields = segments.get(name, "").split()
+    fields = (segments.take(name) or "").split()
     try:
         recording, start, end = fields[0], float(fields[1]), float(fields[2])
     except (IndexError, ValueError):

@@ -9,10 +9,11 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import math
 import re
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Literal
 
@@ -22,14 +23,16 @@ from lhotse import AudioSource, MonoCut, Recording, SupervisionSegment
 from lhotse.serialization import deserialize_item
 from lhotse.supervision import AlignmentItem
 
-from salad_ray.speech.audio import open_recording, referenced
+from salad_ray.speech.audio import load_audio, open_recording, referenced
 from salad_ray.speech.readers import STAGE, inside, language_code, normalize_text
 from salad_ray.tables import BadInput, Reject, Utterance, Word, atomic_file, stable_hash, write_bytes
 
 END_TOLERANCE_SECS = 0.1
 NUM_PROBES = 50
 # What lhotse raises for a record that is not of its format.
-_MALFORMED = (ValueError, KeyError, TypeError, AttributeError, AssertionError, NotImplementedError)
+_MALFORMED = (
+    ValueError, KeyError, TypeError, AttributeError, AssertionError, NotImplementedError, RecursionError, OverflowError,
+)  # fmt: skip
 
 
 def read_cuts(
@@ -42,7 +45,6 @@ def read_cuts(
         form: which of LibriHeavy's two texts.
         allow_outside: believe absolute paths and URLs.
     """
-    seen: set[int] = set()
     for number, line in _lines(url):
         if isinstance(line, BadInput):
             yield Reject(STAGE, f"{corpus}/{url}:{number}", str(line))
@@ -52,14 +54,7 @@ def read_cuts(
         except BadInput as error:
             yield Reject(STAGE, f"{corpus}/{_id_in(line) or f'{url}:{number}'}", str(error))
             continue
-        for row in rows:
-            if isinstance(row, Reject):
-                yield row
-            elif (key := stable_hash(row.utt_id)) in seen:
-                yield Reject(STAGE, row.utt_id, "a cut of this id was read already")
-            else:
-                seen.add(key)
-                yield row
+        yield from rows
 
 
 def first_paths(url: str) -> list[str]:
@@ -67,7 +62,8 @@ def first_paths(url: str) -> list[str]:
     paths = []
     for _, line in islice(_lines(url), NUM_PROBES):
         try:
-            paths += [source.source for source in _cut(line).recording.sources if source.type == "file"]
+            sources = _cut(line).recording.sources
+            paths += [one.source for one in sources if one.type == "file" and isinstance(one.source, str)]
         except BadInput:
             continue
     return list(dict.fromkeys(paths))
@@ -87,7 +83,8 @@ def _lines(url: str) -> Iterator[tuple[int, str | BadInput]]:
         try:
             for number, line in enumerate(io.BufferedReader(stream), start=1):
                 if line.strip():
-                    yield number, line.decode("utf-8", errors="replace")
+                    # Bytes that are not UTF-8 become surrogates, by which `corpora.scan` knows them.
+                    yield number, line.decode("utf-8", errors="surrogateescape")
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             yield number + 1, BadInput(f"the manifest is truncated or damaged after line {number} ({error})")
 
@@ -125,6 +122,8 @@ def _utterances(
             rows.append(_utterance(f"{corpus}/{name}", cut, supervision, corpus, uri, form))
         except BadInput as error:
             rows.append(Reject(STAGE, f"{corpus}/{name}", str(error)))
+        except _MALFORMED as error:  # lhotse does not check the types of fields
+            rows.append(Reject(STAGE, f"{corpus}/{name}", f"not a Lhotse cut ({type(error).__name__}: {error})"))
     return rows
 
 
@@ -135,9 +134,13 @@ def _uri(cut: MonoCut, root: str, allow_outside: bool) -> str:
         raise BadInput("its recording is transformed on the fly, which is not done here; store it as it should sound")
     if cut.recording.num_channels != 1:
         raise BadInput(f"its recording has {cut.recording.num_channels} channels; split them into files of one")
+    if [cut.channel] != list(cut.recording.channel_ids):
+        raise BadInput(f"channel {cut.channel} of a recording that has only channel {cut.recording.channel_ids[0]}")
     [source] = cut.recording.sources
     if source.type not in ("file", "url"):
         raise BadInput(f"its audio is a '{source.type}', which is not run or read; give a file")
+    if not isinstance(source.source, str):
+        raise BadInput("its audio is named by something that is no path")
     return inside(source.source, root, allow_outside)
 
 
@@ -146,30 +149,37 @@ def _utterance(
 ) -> Utterance:
     custom = (cut.custom or {}) | (supervision.custom or {})
     text, pre_text = _texts(supervision, custom, form)
-    offset = max(0.0, round(cut.start + supervision.start, 6))
-    end = offset + supervision.duration
-    if end > cut.recording.duration + END_TOLERANCE_SECS:
-        raise BadInput(
-            f"cut {offset:g}–{end:.3f} s ends beyond its recording, which has {cut.recording.duration:.3f} s"
-        )
+    offset = _offset(cut, supervision)
     return Utterance(
         utt_id=utt_id,
         text=text,
         duration_secs=supervision.duration,
         recording_id=f"{corpus}/{cut.recording.id}",
         corpus=corpus,
-        speaker=supervision.speaker or "",
-        language=language_code(supervision.language or "en"),
+        speaker=str(supervision.speaker or ""),
+        language=language_code(str(supervision.language or "en")),
         license=str(custom.get("license") or ""),
         domain=str(custom.get("domain") or ""),
         source=f"{corpus}/{custom.get('source') or custom.get('text_path') or book_of(cut.recording.id)}",
         pre_text=pre_text,
         dnsmos=_number(custom.get("dnsmos")),
         align_score=_number(custom.get("align_score")),
-        words=_words(supervision, text),
+        words=_words(supervision, text, offset),
         uri=uri,
         offset_secs=offset,
     )
+
+
+def _offset(cut: MonoCut, supervision: SupervisionSegment) -> float:
+    """Where in the recording the speech starts; it may lie partly outside the cut, but not outside the recording."""
+    offset, duration, available = cut.start + supervision.start, supervision.duration, cut.recording.duration
+    if not all(map(math.isfinite, (offset, duration, available))) or duration <= 0:
+        raise BadInput(f"a start of {offset} and a duration of {duration} s in {available} s cannot be cut")
+    end = offset + duration
+    if offset < -END_TOLERANCE_SECS or end > available + END_TOLERANCE_SECS:
+        where = "starts before" if offset < 0 else "ends beyond"
+        raise BadInput(f"cut {offset:g}–{end:.3f} s {where} its recording, which has {available:.3f} s")
+    return float(max(0.0, round(offset, 6)))
 
 
 def _texts(supervision: SupervisionSegment, custom: dict[str, Any], form: str) -> tuple[str, str]:
@@ -183,30 +193,34 @@ def _texts(supervision: SupervisionSegment, custom: dict[str, Any], form: str) -
 
 
 def _form(values: Any, index: int) -> str:
-    return str(values[index]) if isinstance(values, list) and len(values) > index else ""
+    return str(values[index] or "") if isinstance(values, list) and len(values) > index else ""
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def _words(supervision: SupervisionSegment, text: str) -> list[Word] | None:
-    """Its own word alignment, if that covers the text word by word; times from the utterance's start."""
+def _words(supervision: SupervisionSegment, text: str, offset: float) -> list[Word] | None:
+    """Its own word alignment, if it covers the text word by word and lies in the utterance; times from there.
+
+    Lhotse counts the times of words from the start of the recording, whatever the cut (`AlignmentItem`).
+    """
     items = (supervision.alignment or {}).get("word") or []
     if [item.symbol for item in items] != text.split():
         return None
-    return [Word(item.symbol, *_times(item, supervision.start)) for item in items]
-
-
-def _times(item: AlignmentItem, start: float) -> tuple[float, float]:
-    return round(item.start - start, 6), round(item.end - start, 6)
+    words = [Word(item.symbol, round(item.start - offset, 6), round(item.end - offset, 6)) for item in items]
+    times = [time for word in words for time in (word.start_secs, word.end_secs)]
+    latest = supervision.duration + END_TOLERANCE_SECS
+    if times != sorted(times) or not all(-END_TOLERANCE_SECS <= time <= latest for time in times):
+        return None
+    return [replace(word, start_secs=max(0.0, word.start_secs), end_secs=max(0.0, word.end_secs)) for word in words]
 
 
 def write_cuts(utterances: Iterable[Utterance], url: str) -> int:
     """Write utterances as a manifest that `lhotse.CutSet.from_file` loads; returns their number.
 
     Audio in plain files is referred to. Audio in an archive or in the row itself is written beside the manifest, into
-    `<its name>_audio/`.
+    `<its name>_audio/`, as are cuts of files of several channels, as the mean that we hear.
 
     Args:
         url: `….jsonl.gz`, local or remote.
@@ -218,7 +232,8 @@ def write_cuts(utterances: Iterable[Utterance], url: str) -> int:
     with atomic_file(url) as file, gzip.GzipFile(fileobj=file, mode="wb", mtime=0) as stream:
         recordings = _Recordings(re.sub(r"\.jsonl(\.gz)?$", "", url) + "_audio")
         for row in utterances:
-            stream.write(json.dumps(_cut_of(row, recordings.of(row)).to_dict(), ensure_ascii=False).encode() + b"\n")
+            cut = _cut_of(*recordings.of(row))
+            stream.write(json.dumps(cut.to_dict(), ensure_ascii=False).encode() + b"\n")
             count += 1
     return count
 
@@ -230,7 +245,15 @@ class _Recordings:
     folder: str
     last: dict[str, Recording] = field(default_factory=dict)
 
-    def of(self, row: Utterance) -> Recording:
+    def of(self, row: Utterance) -> tuple[Utterance, Recording]:
+        """The recording that a cut is taken from, and the utterance as a reference to it."""
+        recording = self._described(row)
+        if recording.num_channels > 1:  # lhotse would take one of them
+            row = _averaged(row)
+            recording = self._described(row)
+        return row, recording
+
+    def _described(self, row: Utterance) -> Recording:
         embedded = row.audio is not None or row.byte_start is not None
         path = self._write(row) if embedded else row.uri or ""
         if path not in self.last:
@@ -255,6 +278,14 @@ class _Recordings:
         return path
 
 
+def _averaged(row: Utterance) -> Utterance:
+    """The utterance with its audio, the mean of the channels, in the row; as floats, so no sample changes."""
+    audio, rate = load_audio(referenced(row), row.offset_secs, row.duration_secs)
+    file = io.BytesIO()
+    soundfile.write(file, audio, rate, format="WAV", subtype="FLOAT")
+    return replace(row, audio=file.getvalue(), uri=None, byte_start=None, num_bytes=None, offset_secs=0.0)
+
+
 def _cut_of(row: Utterance, recording: Recording) -> MonoCut:
     extra: dict[str, Any] = {
         "license": row.license,
@@ -262,8 +293,13 @@ def _cut_of(row: Utterance, recording: Recording) -> MonoCut:
         "source": row.source,
     }
     extra |= {"dnsmos": row.dnsmos, "align_score": row.align_score, "pre_text": row.pre_text}
-    items = [AlignmentItem(word.text, word.start_secs, _length(word)) for word in row.words or []]
-    duration = row.duration_secs or recording.duration
+    items = [
+        AlignmentItem(word.text, round(row.offset_secs + word.start_secs, 6), _length(word)) for word in row.words or []
+    ]
+    left = recording.duration - row.offset_secs  # tables round, and lhotse does not forgive a cut that is too long
+    duration = min(row.duration_secs or left, left)
+    if duration <= 0:
+        raise BadInput(f"{row.utt_id} begins at {row.offset_secs:g} s of {recording.duration:g} s")
     supervision = SupervisionSegment(
         id=row.utt_id,
         recording_id=recording.id,
@@ -273,7 +309,7 @@ def _cut_of(row: Utterance, recording: Recording) -> MonoCut:
         text=row.text,
         language=row.language,
         speaker=row.speaker or None,
-        custom={name: value for name, value in extra.items() if value},
+        custom={name: value for name, value in extra.items() if value not in (None, "")},
         alignment={"word": items} if items else None,
     )
     return MonoCut(supervision.id, row.offset_secs, duration, 0, supervisions=[supervision], recording=recording)

@@ -175,12 +175,7 @@ def make_shards(
         say(f"{stage.label}: continuing, {len(items) - len(pending)} of {len(items)} shards are there already")
     if pending:
         _map_on_ray(config, stage, pending, make_worker, num_gpus)
-    counts = count_shards(stage.table, list(items))
-    check_counts(config, stage, counts)
-    if counts["num_rejected"]:
-        rejects = Table(stage.table.run_dir, stage.table.set, "rejects")
-        say(f"{stage.label}: {counts['num_rejected']:,} rejected, the reasons are in {rejects.url}")
-    return counts
+    return checked_counts(config, stage, list(items))
 
 
 def keep_or_reject(
@@ -209,6 +204,18 @@ def windows(rows: Iterable[Row], limit: float, size: Callable[[Row], float] = la
         window.append(row)
         total += size(row)
     yield window
+
+
+def checked_counts(config: Config, stage: Stage, shards: Sequence[str]) -> dict[str, Any]:
+    """The counts over all shards of a stage, which add up; says where its rejects are. Raises as `check_counts`."""
+    counts = count_shards(stage.table, shards)
+    check_counts(config, stage, counts)
+    if counts["num_rejected"]:
+        rejects = Table(stage.table.run_dir, stage.table.set, "rejects")
+        say(
+            f"{stage.label}: {counts['num_rejected']:,} rejected, the reasons are in {rejects.url}/{stage.table.name}-*"
+        )
+    return counts
 
 
 def count_shards(table: Table, shards: Sequence[str]) -> dict[str, Any]:

@@ -27,9 +27,8 @@ from salad_ray.speech.readers import language_code, split_of
 from salad_ray.stages.common import (
     ShardPart,
     Stage,
-    check_counts,
     check_strict,
-    count_shards,
+    checked_counts,
     keep_or_reject,
     run_shards,
     start_ray,
@@ -156,8 +155,7 @@ def make_catalog(config: Config) -> dict[str, Any]:
     started = time.monotonic()
     stage.begin()
     _deal(config, stage, found)
-    counts = count_shards(stage.table, shard_names(config))
-    check_counts(config, stage, counts)
+    counts = checked_counts(config, stage, shard_names(config))
     seconds = round(time.monotonic() - started, 2)
     manifest = stage.finish(**counts, seconds=seconds)
     check_strict(config, stage)

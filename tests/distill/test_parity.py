@@ -1,4 +1,4 @@
-"""Gradients and weights under DeepSpeed ZeRO 1, 2 and 3 on two workers, beside plain PyTorch in one process on the same rows.
+"""Gradients and weights under DeepSpeed ZeRO 1, 2 and 3 on two workers, beside plain PyTorch on the same rows.
 
 This file is also the worker: `python test_parity.py FOLDER` under torch.distributed's variables writes what an engine
 of every case has after one step, so two processes are started once for all cases.

@@ -9,7 +9,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from salad_ray.speech.align import SAMPLING_RATE, PocketsphinxAligner, guess_phones
+from salad_ray.speech.align import MIN_SCORE, SAMPLING_RATE, Alignment, PocketsphinxAligner, guess_phones
 from salad_ray.speech.audio import load_audio
 from salad_ray.tables import BadInput, Word
 
@@ -82,6 +82,25 @@ def test_order_and_failures_leave_no_trace(aligner: PocketsphinxAligner, jfk: np
     with pytest.raises(BadInput, match="no word that can be spoken"):
         aligner.align(jfk, "— …")
     assert aligner.align(jfk, JFK) == first == PocketsphinxAligner().align(jfk, JFK)
+
+
+def test_failures_of_a_batch_are_values(aligner: PocketsphinxAligner, jfk: np.ndarray) -> None:
+    silence = np.zeros(0, np.float32)
+    wrong = "completely different words were written down in the place of this speech by mistake"
+    found, *failed, again = aligner.align_batch([jfk, jfk, silence, jfk, jfk], [JFK, wrong, JFK, "— …", JFK])
+    assert isinstance(found, Alignment)
+    assert found == again
+    assert found.words == aligner.align(jfk, JFK)
+    assert MIN_SCORE <= found.score < 0
+    assert all(isinstance(error, BadInput) for error in failed)
+
+
+def test_the_least_score_can_be_set(aligner: PocketsphinxAligner, jfk: np.ndarray) -> None:
+    [found] = aligner.align_batch([jfk], [JFK])
+    assert isinstance(found, Alignment)
+    assert PocketsphinxAligner(found.score - 0.01).align_batch([jfk], [JFK]) == [found]
+    with pytest.raises(BadInput, match="does not say"):
+        PocketsphinxAligner(found.score + 0.01).align(jfk, JFK)
 
 
 def test_transcripts_that_go_wrong_half_way_are_refused(

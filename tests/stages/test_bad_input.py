@@ -77,10 +77,10 @@ def test_every_bad_row_is_rejected_with_its_reason_and_counted(tmp_path: Path) -
         assert not reason or reason in reasons[key], (key, reasons.get(key))
     duplicates = [reject for reject in rejects if "duplicate" in reject.reason.lower() or "already" in reject.reason]
     assert len(duplicates) == 1
-    manifest = Table(config.run_dir, "natural", "utterances").manifest()
-    assert manifest is not None
-    assert manifest["num_input"] == len(expected) + 1 == manifest["num_kept"] + manifest["num_rejected"]
-    assert manifest["num_rejected"] == len(rejects)
+    catalog, checked = (Table(config.run_dir, "natural", name).manifest() or {} for name in ("catalog", "utterances"))
+    assert catalog["num_input"] == len(expected) + 1 == catalog["num_kept"] + catalog["num_rejected"]
+    assert catalog["num_kept"] == checked["num_input"] == checked["num_kept"] + checked["num_rejected"]
+    assert catalog["num_rejected"] + checked["num_rejected"] == len(rejects)
 
 
 def test_strict_stops_at_the_first_with_the_same_words(tmp_path: Path) -> None:

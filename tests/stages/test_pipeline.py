@@ -134,4 +134,5 @@ def _rows(config: Config, set_name: str, name: str, row_type: type) -> list:
 
 def _times(config: Config) -> dict[str, int]:
     paths = Path(config.run_dir).glob("**/manifest.json")
-    return {str(path): path.stat().st_mtime_ns for path in paths if path.parent.name != "report"}
+    tables = (path for path in paths if path.parent.name != "report" and "checkpoints" not in path.parts)
+    return {str(path): path.stat().st_mtime_ns for path in tables}

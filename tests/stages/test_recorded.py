@@ -145,7 +145,8 @@ def test_neighbours_are_joined_into_passages_that_fill_the_context(recorded_run:
                 assert right.order == left.order + 1
             else:
                 assert right.offset_secs > left.offset_secs
-    assert {"libriheavy", "emilia"} <= corpora
+    assert "libriheavy" in corpora  # by offsets
+    assert corpora & {"emilia", "raw", "yodas"}  # by window numbers
 
 
 def _shards(config: Config) -> list[str]:
