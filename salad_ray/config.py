@@ -169,8 +169,8 @@ class IngestConfig(Section):
         for corpus in self.corpora:
             if "*" in corpus.path and corpus.name is None:
                 raise ValueError(
-                    f"ingest.corpora: {corpus.path} stands for several files, and ids begin with the corpus' name; give "
-                    f"it one: {{path: …, name: …}}"
+                    f"ingest.corpora: {corpus.path} stands for several files, and ids begin with the corpus' name; "
+                    "give it one: {path: …, name: …}"
                 )
         names = [corpus.name or path_name(corpus.path) for corpus in self.corpora]
         twice = sorted({name for name in names if names.count(name) > 1})

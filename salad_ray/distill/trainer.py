@@ -20,11 +20,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns, in every process, that it found no other
+
+import deepspeed
 from deepspeed.runtime.zero import GatheredParameters
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer

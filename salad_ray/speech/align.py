@@ -136,6 +136,7 @@ class PocketsphinxAligner:
         ]
 
     def _decode(self, pcm: bytes, names: str) -> None:
+        self._decoder.reinit_feat()  # else scores would depend a little on the utterance before
         try:
             self._decoder.set_align_text(names)
             self._decoder.start_utt()

@@ -41,6 +41,8 @@ reasons of `rejects`) of some hundred utterances before a large run, and set `mi
 SCORE_SECS = 2.0
 """Stretch over which scores are averaged: long enough to be sure, short enough to find a wrong sentence."""
 MIN_SECS = 0.1
+PADDING_NATS = 5e-3
+"""What padding may change in a log-probability: what rounding does, on a GPU too. Without a mask it is 0.02 or more."""
 _PROBE_SECS = 1.28
 """A multiple of every stride of 10 ms · 2ⁿ up to itself, so that the stride is measured exactly."""
 
@@ -57,8 +59,8 @@ class _Script:
 class CTCAligner:
     """Aligns text to audio; utterances of like length run through the model together.
 
-    What is found for an utterance does not depend on the others. Models that say so in their feature extractor
-    (`return_attention_mask`) are given padded batches; of others only utterances of the very same length share one.
+    What is found for an utterance does not depend on the others: whether padding leaves a model's results alone is
+    tried out, and where it does not, only utterances of the very same length share a batch.
 
     Args:
         path: folder or hub id (`facebook/wav2vec2-base-960h`) of the model, its feature extractor and its tokenizer;
@@ -87,10 +89,10 @@ class CTCAligner:
         self._speller = Speller(path, _load_part(AutoTokenizer, path, commit or revision), self._model.config)
         self._min_score = CTC_MIN_SCORE if min_score is None else min_score
         self._batch_secs = batch_secs
-        self._pads = _can_pad(self._model, self._features)
         self.sampling_rate: int = self._features.sampling_rate
         self.facts = {"path": path, "revision": commit, "weights": weights_fingerprint(self._model)}
-        self._frame_secs = self._measure_stride(path)
+        self._pads = False
+        self._probe(path)
 
     def align(self, audio: np.ndarray, text: str) -> list[Word]:
         """Times of the white-space separated words of `text`.
@@ -154,16 +156,33 @@ class CTCAligner:
         log_probs = logits.float().log_softmax(-1).cpu().numpy()
         return [row[:number] for row, number in zip(log_probs, num_frames, strict=True)]
 
-    def _measure_stride(self, path: str) -> float:
-        """Seconds from frame to frame: what another stretch of silence adds; edges add the same to either."""
-        num_samples = round(_PROBE_SECS * self.sampling_rate)
+    def _probe(self, path: str) -> None:
+        """Learn what the config does not tell: the stride, and whether padding changes results; raises `ModelError`."""
         try:
-            [short], [long] = (self._log_probs([np.zeros(times * num_samples, np.float32)]) for times in (1, 2))
+            num_frames = [len(self._log_probs([self._noise(secs)])[0]) for secs in (_PROBE_SECS, 2 * _PROBE_SECS)]
+            self._pads = self._can_pad()
         except UNUSABLE as error:
             raise ModelError(f"{path}: its feature extractor does not fit its model ({reason(error)})") from None
-        if len(long) <= len(short):
-            raise ModelError(f"{path}: gives {len(long)} frames for {2 * _PROBE_SECS} s, so it cannot time words")
-        return num_samples / (len(long) - len(short)) / self.sampling_rate
+        if num_frames[0] >= num_frames[1]:
+            raise ModelError(f"{path}: gives {num_frames[1]} frames for {2 * _PROBE_SECS} s, so it cannot time words")
+        self._frame_secs = _PROBE_SECS / (num_frames[1] - num_frames[0])  # edges add the same to either
+
+    def _can_pad(self) -> bool:
+        """Some models have no mask, norms over time, or convolutions that do not heed the mask."""
+        if not (self._features.return_attention_mask and hasattr(self._model, "_get_feat_extract_output_lengths")):
+            return False
+        audios = [self._noise(_PROBE_SECS * size) for size in (1.03, 1.31, 2.0)]
+        alone = [self._log_probs([audio])[0] for audio in audios]
+        self._pads = True
+        padded = self._log_probs(audios)
+        return all(
+            one.shape == other.shape and np.allclose(one, other, rtol=0, atol=PADDING_NATS)
+            for one, other in zip(alone, padded, strict=True)
+        )
+
+    def _noise(self, secs: float) -> np.ndarray:
+        noise = np.random.default_rng(0).normal(0, 0.1, round(secs * self.sampling_rate))
+        return noise.astype(np.float32)
 
 
 class Speller:
@@ -292,12 +311,6 @@ def _batches(lengths: dict[int, int], max_samples: float, pads: bool) -> Iterato
         batch.append(index)
     if batch:
         yield batch
-
-
-def _can_pad(model: Any, features: Any) -> bool:
-    """Whether padding changes nothing: it is masked, and no norm of the first convolution runs over time."""
-    over_time = getattr(model.config, "feat_extract_norm", None) == "group"
-    return features.return_attention_mask and not over_time and hasattr(model, "_get_feat_extract_output_lengths")
 
 
 def _load_model(path: str, revision: str | None) -> Any:

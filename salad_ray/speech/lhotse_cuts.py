@@ -154,13 +154,14 @@ def _utterance(
         utt_id=utt_id,
         text=text,
         duration_secs=supervision.duration,
-        recording_id=f"{corpus}/{cut.recording.id}",
+        recording_id=f"{corpus}/{custom.get('recording') or cut.recording.id}",
         corpus=corpus,
         speaker=str(supervision.speaker or ""),
         language=language_code(str(supervision.language or "en")),
         license=str(custom.get("license") or ""),
         domain=str(custom.get("domain") or ""),
         source=f"{corpus}/{custom.get('source') or custom.get('text_path') or book_of(cut.recording.id)}",
+        order=custom["order"] if isinstance(custom.get("order"), int) else None,
         pre_text=pre_text,
         dnsmos=_number(custom.get("dnsmos")),
         align_score=_number(custom.get("align_score")),
@@ -291,6 +292,8 @@ def _cut_of(row: Utterance, recording: Recording) -> MonoCut:
         "license": row.license,
         "domain": row.domain,
         "source": row.source,
+        "recording": row.recording_id,
+        "order": row.order,
     }
     extra |= {"dnsmos": row.dnsmos, "align_score": row.align_score, "pre_text": row.pre_text}
     items = [

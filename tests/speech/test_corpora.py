@@ -435,6 +435,7 @@ def test_what_is_written_lhotse_loads_with_the_same_audio_and_words(shared_data:
     for row, back in zip(rows, again, strict=True):
         assert (back.text, back.words, back.speaker, back.language) == (row.text, row.words, row.speaker, row.language)
         assert (back.offset_secs, back.duration_secs) == pytest.approx((row.offset_secs, row.duration_secs), abs=1e-3)
+        assert (back.order, back.recording_id) == (row.order, f"x/{row.recording_id}")
         assert (back.license, back.dnsmos, back.pre_text) == (row.license, row.dnsmos, row.pre_text)
 
 
