@@ -296,16 +296,9 @@ def _map_on_ray(
         )
     num_actors = max(1, min(config.ray.max_actors or room, len(items)))
     rows = [{"shard": name, "payload": json.dumps(payload)} for name, payload in items.items()]
-
-    class ShardWriter(_ShardWriter):
-        """Carries its arguments in its code: those in the object store may be lost with a node, and an actor that Ray
-        starts again would not get them."""
-
-        def __init__(self) -> None:
-            super().__init__(make_worker, stage)
-
     results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        ShardWriter,
+        _ShardWriter,
+        fn_constructor_args=(make_worker, stage),
         compute=ray.data.ActorPoolStrategy(min_size=max(1, min(room, num_actors)), max_size=num_actors),
         num_cpus=1,
         num_gpus=num_gpus or None,
