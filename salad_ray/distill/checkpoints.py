@@ -157,13 +157,20 @@ def latest(url: str, complain: Callable[[str], None] = lambda _: None) -> Checkp
         state = read_json(f"{url}/{folder}/manifest.json")
         if state is None:  # its writing was interrupted; it never counted
             continue
-        found = _files(f"{url}/{folder}")
-        broken = [name for name, size in state["files"].items() if found.get(name) != size]
-        if not broken:
+        damage = _damage(f"{url}/{folder}", state)
+        if not damage:
             return Checkpoint(f"{url}/{folder}", state)
-        what = "is missing" if broken[0] not in found else f"has {found[broken[0]]:,} bytes"
-        complain(f"checkpoint {url}/{folder} is not whole ({broken[0]} {what}); going back to the one before it")
+        complain(f"checkpoint {url}/{folder} is not whole ({damage}); going back to the one before it")
     return None
+
+
+def _damage(folder: str, state: dict[str, Any]) -> str:
+    """What a checkpoint lacks of what its manifest lists, if anything."""
+    found = _files(folder)
+    broken = next((name for name, size in state["files"].items() if found.get(name) != size), None)
+    if broken is None:
+        return ""
+    return f"{broken} is missing" if broken not in found else f"{broken} has {found[broken]:,} bytes"
 
 
 def _folders(url: str) -> list[str]:
@@ -180,7 +187,7 @@ def prune(url: str, keep: int) -> None:
     folders = sorted(_folders(url), reverse=True)
     for folder in folders:
         state = read_json(f"{url}/{folder}/manifest.json")
-        if state is not None:
+        if state is not None and not _damage(f"{url}/{folder}", state):
             whole.append(folder)
             stay |= {folder} if state["stays"] else set()
     newest = whole[0] if whole else ""

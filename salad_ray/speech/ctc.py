@@ -10,6 +10,7 @@ Shape letters: N samples, T frames, V labels of the vocabulary, L labels of a te
 from __future__ import annotations
 
 import string
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,8 @@ PADDING_NATS = 5e-3
 """What padding may change in a log-probability: what rounding does, on a GPU too. Without a mask it is 0.02 or more."""
 _PROBE_SECS = 1.28
 """A multiple of every stride of 10 ms · 2ⁿ up to itself, so that the stride is measured exactly."""
+_EDGE_STEPS = 16
+"""Parts of a stride to which the least audio for a number of frames is found: frames lie right to half of one."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,14 @@ class _Script:
     words: list[str]
     labels: list[int]
     owners: list[int]
+
+
+@dataclass(frozen=True)
+class _Frames:
+    """Frame t stands for [first + t, first + t + 1) · stride, in seconds; `first_secs` may be below 0."""
+
+    stride_secs: float
+    first_secs: float
 
 
 class CTCAligner:
@@ -92,6 +103,10 @@ class CTCAligner:
         self.sampling_rate: int = self._features.sampling_rate
         self.facts = {"path": path, "revision": commit, "weights": weights_fingerprint(self._model)}
         self._pads = False
+        # What tells how many frames are no padding has one name in models of waveforms, another in those of spectra.
+        self._output_lengths: Any = getattr(self._model, "_get_feat_extract_output_lengths", None) or getattr(
+            self._model, "_get_subsampling_output_length", None
+        )
         self._probe(path)
 
     def align(self, audio: np.ndarray, text: str) -> list[Word]:
@@ -140,9 +155,9 @@ class CTCAligner:
         labels = np.array(script.labels)
         path = best_path(log_probs, labels, self._speller.blank)
         symbols = np.where(path % 2, labels[np.minimum(path // 2, len(labels) - 1)], self._speller.blank)
-        score = worst_stretch(log_probs[np.arange(len(path)), symbols], round(SCORE_SECS / self._frame_secs))
+        score = worst_stretch(log_probs[np.arange(len(path)), symbols], round(SCORE_SECS / self._frames.stride_secs))
         check_score(score, self._min_score)
-        return Alignment(_words(script, path, self._frame_secs, num_samples / self.sampling_rate), score)
+        return Alignment(_words(script, path, self._frames, num_samples / self.sampling_rate), score)
 
     @torch.inference_mode()
     def _log_probs(self, audios: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -152,24 +167,38 @@ class CTCAligner:
         logits = self._model(**inputs).logits
         num_frames = [logits.shape[1]] * len(audios)
         if self._pads:
-            num_frames = self._model._get_feat_extract_output_lengths(inputs["attention_mask"].sum(-1)).tolist()
+            num_frames = self._output_lengths(inputs["attention_mask"].sum(-1)).tolist()
         log_probs = logits.float().log_softmax(-1).cpu().numpy()
         return [row[:number] for row, number in zip(log_probs, num_frames, strict=True)]
 
     def _probe(self, path: str) -> None:
-        """Learn what the config does not tell: the stride, and whether padding changes results; raises `ModelError`."""
+        """Learn what the config does not tell: when frames are, whether padding changes them; raises `ModelError`."""
         try:
-            num_frames = [len(self._log_probs([self._noise(secs)])[0]) for secs in (_PROBE_SECS, 2 * _PROBE_SECS)]
+            short, long = self._num_frames(_PROBE_SECS), self._num_frames(2 * _PROBE_SECS)
+            if short >= long:
+                raise ValueError(f"it gives {long} frames for {2 * _PROBE_SECS} s, which cannot time words")
+            self._frames = self._measure_frames(short, long)
             self._pads = self._can_pad()
         except UNUSABLE as error:
             raise ModelError(f"{path}: its feature extractor does not fit its model ({reason(error)})") from None
-        if num_frames[0] >= num_frames[1]:
-            raise ModelError(f"{path}: gives {num_frames[1]} frames for {2 * _PROBE_SECS} s, so it cannot time words")
-        self._frame_secs = _PROBE_SECS / (num_frames[1] - num_frames[0])  # edges add the same to either
+
+    def _measure_frames(self, short: int, long: int) -> _Frames:
+        """From the numbers of frames of the probe and of one twice as long, to which the edges add the same.
+
+        The least audio that gives `short` frames is what they hear without padding, so their middle is its middle. A
+        recogniser that pads its input hears beyond either edge alike, and the same holds.
+        """
+        stride = _PROBE_SECS / (long - short)
+        trials = [_PROBE_SECS - stride * left / _EDGE_STEPS for left in range(_EDGE_STEPS, -1, -1)]
+        least = trials[bisect_left(trials, short, hi=_EDGE_STEPS, key=self._num_frames)]
+        return _Frames(stride, (least - short * stride) / 2)
+
+    def _num_frames(self, secs: float) -> int:
+        return len(self._log_probs([self._noise(secs)])[0])
 
     def _can_pad(self) -> bool:
         """Some models have no mask, norms over time, or convolutions that do not heed the mask."""
-        if not (self._features.return_attention_mask and hasattr(self._model, "_get_feat_extract_output_lengths")):
+        if not (self._features.return_attention_mask and self._output_lengths):
             return False
         audios = [self._noise(_PROBE_SECS * size) for size in (1.03, 1.31, 2.0)]
         alone = [self._log_probs([audio])[0] for audio in audios]
@@ -285,8 +314,7 @@ def _trace(moves: np.ndarray, last: int) -> np.ndarray:
     return path
 
 
-def _words(script: _Script, path: np.ndarray, frame_secs: float, end_secs: float) -> list[Word]:
-    """Frame t stands for [t, t + 1) · frame_secs, around its centre."""
+def _words(script: _Script, path: np.ndarray, timing: _Frames, end_secs: float) -> list[Word]:
     owners = np.append(script.owners, -1)[np.where(path % 2, path // 2, -1)]  # (T,): the word of each frame
     result: list[Word] = []
     previous_end = 0.0
@@ -294,7 +322,8 @@ def _words(script: _Script, path: np.ndarray, frame_secs: float, end_secs: float
         frames = np.flatnonzero(owners == index)
         start = end = previous_end
         if len(frames):
-            start, end = (min(float(edge) * frame_secs, end_secs) for edge in (frames[0], frames[-1] + 1))
+            edges = timing.first_secs + np.array([frames[0], frames[-1] + 1]) * timing.stride_secs
+            start, end = np.clip(edges, 0, end_secs).tolist()
         result.append(Word(text, start, end))
         previous_end = end
     return result

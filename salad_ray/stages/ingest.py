@@ -27,6 +27,7 @@ from salad_ray.speech.readers import language_code, split_of
 from salad_ray.stages.common import (
     ShardPart,
     Stage,
+    StageError,
     check_strict,
     checked_counts,
     keep_or_reject,
@@ -199,8 +200,11 @@ def _scan(config: Config, item: dict[str, Any]) -> Iterator[pa.Table]:
     source = Source(**json.loads(item["source"][0]))
     unpacked = f"{config.run_dir}/natural/unpacked"
     rows = scan(source, corpus, config.ingest.max_member_bytes, unpacked)
-    while piece := list(islice(rows, SCAN_ROWS)):
-        yield pa.Table.from_pylist([_scanned(config, row) for row in piece], schema=SCANNED)
+    try:
+        while piece := list(islice(rows, SCAN_ROWS)):
+            yield pa.Table.from_pylist([_scanned(config, row) for row in piece], schema=SCANNED)
+    except OSError as error:  # a reject would lose all that the file holds, for what may pass
+        raise StageError(f"ingest: {source.url} cannot be read ({error}); mend that and run the stage again") from None
 
 
 def _scanned(config: Config, row: Utterance | Reject) -> dict[str, Any]:

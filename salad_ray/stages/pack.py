@@ -6,6 +6,7 @@ Every epoch draws fresh interleavings. A longer training run adds epochs to the 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -37,6 +38,7 @@ def run(config: Config) -> None:
         {"features": features["fingerprint"], "teacher": teacher["fingerprint"]},
     )
     done = stage.table.manifest() if stage.is_done() else None
+    started = time.monotonic()
     stage.begin()
     worker = partial(PackLane, config, teacher, list(features["shards"]))
     first = epoch_items(config, [0])
@@ -49,7 +51,8 @@ def run(config: Config) -> None:
     if done is not None and (done["budget"], done["num_epochs"]) == (budget, num_epochs):
         say(f"{stage.label}: done already, {stage.table.url}")
         return
-    stage.finish(**counts, num_steps=num_steps, num_epochs=num_epochs, budget=budget)
+    seconds = round(time.monotonic() - started, 2)
+    stage.finish(**counts, num_steps=num_steps, num_epochs=num_epochs, budget=budget, seconds=seconds)
     say(
         f"{stage.label}: {counts['num_rows']:,} rows in {num_epochs} epochs for {num_steps:,} steps, "
         f"fill {fill(config, stage.table, list(first)):.1%} → {stage.table.url}"

@@ -29,6 +29,7 @@ def run(config: Config) -> None:
         metrics[system] = system_metrics(rows, heard) | training_facts(config, system)
     url = f"{config.run_dir}/report/metrics.json"
     write_json(url, metrics)
+    write_json(f"{config.run_dir}/report/manifest.json", {"stage": "report", "systems": list(metrics)})
     console.print(gap_table(metrics))
     say(f"report: {url}")
 

@@ -126,6 +126,21 @@ def test_old_ones_are_pruned_but_not_those_that_stay(tmp_path: Path) -> None:
     assert names == ["step-00000002-abcd", "step-00000004-abcd", "step-00000005-abcd"]
 
 
+def test_damaged_ones_do_not_push_whole_ones_out(tmp_path: Path) -> None:
+    url = str(tmp_path)
+    for step in (1, 2, 3):
+        save(url, step)
+    for step in (2, 3):
+        (tmp_path / f"step-{step:08d}-abcd" / "rank-00000.safetensors").unlink()
+    save(url, 2, token="zzzz", keep=2)
+    found = latest(url)
+    assert found is not None
+    assert (found.step, found.url) == (2, f"{url}/step-00000002-zzzz")
+    assert (tmp_path / "step-00000001-abcd").exists()
+    save(url, 4, token="zzzz", keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002-zzzz", "step-00000004-zzzz"]
+
+
 def test_the_manifest_comes_last(tmp_path: Path) -> None:
     """Rank 0 alone writes no manifest: the other worker's file is not there."""
     writer = CheckpointWriter(str(tmp_path), 0, 2, "t", 2)
