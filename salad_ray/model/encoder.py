@@ -30,7 +30,7 @@ from salad_ray.model.loading import (
     ModelError,
     hub_commit,
     is_hub_id,
-    quiet,
+    load_pretrained,
     reason,
     require_readable,
     require_whole,
@@ -292,19 +292,7 @@ def _split(frames: Tensor, num_frames: Sequence[int]) -> list[np.ndarray]:
 
 
 def _load_mimi(path: str, revision: str | None, dtype: torch.dtype) -> MimiEncoderModel:
-    try:
-        with quiet():
-            model, info = MimiEncoderModel.from_pretrained(
-                path,
-                revision=revision,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=False,
-                ignore_mismatched_sizes=True,  # they come back in `info`
-                output_loading_info=True,
-            )
-    except UNUSABLE as error:
-        raise ModelError(f"{path}: cannot be loaded as Mimi ({reason(error)})") from None
+    model, info = load_pretrained(MimiEncoderModel, path, revision, "Mimi", dtype=dtype)
     require_whole(path, info)
     if not model.config.use_causal_conv:
         raise ModelError(f"{path}: its convolutions look ahead (use_causal_conv=false); take a causal Mimi")

@@ -53,6 +53,29 @@ def hub_commit(path: str, revision: str | None) -> str | None:
     return getattr(resolve_revision(path, revision), "resolved", None)
 
 
+def load_pretrained(
+    kind: Any, path: str, revision: str | None, what: str, **settings: Any
+) -> tuple[Any, dict[str, Any]]:
+    """A transformers model and what loading says of its weights (`require_whole`); safetensors only, no remote code.
+
+    Raises:
+        ModelError: it cannot be read, had, or built.
+    """
+    try:
+        with quiet():
+            return kind.from_pretrained(
+                path,
+                revision=revision,
+                use_safetensors=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # they come back beside the model, all of them
+                output_loading_info=True,
+                **settings,
+            )
+    except UNUSABLE as error:
+        raise ModelError(f"{path}: cannot be loaded as {what} ({reason(error)})") from None
+
+
 def require_whole(path: str, info: Mapping[str, Any]) -> None:
     """Refuse weights that do not fit their model.
 

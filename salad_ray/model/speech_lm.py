@@ -36,7 +36,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from salad_ray.config import AdapterConfig
 from salad_ray.model.adapter import Adapter, ExactBuffers
-from salad_ray.model.loading import UNUSABLE, quiet, reason, require_readable, require_whole
+from salad_ray.model.loading import (
+    UNUSABLE,
+    load_pretrained,
+    quiet,
+    reason,
+    require_readable,
+    require_whole,
+)
 from salad_ray.model.loading import ModelError as ModelError  # also had from here, as part of loading a speech LM
 from salad_ray.model.loading import weights_fingerprint as weights_fingerprint
 from salad_ray.sequences.batch import Batch
@@ -250,20 +257,8 @@ def load_text_lm(
             hidden · headᵀ; or it cannot keep packed segments apart.
     """
     require_readable(path, "Qwen/Qwen2.5-3B")
-    try:
-        with quiet():
-            llm, info = AutoModelForCausalLM.from_pretrained(
-                path,
-                revision=revision,
-                dtype=dtype,
-                attn_implementation=attention,
-                use_safetensors=True,
-                trust_remote_code=False,
-                ignore_mismatched_sizes=True,  # they come back in `info`, all of them
-                output_loading_info=True,
-            )
-    except UNUSABLE as error:
-        raise ModelError(f"{path}: cannot be loaded as a text LLM ({reason(error)})") from None
+    settings = {"dtype": dtype, "attn_implementation": attention}
+    llm, info = load_pretrained(AutoModelForCausalLM, path, revision, "a text LLM", **settings)
     require_whole(path, info)
     _require_packable(path, llm)
     _require_plain_logits(path, llm)

@@ -119,9 +119,13 @@ def _rms(audio: np.ndarray) -> float:
 
 
 def transcode(audio: np.ndarray, sampling_rate: int, _: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
-    """Through a lossy codec and back, its delay taken out."""
-    container, subtype = CODECS[rng.integers(len(CODECS))]
-    level = rng.uniform(*COMPRESSION)
+    """Through a lossy codec and back, codec and compression drawn."""
+    return transcode_with(audio, sampling_rate, CODECS[rng.integers(len(CODECS))], rng.uniform(*COMPRESSION))
+
+
+def transcode_with(audio: np.ndarray, sampling_rate: int, codec: tuple[str, str], level: float) -> np.ndarray:
+    """Through one codec (container, subtype) at a compression level of libsndfile; length and place are kept."""
+    container, subtype = codec
     loudest = max(float(np.abs(audio).max()), 1e-9)
     file = io.BytesIO()
     rate = _codec_rate(sampling_rate, subtype)

@@ -23,6 +23,7 @@ from salad_ray.model.loading import (
     UNUSABLE,
     ModelError,
     hub_commit,
+    load_pretrained,
     quiet,
     reason,
     require_readable,
@@ -61,7 +62,7 @@ class _Script:
 
 @dataclass(frozen=True)
 class _Frames:
-    """Frame t stands for [first + t, first + t + 1) · stride, in seconds; `first_secs` may be below 0."""
+    """Frame t stands for `stride_secs` of audio from first_secs + t · stride_secs on; `first_secs` may be below 0."""
 
     stride_secs: float
     first_secs: float
@@ -144,7 +145,8 @@ class CTCAligner:
         return found
 
     def _script(self, audio: np.ndarray, text: str) -> _Script:
-        if len(audio) < MIN_SECS * self.sampling_rate:
+        one_frame_secs = 2 * self._frames.first_secs + self._frames.stride_secs  # what a lone frame hears
+        if len(audio) < max(MIN_SECS, one_frame_secs) * self.sampling_rate:
             raise BadInput(f"alignment failed: {len(audio)} samples are too few")
         script = self._speller.script(text.split())
         if not script.labels:
@@ -162,23 +164,27 @@ class CTCAligner:
     @torch.inference_mode()
     def _log_probs(self, audios: Sequence[np.ndarray]) -> list[np.ndarray]:
         """One batch, (N,) each → (T, V) each, without the frames of the padding."""
-        inputs = self._features(list(audios), sampling_rate=self.sampling_rate, padding=True, return_tensors="pt")
-        inputs = inputs.to(self._model.device)
-        logits = self._model(**inputs).logits
+        inputs = self._inputs(audios)
+        logits = self._model(**inputs.to(self._model.device)).logits
         num_frames = [logits.shape[1]] * len(audios)
         if self._pads:
             num_frames = self._output_lengths(inputs["attention_mask"].sum(-1)).tolist()
         log_probs = logits.float().log_softmax(-1).cpu().numpy()
         return [row[:number] for row, number in zip(log_probs, num_frames, strict=True)]
 
+    def _inputs(self, audios: Sequence[np.ndarray]) -> Any:
+        return self._features(list(audios), sampling_rate=self.sampling_rate, padding=True, return_tensors="pt")
+
     def _probe(self, path: str) -> None:
         """Learn what the config does not tell: when frames are, whether padding changes them; raises `ModelError`."""
         try:
             short, long = self._num_frames(_PROBE_SECS), self._num_frames(2 * _PROBE_SECS)
             if short >= long:
-                raise ValueError(f"it gives {long} frames for {2 * _PROBE_SECS} s, which cannot time words")
+                raise ModelError(f"{path}: gives {long} frames for {2 * _PROBE_SECS} s, so it cannot time words")
             self._frames = self._measure_frames(short, long)
             self._pads = self._can_pad()
+        except ModelError:
+            raise
         except UNUSABLE as error:
             raise ModelError(f"{path}: its feature extractor does not fit its model ({reason(error)})") from None
 
@@ -198,9 +204,10 @@ class CTCAligner:
 
     def _can_pad(self) -> bool:
         """Some models have no mask, norms over time, or convolutions that do not heed the mask."""
-        if not (self._features.return_attention_mask and self._output_lengths):
+        # Not whole strides, at which some models mask the last of their frames, padding or not.
+        audios = [self._noise(_PROBE_SECS * size) for size in (1.03, 1.31, 1.97)]
+        if not (self._output_lengths and "attention_mask" in self._inputs(audios)):
             return False
-        audios = [self._noise(_PROBE_SECS * size) for size in (1.03, 1.31, 2.0)]
         alone = [self._log_probs([audio])[0] for audio in audios]
         self._pads = True
         padded = self._log_probs(audios)
@@ -343,19 +350,7 @@ def _batches(lengths: dict[int, int], max_samples: float, pads: bool) -> Iterato
 
 
 def _load_model(path: str, revision: str | None) -> Any:
-    try:
-        with quiet():
-            model, info = AutoModelForCTC.from_pretrained(
-                path,
-                revision=revision,
-                dtype=torch.float32,
-                use_safetensors=True,
-                trust_remote_code=False,
-                ignore_mismatched_sizes=True,  # they come back in `info`
-                output_loading_info=True,
-            )
-    except UNUSABLE as error:
-        raise ModelError(f"{path}: cannot be loaded as a CTC model ({reason(error)})") from None
+    model, info = load_pretrained(AutoModelForCTC, path, revision, "a CTC model", dtype=torch.float32)
     # Many published wav2vec 2.0 models lack the vector that masks frames in training. It is not used here; it is
     # zeroed because it would be drawn at random, and the fingerprint would change from one load to the next.
     unused = {name for name in info["missing_keys"] if name.endswith("masked_spec_embed")}

@@ -59,6 +59,28 @@ def test_every_codec_is_drawn_and_keeps_the_speech(
         assert 0.7 < np.corrcoef(heard, audio)[0, 1] < 0.9999, codec
 
 
+def test_a_click_stays_where_it_was_in_every_codec() -> None:
+    """A measure of delay that is not the one which the delay is taken out by."""
+    audio = np.zeros(48000, np.float32)
+    audio[17001] = 0.9
+    for codec in module.CODECS:
+        for level in module.COMPRESSION:
+            heard = module.transcode_with(audio, 24000, codec, level)
+            assert abs(int(np.abs(heard).argmax()) - 17001) <= 24, (codec, level)
+
+
+@pytest.mark.parametrize("delay", [-700, -1, 0, 1, 1500])
+@pytest.mark.parametrize("change", [-900, 0, 900])
+def test_a_codecs_delay_is_taken_out(speech: dict[int, np.ndarray], delay: int, change: int) -> None:
+    audio = speech[16000]
+    late = np.concatenate([np.zeros(max(delay, 0), np.float32), audio[max(-delay, 0) :]])
+    decoded = np.pad(late, (0, 900))[: len(late) + change]
+    heard = module._aligned(decoded, audio, 16000)
+    assert heard.shape == audio.shape
+    known = slice(700, len(audio) - 900)  # what neither the shift nor the cut lost
+    assert np.array_equal(heard[known], audio[known])
+
+
 @pytest.mark.parametrize("snr_db", [5.0, 20.0])
 def test_noise_is_so_many_decibels_below_the_speech(speech: dict[int, np.ndarray], snr_db: float) -> None:
     audio = speech[16000] * 0.3
@@ -96,6 +118,11 @@ def test_speed_changes_length_and_words_together(speech: dict[int, np.ndarray]) 
     assert len(heard) == pytest.approx(len(audio) / 1.25, abs=2)
     assert scaled == [Word("a", 0.4, 0.6), Word("b", 0.8, 1.2)]
     assert augment(audio, 16000, None, only("speed"), np.random.default_rng(0))[1] is None
+
+
+def test_speed_leaves_something_of_the_shortest() -> None:
+    heard, _, _ = augment(np.ones(1, np.float32), 16000, None, only("speed", speed=(3.0, 3.0)), np.random.default_rng())
+    assert len(heard) == 1
 
 
 def test_the_draw_is_the_seeds_alone(speech: dict[int, np.ndarray]) -> None:
