@@ -15,9 +15,9 @@ from pydantic import BaseModel
 from rich.table import Table as Grid
 
 from salad_ray import pipeline
-from salad_ray.config import Config, ConfigError, dump_config, load_config, section_of
-from salad_ray.console import console, say
-from salad_ray.tables import TableError, write_json
+from salad_ray.config import Config, SweepConfig, dump_config, load_config, section_of
+from salad_ray.console import console, say, user_error
+from salad_ray.tables import write_json
 
 # What each stage does, and which sections of the config it reads.
 STAGES = {
@@ -37,7 +37,6 @@ STAGES = {
     "evaluate": ("Answer the benchmarks' items, read as text and heard as speech.", ("evaluate",)),
     "report": ("Print the gap tables; write report/metrics.json and report/page.html.", ()),
 }
-USER_ERRORS = ("ConfigError", "StageError", "TableError", "ModelError", "BadInput")
 
 app = typer.Typer(
     name="salad",
@@ -51,6 +50,23 @@ ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, s
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value …]", help="Overrides, such as distill.alpha=0.5.")
 ]
+
+
+def describe(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    """One line for each key of a section: name, default, meaning."""
+    for name, field in model.model_fields.items():
+        section = section_of(field.annotation)
+        if section is not None:
+            yield from describe(section, f"{prefix}.{name}")
+        else:
+            meaning = f"  {' '.join(field.description.split())}" if field.description else ""
+            yield f"[bold]{prefix}.{name}[/bold]={field.default}{meaning}"
+
+
+def section_named(name: str) -> type[BaseModel]:
+    section = section_of(Config.model_fields[name].annotation)
+    assert section is not None
+    return section
 
 
 @app.command()
@@ -75,6 +91,16 @@ def status(run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="Folde
     for row in pipeline.status(load_config(f"{run_dir}/config.yaml")):
         grid.add_row(*(row[str(column.header)] for column in grid.columns))
     console.print(grid)
+
+
+@app.command(epilog="\n\n".join(describe(SweepConfig, "sweeps.NAME")))
+def sweep(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    only: Annotated[str | None, typer.Option(help="Name of one of the config's sweeps; all by default.")] = None,
+) -> None:
+    """Train over a grid of the config's keys and budgets, sharing what can be shared, and fit the misalignment law."""
+    pipeline.run_sweeps(load_config(config, overrides or []), only)
 
 
 @app.command()
@@ -167,25 +193,8 @@ def add_stage(name: str, summary: str, sections: tuple[str, ...]) -> None:
             pipeline.redo(resolved, name, resolved.set)
         pipeline.run_stage(resolved, name, resolved.set)
 
-    keys = "\n\n".join(line for section in sections for line in describe(section))
+    keys = "\n\n".join(line for section in sections for line in describe(section_named(section), section))
     app.command(name=name, help=summary, epilog=keys)(command)
-
-
-def describe(section: str) -> Iterator[str]:
-    """One line for each key of a section: name, default, meaning."""
-    model = section_of(Config.model_fields[section].annotation)
-    assert model is not None
-    yield from _describe(model, section)
-
-
-def _describe(model: type[BaseModel], prefix: str) -> Iterator[str]:
-    for name, field in model.model_fields.items():
-        section = section_of(field.annotation)
-        if section is not None:
-            yield from _describe(section, f"{prefix}.{name}")
-        else:
-            meaning = f"  {' '.join(field.description.split())}" if field.description else ""
-            yield f"[bold]{prefix}.{name}[/bold]={field.default}{meaning}"
 
 
 def main() -> None:
@@ -207,7 +216,7 @@ def job(command: str) -> None:
 
 
 def _explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    cause = _user_error(error)
+    cause = user_error(error)
     if cause is not None:
         sys.stderr.write(f"salad: {cause}\n")
         return
@@ -218,19 +227,6 @@ def _explain(kind: type[BaseException], error: BaseException, trace: TracebackTy
         traceback.print_exception(kind, error, trace, file=file)
     last = str(error).strip().splitlines()[-1:] or [""]
     sys.stderr.write(f"salad: {kind.__name__}: {last[0]}\nsalad: the whole story is in {file.name}\n")
-
-
-def _user_error(error: BaseException | None) -> BaseException | None:
-    """The user's error in a chain of causes, however deep Ray has wrapped it."""
-    while error is not None:
-        cause = getattr(error, "cause", None)
-        if cause is not None:  # Ray's wrapper, which poses as an instance of what it wraps, and tells the whole trace
-            error = cause
-        elif isinstance(error, ConfigError | TableError) or type(error).__name__ in USER_ERRORS:
-            return error
-        else:
-            error = error.__cause__
-    return None
 
 
 for _name, (_summary, _sections) in STAGES.items():

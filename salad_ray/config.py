@@ -662,9 +662,53 @@ class EvaluateConfig(Section):
         return self
 
 
+class SweepConfig(Section):
+    """Many trainings that share what they can: a grid over keys of the config, and perhaps training budgets."""
+
+    grid: dict[str, tuple[Any, ...]] = Field(min_length=1)
+    """Key → values, such as {distill.alpha: [0, 0.5, 1]}; all combinations are trained."""
+    num_steps: tuple[int, ...] = ()
+    """Budgets of Stage I, in steps: those of one combination share a trunk at constant rate, from which a short decay
+    branches off at each. Without budgets every combination is a run of its own, up to Stage II if there is one."""
+    num_positions: tuple[float, ...] = ()
+    """The same, in positions (D of the scaling law); give either this or num_steps."""
+    seeds: tuple[int, ...] = Field((), max_length=100)
+    """Seeds of all combinations; none takes the config's own. Intervals then come from several trainings a point."""
+    warmup_steps: int | None = Field(None, ge=1)
+    """Of a trunk; none takes distill.warmup_share of the smallest budget."""
+    evaluate: bool = False
+    """Ask every run the benchmarks, too."""
+    max_concurrent: int | None = Field(None, ge=1)
+    """Trainings at a time; none takes what the cluster has room for."""
+    max_failures: int = Field(1, ge=0)
+    """Times that a training which failed is tried again."""
+
+    @property
+    def budgets(self) -> tuple[float, ...]:
+        return tuple(sorted(set(self.num_steps or self.num_positions)))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SweepConfig:
+        if self.num_steps and self.num_positions:
+            raise ValueError("a sweep's num_steps and num_positions both give its budgets; give one of them")
+        if any(budget <= 0 for budget in self.budgets):
+            raise ValueError(f"a sweep's budgets must be above 0, but one is {min(self.budgets):g}")
+        for key, values in self.grid.items():
+            if not values:
+                raise ValueError(f"a sweep's grid names '{key}' without values")
+            if len({json.dumps(value) for value in values}) < len(values):
+                raise ValueError(f"a sweep's grid names a value of '{key}' twice")
+        kept = [key for key in self.grid if key in ("run_dir", "base_run", "seed") or key.startswith(("sweeps", "ray"))]
+        if kept:
+            raise ValueError(f"a sweep's grid cannot vary '{kept[0]}'" + "; name seeds" * (kept[0] == "seed"))
+        return self
+
+
 class Config(Section):
     run_dir: str = ""
     """Where all tables go: a local path or a URL. `configs/X.yaml` writes to `runs/X` unless this says otherwise."""
+    base_run: str | None = None
+    """Another run, whose finished tables are taken over where they are what this config would make."""
     seed: int = 0
     strict: bool = False
     """Stop at the first bad input, with the words that `rejects` would have."""
@@ -687,6 +731,8 @@ class Config(Section):
     """Without it the run ends with Stage I; `{}` takes the defaults."""
     measure: MeasureConfig = MeasureConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    sweeps: dict[str, SweepConfig] = {}
+    """Name → sweep, for `salad sweep`."""
 
     @property
     def has_web(self) -> bool:
@@ -712,6 +758,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
+        odd = [name for name in self.sweeps if not re.fullmatch(r"[\w-]+", name)]
+        if odd:
+            raise ValueError(f"sweeps.{odd[0]}: a sweep's name is a folder's; use letters, digits, - and _")
         if (self.ingest.corpora or self.ingest.web) and self.ingest.heldout_share == 0:
             raise ValueError("ingest.heldout_share=0 leaves nothing to measure on; 0.01 is enough for a large corpus")
         if self.model.attention == "varlen" and not (
@@ -808,7 +857,8 @@ def _absolute(config: Config) -> Config:
     )
     changes = {"ingest": ingest, "align": align, "synthesize": synthesize, "encode": encode, "embed": embed}
     changes |= {"evaluate": evaluate}
-    return config.model_copy(update=changes | {"run_dir": resolve(config.run_dir), "model": model})
+    runs = {"run_dir": resolve(config.run_dir), "base_run": config.base_run and resolve(config.base_run)}
+    return config.model_copy(update=changes | runs | {"model": model})
 
 
 def parse_config(data: dict[str, Any], source: str = "config") -> Config:
@@ -819,6 +869,19 @@ def parse_config(data: dict[str, Any], source: str = "config") -> Config:
         raise ConfigError(f"{source}: " + "; ".join(_explain(item) for item in error.errors())) from None
     except TypeError as error:
         raise ConfigError(f"{source}: {error}; use plain numbers, words, lists and mappings") from None
+
+
+def replaced(config: Config, values: typing.Mapping[str, Any], source: str = "config") -> Config:
+    """The config with other values of some (dotted) keys; raises `ConfigError`."""
+    data = config.model_dump(mode="json")
+    for key, value in values.items():
+        *parents, last = key.split(".")
+        section = data
+        for parent in parents:
+            section[parent] = section.get(parent) or {}
+            section = section[parent]
+        section[last] = value
+    return parse_config(data, source)
 
 
 def dump_config(config: Config) -> str:

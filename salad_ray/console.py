@@ -9,7 +9,23 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+USER_ERRORS = frozenset(["ConfigError", "StageError", "TableError", "ModelError", "BadInput"])
+"""What a user can mend; the message is one sentence for the user."""
+
 console = Console(highlight=False, soft_wrap=True)
+
+
+def user_error(error: BaseException | None) -> BaseException | None:
+    """The user's error in a chain of causes, however deep Ray has wrapped it."""
+    while error is not None:
+        cause = getattr(error, "cause", None)
+        if cause is not None:  # Ray's wrapper, which poses as an instance of what it wraps, and tells the whole trace
+            error = cause
+        elif USER_ERRORS & {kind.__name__ for kind in type(error).__mro__}:
+            return error
+        else:
+            error = error.__cause__
+    return None
 
 
 def say(text: str) -> None:

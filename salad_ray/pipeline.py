@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from salad_ray.config import Config, ConfigError, SetName, dump_config
-from salad_ray.console import clock, say
+from salad_ray.console import clock, console, say
 from salad_ray.tables import Table, Utterance, file_exists, read_json, write_bytes
 
 
@@ -98,8 +98,51 @@ def run_stage(config: Config, stage: str, set_name: SetName | str) -> None:
     resolved = dump_config(config).encode()
     if not file_exists(url):
         write_bytes(url, resolved)
+    if config.base_run:
+        take_over(config, stage, set_name)
     stage_module(stage).run(config.model_copy(update={"set": set_name}))
     write_bytes(url, resolved)  # only now: a stage that refuses a config has not used it
+
+
+def take_over(config: Config, stage: str, set_name: str) -> None:
+    """Let a stage find its tables done where the base run has them; it lets go of those that this config would not
+    make."""
+    assert config.base_run is not None
+    for step in steps(config):
+        if step.stage == stage and step.set in ("", set_name):
+            for name in step.tables:
+                own, base = (Table(run_dir, step.set, name) for run_dir in (config.run_dir, config.base_run))
+                if own.is_new() and base.manifest() is not None:
+                    own.link(base.url)
+
+
+def run_sweeps(config: Config, only: str | None = None) -> None:
+    """The config's sweeps, then the report with their laws and plots.
+
+    Raises:
+        ConfigError: there is no such sweep, or some trainings failed.
+    """
+    from salad_ray.report.page import write_page
+    from salad_ray.report.scaling import sweep_grids
+    from salad_ray.scaling.sweep import Flow, run_sweep
+
+    if only is not None and only not in config.sweeps:
+        raise ConfigError(f"there is no sweep '{only}' in the config; it has {', '.join(config.sweeps) or 'none'}")
+    if not config.sweeps:
+        raise ConfigError("the config has no sweeps; name one: sweeps: {alpha: {grid: {distill.alpha: [0, 1]}}}")
+    flow = Flow(steps, run_stage)
+    results = [run_sweep(config, name, flow) for name in config.sweeps if only in (None, name)]
+    page = f"{config.run_dir}/report/page.html"
+    write_page([config.run_dir], page)
+    for result in results:
+        console.print(*sweep_grids(result), sep="\n")
+    say(f"report: {page}#scaling")
+    failed = [row for result in results for row in result["rows"] if row["error"]]
+    if failed:
+        raise ConfigError(
+            f"{len(failed)} trainings failed, first {failed[0]['trial']}: {failed[0]['error']}; the same command tries "
+            "them again"
+        )
 
 
 def redo(config: Config, stage: str, set_name: str) -> None:

@@ -330,7 +330,30 @@ class Table:
 
     @property
     def url(self) -> str:
+        """Where it lies: in its run, or in another one that it was taken over from (`link`)."""
+        return self.linked_to() or self._own_url
+
+    @property
+    def _own_url(self) -> str:
         return "/".join(filter(None, (self.run_dir, self.set, self.name)))
+
+    def link(self, url: str) -> None:
+        """Stand for a finished table of another run: it is read there, and never written or deleted from here."""
+        write_json(f"{self._own_url}/link.json", {"url": url})
+
+    def unlink(self) -> None:
+        """Forget a table that was taken over; it stays where it is."""
+        delete_file(f"{self._own_url}/link.json")
+
+    def is_new(self) -> bool:
+        """Whether nothing was written, and nothing taken over."""
+        files = ("link.json", "begun.json", "manifest.json")
+        return not any(file_exists(f"{self._own_url}/{name}") for name in files) and not self.shards()
+
+    def linked_to(self) -> str | None:
+        """Where the table lies, if it was taken over from another run."""
+        link = read_json(f"{self._own_url}/link.json")
+        return None if link is None else str(link["url"])
 
     def shards(self) -> list[str]:
         """Names of the finished shards, sorted."""
@@ -408,6 +431,7 @@ class Table:
 
     def delete(self) -> None:
         """Remove the table; whose it is (`begun.json`) goes last, so half a removal is not mistaken for data."""
+        self.unlink()
         fs, path = _filesystem(self.url)
         if not fs.exists(path):
             return

@@ -47,7 +47,6 @@ from salad_ray.distill.logger import Logger
 from salad_ray.distill.step import (
     DTYPES,
     batch_loss,
-    decay_start,
     global_scale,
     learning_rate_factor,
     peak_flops,
@@ -112,6 +111,10 @@ class Job:
     """Row of every lane of the natural plan at which step 0 begins."""
     active_share: float = 0.0
     """Of the rows; they come from the active set's plan."""
+    branch_points: tuple[int, ...] = ()
+    """Steps whose checkpoints stay, since other trainings begin there."""
+    exports: bool = True
+    """Whether to write the model at the end."""
 
 
 def train(job: Job) -> dict[str, Any]:
@@ -225,7 +228,8 @@ class Distiller:
             weights_fingerprint(self.teacher) == self.teacher_weights,
             "the teacher's weights changed during training; please report this as a bug",
         )
-        self._export()
+        if self.job.exports:
+            self._export()
         self.checkpoints.wait()
         return asdict(self.progress) | {"skipped_steps": self._skipped_steps(), "num_workers": self.world_size}
 
@@ -389,9 +393,9 @@ class Distiller:
         last = step == self.job.num_steps
         if step % self.settings.log_every == 0 or last:
             self._log()
-        trunk = decay_start(self.job.num_steps, self.settings.decay_share)
-        if step % self.settings.checkpoint_every == 0 or step == trunk or last:
-            self._save_checkpoint(stays=step == trunk)  # Stage II goes on from there
+        stays = step in self.job.branch_points
+        if step % self.settings.checkpoint_every == 0 or stays or last:
+            self._save_checkpoint(stays)
 
     def _log(self) -> None:
         """Add a row to the training curve and show it."""

@@ -79,7 +79,7 @@ def export(run_dir: str, target: str, system: str | None = None, dtype: str | No
         raise ConfigError(f"dtype={dtype}: a model can be exported as {' or '.join(DTYPES)}")
     run = _open(run_dir.rstrip("/"), system)
     place = _require_replaceable(target, run.run_dir)
-    model = _load(f"{run.run_dir}/{run.system}/model", None if dtype is None else DTYPES[dtype])
+    model = _load(f"{Table(run.run_dir, '', run.system).url}/model", None if dtype is None else DTYPES[dtype])
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as folder:
         new, old = Path(folder, "new"), Path(folder, "old")

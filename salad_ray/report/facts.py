@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import fsspec
 import numpy as np
 import soundfile
 import yaml
@@ -143,6 +144,8 @@ class RunFacts:
     num_rejects_read: int
     problems: list[str] = field(default_factory=list)
     """Tables that could not be read, and why."""
+    sweeps: list[dict[str, Any]] = field(default_factory=list)
+    """results.json of every finished sweep."""
 
     def table(self, set_name: str, name: str) -> dict[str, Any]:
         """The manifest of a finished table, or an empty one."""
@@ -184,7 +187,17 @@ def collect(run_dir: str, clip_bytes: int = 5_500_000) -> RunFacts:
         rejects=rejects,
         num_rejects_read=num_read,
         problems=problems,
+        sweeps=_attempt(lambda: _sweeps(run_dir), [], problems),
     )
+
+
+def _sweeps(run_dir: str) -> list[dict[str, Any]]:
+    fs, path = fsspec.core.url_to_fs(f"{run_dir}/sweeps", use_listings_cache=False)
+    folders = (
+        sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False)) if fs.isdir(path) else []
+    )
+    found = (_json(f"{run_dir}/sweeps/{name}/results.json") for name in folders)
+    return [result for result in found if result]
 
 
 def _attempt(work: Callable[[], Any], default: Any, problems: list[str]) -> Any:
@@ -252,7 +265,7 @@ def _num_bytes(table: Table, shards: Sequence[str]) -> int | None:
 
 def _curve(run_dir: str, name: str) -> Curve | None:
     """The training log of the manifest; of unfinished training that of its last checkpoint."""
-    url = f"{run_dir}/{name}"
+    url = Table(run_dir, "", name).url
     manifest = _json(f"{url}/manifest.json")
     if manifest:
         return Curve(name, manifest.get("log", []), "finished")

@@ -15,6 +15,7 @@ from markupsafe import Markup, escape
 from salad_ray.report.accuracy import accuracy_section
 from salad_ray.report.facts import RunFacts, collect
 from salad_ray.report.grids import number, secs
+from salad_ray.report.scaling import scaling_section
 from salad_ray.report.sections import (
     cluster_section,
     headline,
@@ -70,6 +71,7 @@ def render(runs: Sequence[RunFacts]) -> str:
         misalignment=misalignment_section(pairs),
         training=training_section(pairs),
         clusters=[(name, cluster_section(number, run), run) for number, (name, run) in enumerate(pairs)],
+        scaling=[(name, scaling_section(number, run)) for number, (name, run) in enumerate(pairs)],
         rejects=rejects_section(pairs),
         lineage=lineage_section(pairs),
         runs=pairs,

@@ -87,6 +87,26 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """A point, with its interval where there is one; an open end is None."""
+
+    x: float
+    y: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points of one label in the colour of `series`; `fit` is a law through them: [x, y, low, high] each."""
+
+    series: str
+    label: str
+    marks: Sequence[Mark]
+    fit: Sequence[Sequence[float | None]] = ()
+
+
+@dataclass(frozen=True)
 class Spot:
     """A cluster on the map; `value` is M(c), None before it is measured."""
 
@@ -170,6 +190,40 @@ def line_plot(
         else:
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.set_xlabel(x_label)
+        axes.grid(axis="y", linewidth=0.5)
+        axes.set_axisbelow(True)
+        _fit(figure)
+        return _svg(figure, name, alt)
+
+
+def curve_plot(name: str, alt: str, curves: Sequence[Curve], x_label: str, log_x: bool = False) -> Markup:
+    """Points with intervals over a numeric axis; a fitted law is drawn with its band, else the points are joined."""
+    with mpl.rc_context(_SETTINGS):
+        figure = Figure((WIDTH, 3.0))
+        axes = figure.subplots()
+        tops = [mark.high if mark.high is not None else mark.y for curve in curves for mark in curve.marks]
+        for curve in curves:
+            colour = COLOURS[curve.series]
+            x, y = [mark.x for mark in curve.marks], [mark.y for mark in curve.marks]
+            for mark in curve.marks:
+                if mark.low is not None and mark.high is not None:
+                    axes.plot([mark.x, mark.x], [mark.low, mark.high], color=colour, linewidth=1.4)
+            axes.plot(x, y, MARKERS[curve.series], color=colour, markersize=4.5)
+            if curve.fit:
+                at, law, low, high = (np.array(part, float) for part in zip(*curve.fit, strict=True))
+                axes.fill_between(at, low, np.nan_to_num(high, nan=max(tops)), color=colour, alpha=0.15, linewidth=0)
+                axes.plot(at, law, color=colour, linewidth=1.5)
+            else:
+                axes.plot(x, y, color=colour, linewidth=1.2, linestyle="solid")
+        axes.set_ylim(0.0, 1.08 * max(tops))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
+        if log_x:
+            axes.set_xscale("log")
+            _log_axis(axes.xaxis)
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(6))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
         axes.set_xlabel(x_label)
         axes.grid(axis="y", linewidth=0.5)
         axes.set_axisbelow(True)

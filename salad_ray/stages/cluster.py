@@ -52,7 +52,7 @@ def run(config: Config) -> None:
 
 
 def fitted_url(config: Config) -> str:
-    return f"{config.run_dir}/web/clusters/fitted.safetensors"
+    return f"{Table(config.run_dir, 'web', 'clusters').url}/fitted.safetensors"
 
 
 def fit(config: Config, embeddings: Table, shards: list[str]) -> None:
@@ -180,7 +180,9 @@ def write_cards(config: Config, sizes: list[int]) -> dict[str, Any]:
     sample = pa.concat_tables(parts)
     labels = sample["cluster_id"].to_numpy()
     cards = cluster_cards(sample["text"].to_pylist(), labels, sample["distance"].to_numpy(), len(sizes), sizes)
-    write_json(f"{config.run_dir}/web/centroids/cards.json", {"clusters": json.loads(json.dumps(cards))})
+    write_json(
+        f"{Table(config.run_dir, 'web', 'centroids').url}/cards.json", {"clusters": json.loads(json.dumps(cards))}
+    )
     console.print(cards_table(cards))
     domains = sample["domain"].to_pylist()
     if len(set(domains)) < 2:

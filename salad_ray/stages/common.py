@@ -88,9 +88,15 @@ class Stage:
         return f"{self.name} set={self.table.set}" if self.table.set else self.name
 
     def is_done(self) -> bool:
-        """Whether the table is finished; refuses one that was begun with another config."""
+        """Whether the table is finished; refuses one that was begun with another config.
+
+        A table of another run that is not what this config makes is let go instead.
+        """
         manifest = self.table.manifest()
         begun = manifest or read_json(f"{self.table.url}/begun.json")
+        if self.table.linked_to() and (manifest is None or manifest["fingerprint"] != self.fingerprint):
+            self.table.unlink()
+            return self.is_done()
         if begun is None and self.table.shards():
             raise StageError(f"{self.table.url} holds shards, but not whose they are; {self._remedy}")
         if begun is not None and begun["fingerprint"] != self.fingerprint:

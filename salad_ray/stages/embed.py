@@ -43,7 +43,7 @@ def run(config: Config) -> None:
 
 
 def tfidf_url(config: Config) -> str:
-    return f"{config.run_dir}/web/embeddings/tfidf"
+    return f"{Table(config.run_dir, 'web', 'embeddings').url}/tfidf"
 
 
 def fit_tfidf(config: Config, passages: Table, shards: Sequence[str]) -> None:

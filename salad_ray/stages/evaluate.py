@@ -89,7 +89,9 @@ class AskShard:
             self.model: Any = load_text_lm(path, revision, dtype).to(device)
             self.tokenizer = load_tokenizer(path, revision)
         else:
-            self.model = SpeechLM.from_pretrained(local_folder(f"{config.run_dir}/{system}/model"), dtype).to(device)
+            self.model = SpeechLM.from_pretrained(
+                local_folder(f"{Table(config.run_dir, '', system).url}/model"), dtype
+            ).to(device)
             self.tokenizer = self.model.tokenizer
         reach = getattr(
             getattr(self.model, "llm", self.model).config.get_text_config(), "max_position_embeddings", None

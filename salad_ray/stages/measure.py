@@ -70,7 +70,9 @@ class MeasureShard:
                 path, revision, config.model.adapter, encoder, config.seed, self.dtype, attention
             )
         else:
-            model = SpeechLM.from_pretrained(local_folder(f"{config.run_dir}/{system}/model"), self.dtype, attention)
+            model = SpeechLM.from_pretrained(
+                local_folder(f"{Table(config.run_dir, '', system).url}/model"), self.dtype, attention
+            )
         self.student = model.eval().to(self.device)
 
     def __call__(self, shard: str) -> Iterator[ShardPart]:

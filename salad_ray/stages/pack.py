@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -37,13 +38,19 @@ def run(config: Config) -> None:
     """Write `<set>/plan`, one shard for each lane and epoch."""
     teacher = finished(Table(config.run_dir, "", "teacher"), "teacher")
     features = finished(Table(config.run_dir, config.set, "features"), "encode")
+    inputs = {"features": features["version"], "teacher": teacher["version"]}
+    if config.set == "active":
+        inputs["selection"] = finished(Table(config.run_dir, "active", "selection"), "select")["version"]
     stage = Stage(
         "pack",
         Table(config.run_dir, config.set, "plan"),
         identity(config, "pack.context", "pack.text_words", "pack.speech_words", "pack.num_lanes", "seed"),
-        {"features": features["version"], "teacher": teacher["version"]},
+        inputs,
     )
     done = stage.table.manifest() if stage.is_done() else None
+    if done is not None and stage.table.linked_to() and done["budget"] != training_budget(config):
+        stage.table.unlink()  # a plan of another run is never lengthened
+        done = None
     started = time.monotonic()
     stage.begin()
     worker = partial(PackLane, config, teacher, list(features["shards"]))
@@ -101,6 +108,7 @@ class PackLane:
         self.shards = shards
         self.features = Table(config.run_dir, config.set, "features")
         self.tokenizer = load_tokenizer(local_folder(teacher["path"]), teacher["revision"])
+        self.selected = selected_passages(config) if config.set == "active" else None
 
     def __call__(self, item: dict[str, int]) -> Iterator[ShardPart]:
         pack, lane, epoch = self.config.pack, item["lane"], item["epoch"]
@@ -109,6 +117,8 @@ class PackLane:
         def load(shard: str) -> list[Any]:
             nonlocal num_input
             rows = read_without_features(self.features, shard)
+            if self.selected is not None:  # several selections may share their speech
+                rows = [row if row.utt_id in self.selected else replace(row, split="not selected") for row in rows]
             num_input += sum(row.split == "train" for row in rows)
             return rows
 
@@ -118,6 +128,14 @@ class PackLane:
             raise StageError(f"pack: {rejects[0].key}: {rejects[0].reason}")
         num_planned = sum(len(segment.rows) for row in rows for segment in row.segments)
         yield ShardPart(to_arrow(PlanRow, rows), num_input, num_planned, rejects)
+
+
+def selected_passages(config: Config) -> set[str]:
+    """Ids of what `select` has drawn; a passage's speech has the passage's id."""
+    table = Table(config.run_dir, "active", "selection")
+    return {
+        passage for shard in table.shards() for passage in table.read(shard, ["passage_id"])["passage_id"].to_pylist()
+    }
 
 
 def epoch_items(config: Config, epochs: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from salad_ray.config import Config, identity
 from salad_ray.console import clock, say
+from salad_ray.distill.step import decay_start
 from salad_ray.distill.trainer import Job, TrainingStopped, train
 from salad_ray.model.speech_lm import EncoderSpec
 from salad_ray.report.card import model_card, speech_data
@@ -33,7 +34,8 @@ def run(config: Config) -> None:
     say(f"stage1: training {plan['num_steps']:,} steps; curves: `tensorboard --logdir {stage.table.url}/tensorboard`")
     card = model_card("stage1", teacher, features["encoder"], speech_data(config, ("natural",)), config.distill.alpha)
     encoder = EncoderSpec(**features["encoder"])
-    job = Job(config, "stage1", teacher, encoder, config.distill, plan["num_steps"], card)
+    trunk = decay_start(plan["num_steps"], config.distill.decay_share)  # Stage II goes on from there
+    job = Job(config, "stage1", teacher, encoder, config.distill, plan["num_steps"], card, branch_points=(trunk,))
     try:
         facts = train(job)
     except TrainingStopped as error:

@@ -81,7 +81,7 @@ def _job(config: Config, name: str, sets: tuple[str, ...], inputs: dict[str, dic
         config.distill.model_copy(update=changes),
         plan["stage2_steps"],
         card,
-        start=checkpoint_at(f"{config.run_dir}/stage1/checkpoints", trunk),
+        start=checkpoint_at(f"{Table(config.run_dir, '', 'stage1').url}/checkpoints", trunk),
         first_row=trunk * config.pack.rows_per_lane,
         active_share=inputs["active/plan"]["active_share"] if "active" in sets else 0.0,
     )

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from salad_ray import cli, pipeline
+from salad_ray import console, pipeline
 from salad_ray.config import Config, ConfigError, parse_config
 from salad_ray.stages.common import StageError
 from salad_ray.tables import Embedding, Passage, Reject, Table
@@ -152,6 +152,6 @@ def test_a_wrong_source_is_one_sentence(tmp_path: Path, changes: dict[str, Any],
     config["ingest"] |= {"web": [source], "passages": {"max_words": 40}}
     with pytest.raises(Exception, match=words) as caught:
         pipeline.run_stage(parse_config(config), "ingest", "web")
-    told = cli._user_error(caught.value)
+    told = console.user_error(caught.value)
     assert type(told).__name__ == error.__name__
     assert words in str(told)

@@ -1,0 +1,342 @@
+"""The misalignment law `M(D) = E + B · D^−β` (E, B ≥ 0): how low misalignment can go, and how much data that takes.
+
+For a given exponent the law is linear in E and B, so the fit is a search over one number, without a start value that
+could be wrong. Residuals are relative to the law's own value. A point that the others speak against is found by leaving
+each out in turn (externally studentised residuals), and Huber's weights keep what is left of it from deciding.
+
+Intervals are profile likelihoods with the F threshold of the few degrees of freedom there are: all values for which the
+rest of the law still fits the points about as well. They are not symmetric, and hold for six points too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import optimize, stats
+
+Array = NDArray[np.float64]
+
+EXPONENTS = np.geomspace(0.02, 6.0, 241)
+"""β that are tried."""
+MIN_BUDGETS = 4
+"""Three numbers are fitted."""
+HUBER = 1.345
+"""Residuals beyond so many standard deviations lose weight (Huber 1981: 95 % as efficient where there are none)."""
+OUTLIER_P_VALUE = 0.05
+"""Of the most conspicuous point, over all points."""
+MAX_IRREDUCIBLE_SHARE = 0.9
+MAX_P_VALUE = 0.2
+"""Where both E = 0 (with this p-value or more) and E beyond that share of the smallest M fit, nothing is known of E."""
+
+
+class LawError(ValueError):
+    """Points from which no law can be told; the message says why, and what would help."""
+
+
+@dataclass(frozen=True)
+class MisalignmentLaw:
+    """`M(D) = irreducible + scale · D^−exponent`, in nats per position; D in training positions."""
+
+    irreducible: float
+    """E, what more of the same data never closes."""
+    scale: float
+    """B."""
+    exponent: float
+    """β."""
+    ci: dict[str, tuple[float, float]]
+    """Profile intervals of `irreducible`, `scale` and `exponent`; an end that the points leave open is 0 or inf."""
+    confidence: float
+    irreducible_p_value: float
+    """Of E = 0, a pure power law, against E > 0 (F test)."""
+    residuals: tuple[float, ...]
+    """(N,) relative to the law, in the order of the points."""
+    noise: float
+    """Standard deviation of the relative residuals of the points that were kept."""
+    outliers: tuple[int, ...]
+    """Points that the others speak against; they have little weight."""
+    _fit: _Fit = field(repr=False)
+
+    def predict(self, num_positions: ArrayLike) -> Array:
+        """M at these D, inside the data or beyond; same shape."""
+        return self.irreducible + self.scale * np.asarray(num_positions, float) ** -self.exponent
+
+    def predict_interval(self, num_positions: float) -> tuple[float, float]:
+        """Profile interval of the law's value at D (of the mean, without the noise of a single training)."""
+        x = self._fit.unit(num_positions)
+
+        def held(value: float, exponents: Array) -> Array:  # E = value − B · x^−β, and E ≥ 0
+            at = x**-exponents
+            basis = self._fit.powers(exponents) - at[:, None]
+            return self._fit.losses(np.full_like(basis, value), basis, value / at)
+
+        return self._fit.interval(held, float(self.predict(num_positions)), self.confidence)
+
+    def positions_within(self, fraction: float) -> float:
+        """D from which M is at most (1 + fraction) · E; inf where E is 0.
+
+        Raises:
+            ValueError: the fraction is not above 0.
+        """
+        if not fraction > 0:
+            raise ValueError(f"fraction={fraction}: M only ever comes near E; ask for a fraction above 0, such as 0.05")
+        if self.irreducible == 0:
+            return float("inf")
+        return float((self.scale / (fraction * self.irreducible)) ** (1 / self.exponent))
+
+    def positions_within_interval(self, fraction: float) -> tuple[float, float]:
+        """Profile interval of `positions_within`; (0, inf) where the points leave it open."""
+        best = self.positions_within(fraction)
+        if not np.isfinite(best):
+            return 0.0, float("inf")
+
+        def held(value: float, exponents: Array) -> Array:  # B = fraction · E · D^β
+            basis = 1 + fraction * self._fit.powers(exponents) * self._fit.unit(value) ** exponents[:, None]
+            return self._fit.losses(np.zeros_like(basis), basis)
+
+        low, high = self._fit.interval(held, best, self.confidence)
+        return low, high
+
+
+def fit_misalignment_law(num_positions: ArrayLike, misalignment: ArrayLike, confidence: float = 0.9) -> MisalignmentLaw:
+    """Fit `M(D) = E + B · D^−β` to measured points (PAPER: the scaling law of misalignment).
+
+    Args:
+        num_positions: (N,) D, training positions; budgets may occur more than once (seeds).
+        misalignment: (N,) M, nats per position.
+        confidence: of the intervals.
+
+    Raises:
+        LawError: too few budgets, values that are no numbers or not above 0, M that grows with D or does not fall, or
+            points that pin nothing down.
+    """
+    positions, values = _checked(num_positions, misalignment)
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence} must lie between 0 and 1")
+    _require_fall(positions, values)
+    fit = _robust(_Fit(positions, values, np.ones(len(values))))
+    irreducible, scale, exponent = fit.parameters
+    law = MisalignmentLaw(
+        irreducible,
+        scale * fit.middle**exponent,
+        exponent,
+        _intervals(fit, confidence),
+        confidence,
+        _p_value_of_zero(fit),
+        tuple(fit.residuals.tolist()),
+        fit.noise,
+        tuple(np.flatnonzero(fit.huber < 0.5).tolist()),
+        fit,
+    )
+    _require_pinned(law, values)
+    return law
+
+
+def _checked(num_positions: ArrayLike, misalignment: ArrayLike) -> tuple[Array, Array]:
+    positions, values = (np.asarray(given, float) for given in (num_positions, misalignment))
+    if positions.ndim != 1 or positions.shape != values.shape:
+        raise LawError(f"num_positions has shape {positions.shape} and misalignment {values.shape}; both must be (N,)")
+    for name, given in (("num_positions", positions), ("misalignment", values)):
+        wrong = np.flatnonzero(~(np.isfinite(given) & (given > 0)))
+        if len(wrong):
+            raise LawError(f"{name}[{wrong[0]}] is {given[wrong[0]]:g}; the law is fitted to numbers above 0")
+    budgets = len(np.unique(positions))
+    if budgets < MIN_BUDGETS:
+        raise LawError(
+            f"{budgets} training budget{'s' if budgets != 1 else ''} cannot tell E, B and β apart; measure at "
+            f"{MIN_BUDGETS} or more (six over two decades are good)"
+        )
+    return positions, values
+
+
+def _require_fall(positions: Array, values: Array) -> None:
+    """M that grows has no law of this shape, and M that does not fall has no B and β."""
+    trend = stats.linregress(np.log(positions), np.log(values))
+    change = np.expm1(trend.slope * np.log(positions.max() / positions.min()))
+    if trend.slope > 0:
+        raise LawError(
+            f"M grows with the budget ({change:+.0%} from {positions.min():.3g} to {positions.max():.3g} positions), "
+            "so no E + B · D^−β describes it; training on the next-token loss alone (α = 0) does that"
+        )
+    spread = (
+        stats.f_oneway(*_by_budget(positions, values)).pvalue if len(np.unique(positions)) < len(positions) else 0.0
+    )
+    if trend.pvalue > 0.5 and spread > 0.05:
+        raise LawError(
+            f"M does not fall measurably between {positions.min():.3g} and {positions.max():.3g} positions "
+            f"({change:+.1%}); it is as low as it gets, or the budgets lie too near to each other: try smaller ones"
+        )
+
+
+def _by_budget(positions: Array, values: Array) -> list[Array]:
+    return [np.log(values[positions == budget]) for budget in np.unique(positions)]
+
+
+def _require_pinned(law: MisalignmentLaw, values: Array) -> None:
+    low, high = law.ci["irreducible"]
+    smallest = float(law.predict(law._fit.positions.max()))
+    if low == 0 and high > MAX_IRREDUCIBLE_SHARE * smallest and law.irreducible_p_value > MAX_P_VALUE:
+        raise LawError(
+            f"the points do not pin E down: anything from 0 to {high:.3g} fits them ({law.confidence:.0%}), and the "
+            f"smallest M is {values.min():.3g}; measure at larger budgets, at more of them, or with less noise"
+        )
+
+
+class _Fit:
+    """The best law for weighted points; E, B and the exponent in units where D is 1 in the middle of the points."""
+
+    def __init__(self, positions: Array, values: Array, huber: Array) -> None:
+        self.positions, self.values, self.huber = positions, values, huber
+        self.middle = float(np.exp(np.log(positions).mean()))
+        self.weights = huber / values**2
+        for _ in range(4):  # relative to the law, not to the noisy points
+            self.parameters, self.loss = self._best()
+            self.weights = huber / self.model**2
+
+    @property
+    def model(self) -> Array:
+        irreducible, scale, exponent = self.parameters
+        return irreducible + scale * self.unit(self.positions) ** -exponent
+
+    @property
+    def residuals(self) -> Array:
+        return (self.values - self.model) / self.model
+
+    @property
+    def freedom(self) -> float:
+        return max(float(self.huber.sum()) - 3, 1.0)
+
+    @property
+    def noise(self) -> float:
+        return float(np.sqrt((self.huber * self.residuals**2).sum() / self.freedom))
+
+    def unit(self, num_positions: ArrayLike) -> Array:
+        return np.asarray(num_positions, float) / self.middle
+
+    def powers(self, exponents: Array) -> Array:
+        """(len(exponents), N) x^−β of every point."""
+        return self.unit(self.positions)[None] ** -exponents[:, None]
+
+    def _best(self) -> tuple[tuple[float, float, float], float]:
+        def losses(log_exponent: ArrayLike) -> Array:
+            return self._linear(np.exp(np.atleast_1d(log_exponent)))[2]
+
+        grid = np.log(EXPONENTS)
+        best = int(np.argmin(losses(grid)))
+        bounds = (grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)])
+        found = optimize.minimize_scalar(
+            lambda x: losses(x)[0], bounds=bounds, method="bounded", options={"xatol": 1e-9}
+        )
+        irreducible, scale, loss = self._linear(np.exp(np.array([found.x])))
+        return (float(irreducible[0]), float(scale[0]), float(np.exp(found.x))), float(loss[0])
+
+    def _linear(self, exponents: Array) -> tuple[Array, Array, Array]:
+        """Best E ≥ 0 and B ≥ 0 for each exponent, and the weighted sum of squares: three (len(exponents),)."""
+        x, y, w = self.powers(exponents), self.values, self.weights
+        sw, sx, sxx = w.sum(), (w * x).sum(-1), (w * x * x).sum(-1)
+        sy, sxy = (w * y).sum(), (w * x * y).sum(-1)
+        determinant = np.maximum(sw * sxx - sx**2, 1e-12 * sw * sxx)
+        inner = (sxx * sy - sx * sxy) / determinant, (sw * sxy - sx * sy) / determinant
+        candidates = [
+            (np.where(np.minimum(*inner) >= 0, inner[0], np.nan), inner[1]),
+            (np.zeros_like(sx), sxy / sxx),
+            (np.full_like(sx, sy / sw), np.zeros_like(sx)),
+        ]
+        losses = np.stack([(w * (y - e[:, None] - b[:, None] * x) ** 2).sum(-1) for e, b in candidates])
+        best = np.nanargmin(losses, axis=0)
+        each = np.arange(len(exponents))
+        irreducible, scale = (np.stack(parts)[best, each] for parts in zip(*candidates, strict=True))
+        return irreducible, scale, losses[best, each]
+
+    def losses(self, offset: Array, basis: Array, most: Array | None = None) -> Array:
+        """Sum of squares of `offset + b · basis`, (rows, N) each, with the best b ≥ 0 (and ≤ `most`) of every row."""
+        rest = self.values - offset
+        norm = np.maximum((self.weights * basis * basis).sum(-1), 1e-300)
+        best = np.clip((self.weights * basis * rest).sum(-1) / norm, 0, most)
+        return (self.weights * (rest - best[:, None] * basis) ** 2).sum(-1)
+
+    def interval(
+        self, held: Callable[[float, Array], Array], centre: float, confidence: float, factor: float = 1e12
+    ) -> tuple[float, float]:
+        """The values around `centre` at which the law, with one quantity held, still fits within the F threshold.
+
+        Args:
+            held: value, exponents → sums of squares with the quantity held at the value.
+            factor: how far from `centre` to look; beyond, an end is open, 0 or inf.
+        """
+        threshold = self.loss + self.loss / self.freedom * stats.f.ppf(confidence, 1, self.freedom)
+
+        def excess(log_value: float) -> float:
+            return float(held(float(np.exp(log_value)), EXPONENTS).min()) - threshold
+
+        def end(direction: int, open_end: float) -> float:
+            inside, step = np.log(centre), 0.01
+            while step < np.log(factor):
+                outside = np.log(centre) + direction * step
+                if excess(outside) > 0:
+                    return float(np.exp(optimize.brentq(excess, *sorted((inside, outside)), xtol=1e-6)))
+                inside, step = outside, step * 1.5
+            return open_end
+
+        # The grid of exponents is a little coarser than the fit, so that the centre itself may lie outside.
+        threshold = max(threshold, float(held(centre, EXPONENTS).min()) * (1 + 1e-9))
+        return end(-1, 0.0), end(1, float("inf"))
+
+
+def _robust(fit: _Fit) -> _Fit:
+    """The fit without the points that the others speak against, then with Huber's weights for all."""
+    kept = np.ones(len(fit.values))
+    clean = fit
+    while kept.sum() - 4 >= 2:  # one fewer must leave two degrees of freedom
+        without = {index: _Fit(fit.positions, fit.values, _leave_out(kept, index)) for index in np.flatnonzero(kept)}
+        index = min(without, key=lambda each: without[each].loss)
+        freedom = kept.sum() - 4
+        ratio = (clean.loss - without[index].loss) / max(without[index].loss / freedom, 1e-30)
+        if 2 * stats.t.sf(np.sqrt(max(ratio, 0.0)), freedom) * kept.sum() > OUTLIER_P_VALUE:
+            break
+        kept, clean = _leave_out(kept, index), without[index]
+    noise = max(clean.noise, 1e-12)
+    for _ in range(20):
+        huber = np.minimum(1.0, HUBER * noise / np.maximum(np.abs(clean.residuals), 1e-300))
+        if np.allclose(huber, clean.huber, atol=1e-6):
+            break
+        clean = _Fit(fit.positions, fit.values, huber)
+    return clean
+
+
+def _leave_out(kept: Array, index: np.intp) -> Array:
+    kept = kept.copy()
+    kept[index] = 0
+    return kept
+
+
+def _intervals(fit: _Fit, confidence: float) -> dict[str, tuple[float, float]]:
+    irreducible, scale, exponent = fit.parameters
+
+    def held_irreducible(value: float, exponents: Array) -> Array:
+        basis = fit.powers(exponents)
+        return fit.losses(np.full_like(basis, value), basis)
+
+    def held_scale(value: float, exponents: Array) -> Array:  # B in the units of D
+        basis = np.ones((len(exponents), len(fit.values)))
+        return fit.losses(value * fit.middle ** -exponents[:, None] * fit.powers(exponents), basis)
+
+    def held_exponent(value: float, _: Array) -> Array:
+        return fit._linear(np.array([value]))[2]
+
+    smallest = 1e-6 * float(fit.values.min())
+    return {
+        "irreducible": fit.interval(held_irreducible, max(irreducible, smallest), confidence),
+        "scale": fit.interval(held_scale, scale * fit.middle**exponent, confidence, factor=1e60),
+        "exponent": fit.interval(held_exponent, exponent, confidence, factor=20),
+    }
+
+
+def _p_value_of_zero(fit: _Fit) -> float:
+    """F test of E = 0 within the law; half of it, since E cannot be below 0."""
+    basis = fit.powers(EXPONENTS)
+    without = float(fit.losses(np.zeros_like(basis), basis).min())
+    ratio = max(without - fit.loss, 0.0) / max(fit.loss / fit.freedom, 1e-300)
+    return float(stats.f.sf(ratio, 1, fit.freedom)) / 2

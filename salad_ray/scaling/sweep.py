@@ -1,0 +1,592 @@
+"""`salad sweep`: many trainings that share what they can, on Ray Tune over the Train job.
+
+A sweep is a grid over keys of the config. Everything before the first stage that a key changes is made once, in the run
+itself; the trials take it over by reference (`Table.link`).
+
+With training budgets, the trainings of one combination share their *trunk*: constant-rate training, once, to where the
+decay of the largest budget begins, with a checkpoint where each budget's decay begins. From there a short decay
+branches off. A branch sees the rows, and has the learning rate, that training to its budget alone would have; only the
+warm-up is that of the trunk.
+
+A sweep that varies what is selected pools its speech: the passages of all selections are spoken and encoded once.
+
+Trials hold no resources of their own, so Tune cannot starve the Train job inside; as many run at a time as their
+training workers have room for. What is finished is not run again; a trial that fails is reported, and the others go on.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, Protocol
+
+import pyarrow as pa
+import ray
+from ray import tune
+
+from salad_ray.config import Config, ConfigError, SweepConfig, identity, replaced
+from salad_ray.console import clock, say, user_error
+from salad_ray.distill.checkpoints import checkpoint_at
+from salad_ray.distill.step import decay_start
+from salad_ray.distill.trainer import Job, TrainingStopped, train
+from salad_ray.model.speech_lm import EncoderSpec
+from salad_ray.report.card import model_card, speech_data
+from salad_ray.scaling.law import LawError, MisalignmentLaw, fit_misalignment_law
+from salad_ray.stages.common import PickPassages, Stage, StageError, finished, picked_shards, run_shards, start_ray
+from salad_ray.stages.select import draw_selection
+from salad_ray.tables import Table, fingerprint, read_json, write_bytes, write_json
+
+UPSTREAM_OF_SELECTION = ("select.", "stage2.")
+"""Keys that change nothing before `select`."""
+WITHIN = 0.05
+"""Of E: the data that the paper asks for."""
+
+
+class Step(Protocol):
+    """A step of the pipeline."""
+
+    @property
+    def stage(self) -> str: ...
+
+    @property
+    def set(self) -> str: ...
+
+    @property
+    def tables(self) -> tuple[str, ...]: ...
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What the pipeline lends: its steps for a config, and how to run one of its stages."""
+
+    steps: Callable[[Config], Sequence[Step]]
+    run_stage: Callable[[Config, str, str], None]
+
+    def run(self, config: Config, chosen: Iterable[Step]) -> None:
+        for step in chosen:
+            self.run_stage(config, step.stage, step.set or config.set)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training of a sweep; `config.run_dir` is where it lies."""
+
+    name: str
+    values: dict[str, Any]
+    """Key of the grid → value."""
+    config: Config
+    budget: float | None = None
+
+    @property
+    def row(self) -> dict[str, Any]:
+        return {"trial": self.name} | self.values | ({} if self.budget is None else {"budget": self.budget})
+
+
+def run_sweep(config: Config, name: str, flow: Flow) -> dict[str, Any]:
+    """Run what is missing of a sweep; write `sweeps/<name>/results.json` and `.csv`.
+
+    Returns:
+        What results.json holds: `rows`, a dict each; `laws`, one for each combination; `saving`.
+
+    Raises:
+        ConfigError: the sweep does not exist, or a value of its grid makes no valid config.
+        StageError: what all trials share cannot be made.
+    """
+    sweep = config.sweeps[name]
+    trials = grid_trials(config, name)
+    start_ray(config)
+    started = time.monotonic()
+    work = budget_sweep if sweep.budgets else run_sweep_of_runs
+    rows = work(config, name, trials, flow)
+    result = {"name": name, "grid": dict(sweep.grid), "rows": rows, "laws": laws(rows, list(sweep.grid))}
+    if sweep.budgets:
+        result["saving"] = saving(config, name, rows)
+    url = f"{config.run_dir}/sweeps/{name}/results"
+    write_json(f"{url}.json", result)
+    write_bytes(f"{url}.csv", as_csv(rows).encode())
+    say(f"sweep {name}: {len(rows)} trainings in {clock(time.monotonic() - started)} → {url}.csv")
+    return result
+
+
+def grid_trials(config: Config, name: str) -> list[Trial]:
+    """One trial for each combination of the grid, and seed."""
+    sweep = config.sweeps[name]
+    grid = {key: list(values) for key, values in sweep.grid.items()}
+    if sweep.seeds:
+        grid["seed"] = list(sweep.seeds)
+    trials = []
+    for combination in itertools.product(*grid.values()):
+        values = dict(zip(grid, combination, strict=True))
+        label = trial_name(values)
+        changes = values | {
+            "run_dir": f"{config.run_dir}/sweeps/{name}/{label}",
+            "base_run": config.run_dir,
+            "sweeps": {},
+            "ray.max_actors": actors_of_trial(config, sweep),
+        }
+        if config.stage2 is not None:
+            changes["stage2.control"] = False
+        if sweep.budgets:
+            changes |= {"stage2": None, **budget_keys(sweep, sweep.budgets[-1])}
+        trials.append(Trial(label, values, replaced(config, changes, f"sweeps.{name}: {label}")))
+    return trials
+
+
+def trial_name(values: dict[str, Any]) -> str:
+    """A folder's name, such as `alpha=0.5,seed=1`."""
+    leaves = [key.rsplit(".", 1)[-1] for key in values]
+    keys = leaves if len(set(leaves)) == len(leaves) else list(values)
+    text = ",".join(f"{key}={value}" for key, value in zip(keys, values.values(), strict=True))
+    safe = re.sub(r"[^\w=,.+-]+", "_", text)
+    return safe if safe == text and len(text) < 100 else f"{safe[:80]}-{fingerprint(values)[:6]}"
+
+
+def budget_keys(sweep: SweepConfig, budget: float) -> dict[str, Any]:
+    """The keys of the config that say how long to train."""
+    given, other = ("num_steps", "num_positions") if sweep.num_steps else ("num_positions", "num_steps")
+    return {f"distill.{given}": budget, f"distill.{other}": None}
+
+
+def actors_of_trial(config: Config, sweep: SweepConfig) -> int | None:
+    """Actors of a trial's stages, where several trials share the cluster."""
+    if config.ray.max_actors is None or sweep.max_concurrent is None:
+        return config.ray.max_actors
+    return max(1, config.ray.max_actors // sweep.max_concurrent)
+
+
+def run_sweep_of_runs(config: Config, name: str, trials: list[Trial], flow: Flow) -> list[dict[str, Any]]:
+    """Every combination as a run of its own, from the first stage that the grid changes."""
+    sweep = config.sweeps[name]
+    is_selection = all(key.startswith(UPSTREAM_OF_SELECTION) for key in (*sweep.grid, *(["seed"] * bool(sweep.seeds))))
+    if is_selection and config.stage2 is None:
+        raise ConfigError(
+            f"sweeps.{name} varies {next(iter(sweep.grid))}, but the config has no stage2; add stage2: {{}}"
+        )
+    flow.run(config, shared_steps(config, flow, "select" if is_selection else "stage1", sweep.evaluate))
+    if is_selection:
+        pool_speech(config, name, trials, flow)
+    return run_trials(config, name, trials, partial(_whole_run, flow=flow, evaluate=sweep.evaluate))
+
+
+def shared_steps(config: Config, flow: Flow, first: str, evaluate: bool) -> list[Step]:
+    """Steps of the run itself that no trial changes: those before `first`, then what has no part in training."""
+    steps = list(flow.steps(config))
+    place = next(index for index, step in enumerate(steps) if step.stage == first)
+    asked = ("ingest", "synthesize", "encode") if evaluate else ()
+    later = [step for step in steps[place:] if step.set == "benchmark" and step.stage in asked]
+    measured = [step for step in steps[place:] if step.stage == "measure" and step.set in config.measured_sets]
+    return [*steps[:place], *later, *measured]
+
+
+def trial_steps(config: Config, flow: Flow, evaluate: bool) -> list[Step]:
+    """Steps of a trial; questions are asked only if the sweep says so."""
+    return [step for step in flow.steps(config) if evaluate or (step.set != "benchmark" and step.stage != "evaluate")]
+
+
+def _whole_run(trial: Trial, flow: Flow, evaluate: bool) -> None:
+    steps = trial_steps(trial.config, flow, evaluate)
+    if Table(trial.config.run_dir, "active", "features").linked_to():  # pooled, and drawn already
+        steps = [step for step in steps if step.set != "active" or step.stage == "pack"]
+    flow.run(trial.config, steps)
+
+
+def pool_speech(config: Config, name: str, trials: list[Trial], flow: Flow) -> None:
+    """Speak and encode what any of the trials selects, once; each then finds it as its own active speech."""
+    selections = []
+    for trial in trials:
+        flow.run(trial.config, _before_selection(trial.config, flow))
+        selections.append(draw_selection(trial.config))
+    pool = trials[0].config.model_copy(update={"run_dir": f"{config.run_dir}/sweeps/{name}/pool", "set": "active"})
+    flow.run(pool, _before_selection(pool, flow))
+    chosen = (
+        pa.concat_tables(table.read("part-00000", ["passage_id", "cluster_id", "shard"]) for table in selections)
+        .group_by(["passage_id", "cluster_id", "shard"])
+        .aggregate([])
+    )
+    versions = {
+        trial.name: finished(table, "select")["version"] for trial, table in zip(trials, selections, strict=True)
+    }
+    stage = Stage("select", Table(pool.run_dir, "active", "passages"), {}, versions)
+    run_shards(pool, stage, picked_shards(pool, chosen), partial(PickPassages, pool, "train"))
+    for each in ("synthesize", "encode"):
+        flow.run_stage(pool, each, "active")
+    say(f"sweep {name}: {len(chosen):,} passages are spoken once for {len(trials)} selections")
+    for trial in trials:
+        for table in ("passages", "utterances", "features"):
+            own = Table(trial.config.run_dir, "active", table)
+            if own.linked_to() is None:
+                own.link(Table(pool.run_dir, "active", table).url)
+
+
+def _before_selection(config: Config, flow: Flow) -> list[Step]:
+    return list(itertools.takewhile(lambda step: step.stage != "select", flow.steps(config)))
+
+
+def budget_sweep(config: Config, name: str, trials: list[Trial], flow: Flow) -> list[dict[str, Any]]:
+    """Trunks first, one for each combination, then the branches."""
+    sweep = config.sweeps[name]
+    flow.run(config, shared_steps(config, flow, "stage1", sweep.evaluate))
+    trunks = run_trials(config, name, trials, partial(_trunk, flow=flow, sweep=sweep), kind="trunks")
+    failed = {row["trial"]: row["error"] for row in trunks if row["error"]}
+    branches, rows = [], []
+    for trial in trials:
+        for budget in sweep.budgets:
+            branch = _branch_trial(trial, sweep, budget)
+            if trial.name in failed:
+                rows.append(branch.row | {"error": f"its trunk failed: {failed[trial.name]}"})
+            else:
+                branches.append(branch)
+    rows += run_trials(config, name, branches, partial(_branch, flow=flow, sweep=sweep), kind="branches")
+    order = {
+        _branch_trial(trial, sweep, budget).name: index
+        for index, (trial, budget) in enumerate(itertools.product(trials, sweep.budgets))
+    }
+    return sorted(rows, key=lambda row: order[row["trial"]])
+
+
+def _branch_trial(trial: Trial, sweep: SweepConfig, budget: float) -> Trial:
+    unit = "steps" if sweep.num_steps else "positions"
+    label = f"{unit}={budget:g}" if sweep.num_positions else f"{unit}={budget}"
+    own = {"run_dir": f"{trial.config.run_dir}/{label}", "base_run": trial.config.run_dir}
+    config = replaced(trial.config, own | budget_keys(sweep, budget))
+    return Trial(f"{trial.name}/{label}", trial.values, config, budget)
+
+
+def _trunk(trial: Trial, flow: Flow, sweep: SweepConfig) -> None:
+    """Train at a constant rate to where the largest budget's decay begins; lengthens a trunk that ends before."""
+    config = trial.config
+    flow.run(config, [step for step in flow.steps(config) if step.stage not in ("stage1", "evaluate", "report")])
+    steps = steps_of_budgets(config, sweep)
+    points = tuple(branch_points(steps, config.distill.decay_share))
+    warmup = sweep.warmup_steps or max(1, round(config.distill.warmup_share * min(steps)))
+    constant = config.model_copy(
+        update={"distill": config.distill.model_copy(update=dict.fromkeys(("num_steps", "num_positions")))}
+    )
+    inputs = training_inputs(config)
+    stage = Stage(
+        "sweep",
+        Table(config.run_dir, "", "trunk"),
+        training_identity(constant) | {"warmup_steps": warmup},
+        {label: manifest["version"] for label, manifest in inputs.items()},
+    )
+    done = (stage.table.manifest() or {}) if stage.is_done() else {}
+    if set(points) <= set(done.get("branch_points", ())):
+        return
+    past = [point for point in points if point < done.get("num_steps", 0) and point not in done["branch_points"]]
+    if past:
+        raise StageError(
+            f"{stage.table.url} has passed step {past[0]}, where a new budget branches off, and kept no checkpoint "
+            "there; name only larger budgets, or give the sweep another name"
+        )
+    stage.begin()
+    settings = config.distill.model_copy(update={"warmup_share": warmup / points[-1], "decay_share": 0.0})
+    encoder = EncoderSpec(**inputs["features"]["encoder"])
+    job = Job(
+        config, "trunk", inputs["teacher"], encoder, settings, points[-1], "", branch_points=points, exports=False
+    )
+    facts = _trained(stage, job)
+    stage.finish(**facts, num_steps=points[-1], branch_points=list(points))
+
+
+def branch_points(steps: Sequence[int], decay_share: float) -> list[int]:
+    """The step at which the decay of each budget begins."""
+    return [decay_start(each, decay_share) for each in steps]
+
+
+def steps_of_budgets(config: Config, sweep: SweepConfig) -> list[int]:
+    """The budgets in optimizer steps; positions are converted as `pack` has converted the largest."""
+    if sweep.num_steps:
+        return sorted(set(sweep.num_steps))
+    plan = finished(Table(config.run_dir, "natural", "plan"), "pack")
+    return [max(1, math.ceil(plan["num_steps"] * budget / sweep.budgets[-1])) for budget in sweep.budgets]
+
+
+def _branch(trial: Trial, flow: Flow, sweep: SweepConfig) -> None:
+    """Decay from the trunk to the budget, then measure: a run like any other, from Stage I on."""
+    config = trial.config
+    assert config.base_run is not None
+    assert trial.budget is not None
+    for step in flow.steps(config):  # all that comes before training is the trunk's
+        if step.stage == "stage1":
+            break
+        for name in step.tables:
+            own = Table(config.run_dir, step.set, name)
+            if own.is_new():
+                own.link(Table(config.base_run, step.set, name).url)
+    _decay(config, steps_of_budgets(config, sweep)[sweep.budgets.index(trial.budget)])
+    steps = trial_steps(config, flow, sweep.evaluate)
+    flow.run(
+        config, [step for step in steps if step.stage in ("measure", "evaluate", "report") or step.set == "benchmark"]
+    )
+
+
+def _decay(config: Config, num_steps: int) -> None:
+    assert config.base_run is not None
+    point = decay_start(num_steps, config.distill.decay_share)
+    inputs = training_inputs(config) | {"trunk": finished(Table(config.base_run, "", "trunk"), "sweep")}
+    stage = Stage(
+        "sweep",
+        Table(config.run_dir, "", "stage1"),
+        training_identity(config),
+        {label: manifest["version"] for label, manifest in inputs.items()},
+    )
+    if stage.is_done():
+        return
+    stage.begin()
+    start = checkpoint_at(f"{Table(config.base_run, '', 'trunk').url}/checkpoints", point)
+    teacher, features = inputs["teacher"], inputs["features"]
+    job = Job(
+        config,
+        "stage1",
+        teacher,
+        EncoderSpec(**features["encoder"]),
+        config.distill.model_copy(update={"warmup_share": 0.0, "decay_share": 1.0}),
+        num_steps - point,
+        model_card("stage1", teacher, features["encoder"], speech_data(config, ("natural",)), config.distill.alpha),
+        start=start,
+        first_row=point * config.pack.rows_per_lane,
+    )
+    facts = _trained(stage, job)
+    own = facts["num_positions"]
+    facts["num_positions"] += start.state["num_positions"]
+    facts["train_seconds"] += start.state["train_seconds"]
+    stage.finish(**facts, num_steps=num_steps, own_positions=own, begun_from=start.url)
+
+
+def _trained(stage: Stage, job: Job) -> dict[str, Any]:
+    try:
+        return train(job)
+    except TrainingStopped as error:
+        raise StageError(f"{stage.label}: {error}") from None
+
+
+def training_inputs(config: Config) -> dict[str, dict[str, Any]]:
+    """Manifests of what training reads."""
+    writers = {("", "teacher"): "teacher", ("natural", "features"): "encode", ("natural", "plan"): "pack"}
+    return {name: finished(Table(config.run_dir, set_, name), stage) for (set_, name), stage in writers.items()}
+
+
+def training_identity(config: Config) -> dict[str, Any]:
+    return identity(config, "distill", "model.adapter", "pack.rows_per_lane", "seed")
+
+
+def run_trials(
+    config: Config, name: str, trials: Sequence[Trial], work: Callable[[Trial], None], kind: str = "trainings"
+) -> list[dict[str, Any]]:
+    """Run those that are not done, several at a time; a row each, with `error` ("" where it went well)."""
+    versions = {
+        label: (Table(config.run_dir, set_, label).manifest() or {}).get("version")
+        for set_, label in (("", "teacher"), ("natural", "features"), ("heldout", "features"))
+    }
+    prints = {trial.name: _fingerprint(trial, kind, versions) for trial in trials}
+    done = {trial.name: _done_row(trial, kind, prints[trial.name]) for trial in trials}
+    pending = [trial for trial in trials if done[trial.name] is None]
+    sweep = config.sweeps[name]
+    at_once = sweep.max_concurrent or concurrency(config)
+    count = f"{len(pending)} of {len(trials)} {kind}" if len(pending) < len(trials) else f"{len(trials)} {kind}"
+    say(f"sweep {name}: {count} to run, {min(at_once, max(len(pending), 1))} at a time")
+    errors = _tune(config, name, pending, work, at_once, kind) if pending else {}
+    rows = []
+    for trial in trials:
+        row = done[trial.name] or _finished_row(trial, kind, prints[trial.name], errors.get(trial.name, ""))
+        rows.append(row)
+    return rows
+
+
+def concurrency(config: Config) -> int:
+    """Trials whose training workers the cluster has room for."""
+    cluster = ray.cluster_resources()
+    settings = config.distill
+    room = cluster.get("CPU", 1) // (settings.most_workers * settings.cpus_per_worker)
+    if settings.use_gpu:
+        room = min(room, cluster.get("GPU", 0) // settings.most_workers)
+    return max(1, int(room))
+
+
+def _tune(
+    config: Config, name: str, trials: Sequence[Trial], work: Callable[[Trial], None], at_once: int, kind: str
+) -> dict[str, str]:
+    """Errors by trial."""
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_SYNCER", "1")
+    by_name = {trial.name: trial for trial in trials}
+    sweep = config.sweeps[name]
+
+    def trainable(given: dict[str, str]) -> None:
+        trial = by_name[given["trial"]]
+        try:
+            work(trial)
+            tune.report({"trial": trial.name, "error": ""})
+        except Exception as error:
+            cause = user_error(error)
+            if cause is None:
+                raise
+            tune.report({"trial": trial.name, "error": str(cause)})  # trying again would not help
+
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, {"CPU": 0}),
+        param_space={"trial": tune.grid_search(list(by_name))},
+        tune_config=tune.TuneConfig(
+            max_concurrent_trials=at_once, trial_dirname_creator=lambda t: f"trial-{t.trial_id}"
+        ),
+        run_config=tune.RunConfig(
+            name=f"tune-{kind}",
+            storage_path=f"{config.run_dir}/sweeps/{name}",
+            failure_config=tune.FailureConfig(max_failures=sweep.max_failures),
+            verbose=0,
+            callbacks=[_Progress(f"sweep {name}", len(trials))],
+        ),
+    )
+    errors = {}
+    for result in tuner.fit():
+        label = (result.config or {})["trial"]
+        if result.error is not None:
+            errors[label] = _first_line(result.error)
+        elif (result.metrics or {}).get("error"):
+            errors[label] = result.metrics["error"]
+    return errors
+
+
+class _Progress(tune.Callback):
+    """A line for every trial that ends, with an ETA."""
+
+    def __init__(self, label: str, total: int) -> None:
+        self.label, self.total, self.done, self.started = label, total, 0, time.monotonic()
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._tell(trial, (trial.last_result or {}).get("error", ""))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._tell(trial, "failed")
+
+    def _tell(self, trial: Any, error: str) -> None:
+        self.done += 1
+        rest = (time.monotonic() - self.started) / self.done * (self.total - self.done)
+        state = f"failed: {error}" if error else "done"
+        say(f"{self.label}: {trial.config['trial']} {state}; {self.done}/{self.total}, ETA {clock(rest)}")
+
+
+def _fingerprint(trial: Trial, kind: str, versions: dict[str, Any]) -> str:
+    sections = set(Config.model_fields) - {"run_dir", "base_run", "ray", "sweeps", "set"}
+    return fingerprint({"kind": kind, "versions": versions, "config": identity(trial.config, *sorted(sections))})
+
+
+def _done_row(trial: Trial, kind: str, print_: str) -> dict[str, Any] | None:
+    done = read_json(f"{trial.config.run_dir}/{kind}.json")
+    return done["row"] if done and done["fingerprint"] == print_ else None
+
+
+def _finished_row(trial: Trial, kind: str, print_: str, error: str) -> dict[str, Any]:
+    row = trial.row | ({} if error or kind == "trunks" else measured_row(trial.config)) | {"error": error}
+    if not error:
+        write_json(f"{trial.config.run_dir}/{kind}.json", {"fingerprint": print_, "row": row})
+    return row
+
+
+def measured_row(config: Config) -> dict[str, Any]:
+    """F and M of a finished run's last system, by whether its domains were heard; accuracy, where it was asked."""
+    metrics = read_json(f"{config.run_dir}/report/metrics.json") or {}
+    system = "stage2" if "stage2" in metrics else "stage1"
+    facts = metrics[system]
+    names = ("misalignment", "forgetting", "distillation")
+    row = {"system": system, "num_positions": facts["num_positions"]}
+    row |= {key: facts[key] for name in names for key in (name, f"{name}_standard_error")}
+    for label, heard in (("heard", True), ("unheard", False)):
+        chosen = [found for found in facts["by_domain"].values() if found["heard"] is heard]
+        if chosen:
+            row |= {f"{label}_{name}": sum(found[name] for found in chosen) / len(chosen) for name in names[:2]}
+    if "selection" in metrics and system == "stage2":
+        row |= {"synthetic_hours": metrics["selection"]["hours"]}
+    for found in metrics.get("accuracy", []):
+        if found["system"] == system and found["metric"] == "acc" and found["heard"] is None:
+            row[f"{found['benchmark']} {found['modality']}"] = found["accuracy"]
+    return row | {"train_seconds": facts["train_seconds"], "run_dir": config.run_dir}
+
+
+def laws(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
+    """`M(D) = E + B · D^−β` for each combination with several budgets, or why there is none."""
+    found = []
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        if not row["error"] and "budget" in row:
+            groups.setdefault(tuple(_hashable(row[key]) for key in keys), []).append(row)
+    for group in groups.values():
+        values = {key: group[0][key] for key in keys}
+        try:
+            law = fit_misalignment_law([row["num_positions"] for row in group], [row["misalignment"] for row in group])
+            found.append({"values": values, "problem": ""} | law_facts(law))
+        except LawError as error:
+            found.append({"values": values, "problem": str(error)})
+    return found
+
+
+def law_facts(law: MisalignmentLaw) -> dict[str, Any]:
+    """A law as plain data; an open end of an interval is null."""
+    plain = asdict(replace(law, _fit=None))  # type: ignore[arg-type]
+    del plain["_fit"]
+    within = law.positions_within_interval(WITHIN)
+    plain["ci"] = {name: [_finite(end) for end in ends] for name, ends in law.ci.items()}
+    low, high = law._fit.positions.min(), law._fit.positions.max() * 4
+    places = [low * (high / low) ** (index / 24) for index in range(25)]
+    curve = [[place, float(law.predict(place)), *law.predict_interval(place)] for place in places]
+    return plain | {
+        "within": WITHIN,
+        "positions_within": _finite(law.positions_within(WITHIN)),
+        "positions_within_ci": [_finite(end) for end in within],
+        "curve": [[_finite(number) for number in point] for point in curve],
+    }
+
+
+def _finite(number: float) -> float | None:
+    return float(number) if math.isfinite(number) else None
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def saving(config: Config, name: str, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Positions that were trained, beside those that as many separate trainings would have needed."""
+    done = [row for row in rows if not row["error"]]
+    trained = 0.0
+    for folder in {row["run_dir"].rsplit("/", 1)[0] for row in done}:
+        trained += (Table(folder, "", "trunk").manifest() or {})["num_positions"]
+    trained += sum((Table(row["run_dir"], "", "stage1").manifest() or {})["own_positions"] for row in done)
+    separate = sum(row["num_positions"] for row in done)
+    largest = sum(max(row["num_positions"] for row in group) for group in _by_folder(done).values())
+    if done:
+        say(
+            f"sweep {name}: trained {trained:,.0f} positions, {trained / separate:.0%} of what separate trainings "
+            f"would have needed and {trained / largest:.2f} × the largest budgets alone"
+        )
+    return {"positions": trained, "separate_positions": separate, "largest_positions": largest}
+
+
+def _by_folder(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["run_dir"].rsplit("/", 1)[0], []).append(row)
+    return groups
+
+
+def as_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """One line for each training, failed ones included."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    file = io.StringIO()
+    writer = csv.DictWriter(file, names)
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
