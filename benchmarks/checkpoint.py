@@ -88,7 +88,7 @@ def make_engine() -> Any:
     )  # fmt: skip
     model = Qwen2ForCausalLM(shape)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    settings = deepspeed_config(DistillConfig(zero_stage=2, precision="fp32", use_gpu=False), 1)
+    settings = deepspeed_config(DistillConfig(zero_stage=2, precision="fp32", use_gpu=False), 1, model.num_parameters())
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     return engine
 

@@ -104,6 +104,26 @@ def sweep(
 
 
 @app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    rates: Annotated[str | None, typer.Option(help="An edited copy of rates.yaml: rates, prices, cluster.")] = None,
+    measured: Annotated[
+        str | None, typer.Option(metavar="RUN_DIR", help="Take the rates that this run has measured.")
+    ] = None,
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure rates on this machine, in minutes.")] = False,
+    show_rates: Annotated[bool, typer.Option("--show-rates", help="Print rates.yaml, to copy and edit.")] = False,
+) -> None:
+    """Say what a config will take, before anything runs: epochs, hours, bytes, memory, money."""
+    from salad_ray.scaling.plan import RATES
+
+    if show_rates:
+        sys.stdout.write(RATES.read_text())
+        return
+    pipeline.show_plan(load_config(config, overrides or []), rates, measured, calibrate)
+
+
+@app.command()
 def cuts(
     run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="Folder or URL of a run.")],
     target: Annotated[str, typer.Argument(metavar="OUT.jsonl.gz", help="The manifest to write.")],

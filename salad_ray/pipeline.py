@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import math
 import time
 from dataclasses import dataclass
 from types import ModuleType
 
-from salad_ray.config import Config, ConfigError, SetName, dump_config
+from salad_ray.config import Config, ConfigError, SetName, dump_config, load_config, replaced
 from salad_ray.console import clock, console, say
-from salad_ray.tables import Table, Utterance, file_exists, read_json, write_bytes
+from salad_ray.tables import Table, Utterance, file_exists, read_json, write_bytes, write_json
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,65 @@ def run_sweeps(config: Config, only: str | None = None) -> None:
             f"{len(failed)} trainings failed, first {failed[0]['trial']}: {failed[0]['error']}; the same command tries "
             "them again"
         )
+
+
+CALIBRATION = {
+    "world.num_natural": 320,
+    "world.num_heldout": 64,
+    "world.num_web": 960,
+    "world.num_questions": 64,
+    "ingest.corpora": [],
+    "ingest.web": [],
+    "cluster.num_clusters": 12,
+    "cluster.sample_passages": 960,
+    "probe.passages_per_cluster": 6,
+    "select.budget_hours": None,
+    "select.budget_percent": 20,
+    "model.tiny_lm.num_steps": 60,
+    "distill.num_steps": 50,
+    "distill.num_positions": None,
+    "distill.log_every": 10,
+    "sweeps": {},
+}
+"""A run of minutes on the embedded world with the config's own models: what `salad plan --calibrate` measures."""
+
+
+def show_plan(config: Config, rates_file: str | None, measured: str | None, calibrate: bool) -> None:
+    """Print the plan and write it to `run_dir/plan/plan.json`; raises `ConfigError` on what the rates do not know."""
+    from salad_ray.scaling.plan import load_rates, make_plan, measured_rates, plan_grids
+
+    rates = load_rates(rates_file)
+    if calibrate:
+        run_all(small := calibration(config))
+        measured = small.run_dir
+    if measured:
+        run = load_config(f"{measured}/config.yaml")
+        rates = measured_rates(rates, run, steps(run))
+    plan = make_plan(config, steps(config), rates)
+    console.print(*plan_grids(plan), sep="\n")
+    url = f"{config.run_dir}/plan/plan.json"
+    write_json(url, plan.as_dict() | {"rates": rates.model_dump()})
+    for note in plan.notes:
+        say(note)
+    say(f"plan: {url}; rates and prices are `salad plan --show-rates`, to copy, edit and pass with --rates")
+
+
+def calibration(config: Config) -> Config:
+    """A small run of the same kind."""
+    changes = dict(CALIBRATION) | {"run_dir": f"{config.run_dir}/plan/calibration", "base_run": None}
+    if config.stage2 is not None:
+        changes |= {"stage2.num_steps": 30, "stage2.num_positions": None, "stage2.control": False}
+    lanes = config.distill.most_workers
+    if config.distill.use_gpu:
+        lanes = 1
+        changes |= {
+            "distill.num_workers": 1,
+            "pack.num_lanes": 1,
+            "pack.rows_per_lane": config.distill.micro_batch_rows,
+        }
+    else:
+        lanes = config.pack.num_lanes
+    return replaced(config, changes | {"ingest.num_shards": 16 * lanes // math.gcd(16, lanes)}, "calibration")
 
 
 def redo(config: Config, stage: str, set_name: str) -> None:

@@ -16,6 +16,8 @@ from salad_ray.model.speech_lm import hidden_states, lm_head
 from salad_ray.sequences.batch import Batch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BUCKET = 500_000_000
+"""Most elements of gradients that ZeRO reduces at once, DeepSpeed's default."""
 # Dense bf16 peaks by the vendors' datasheets, FLOP/s.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "B200": 2250e12}
 

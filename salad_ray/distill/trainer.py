@@ -45,6 +45,7 @@ from salad_ray.distill.checkpoints import (
 )
 from salad_ray.distill.logger import Logger
 from salad_ray.distill.step import (
+    BUCKET,
     DTYPES,
     batch_loss,
     global_scale,
@@ -164,14 +165,17 @@ def _first_cause(error: WorkerGroupError) -> Exception:
     return next((cause for cause in causes if isinstance(cause, MENDABLE)), error)
 
 
-def deepspeed_config(settings: DistillConfig, num_micro_batches: int) -> dict[str, Any]:
-    """What the engine needs to know; the optimizer and the learning rate are ours."""
+def deepspeed_config(settings: DistillConfig, num_micro_batches: int, num_parameters: int) -> dict[str, Any]:
+    """What the engine needs to know; the optimizer and the learning rate are ours.
+
+    Its buffer for gradients has `reduce_bucket_size` elements, however few parameters there are.
+    """
     return {
         "train_micro_batch_size_per_gpu": settings.micro_batch_rows,
         "gradient_accumulation_steps": num_micro_batches,
         "gradient_clipping": settings.max_grad_norm,
         "bf16": {"enabled": settings.precision == "bf16"},
-        "zero_optimization": {"stage": settings.zero_stage},
+        "zero_optimization": {"stage": settings.zero_stage, "reduce_bucket_size": min(BUCKET, num_parameters)},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
@@ -264,7 +268,7 @@ class Distiller:
         engine, *_ = deepspeed.initialize(
             model=student.to(self.device),
             optimizer=optimizer,
-            config=deepspeed_config(settings, self.reader.num_micro_batches),
+            config=deepspeed_config(settings, self.reader.num_micro_batches, self.num_student),
             dist_init_required=False,
         )
         if settings.compile:

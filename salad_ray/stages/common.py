@@ -212,9 +212,8 @@ def make_shards(
     pending = {name: payload for name, payload in items.items() if name not in done}
     if done and pending:
         say(f"{stage.label}: continuing, {len(items) - len(pending)} of {len(items)} shards are there already")
-    if pending:
-        _map_on_ray(config, stage, pending, make_worker, num_gpus)
-    return checked_counts(config, stage, list(items))
+    pace = _map_on_ray(config, stage, pending, make_worker, num_gpus) if pending else {}
+    return checked_counts(config, stage, list(items)) | pace
 
 
 def gather(config: Config, label: str, shards: Sequence[str], work: Callable[[str], pa.Table]) -> pa.Table:
@@ -426,8 +425,10 @@ def write_shard(table: Table, shard: str, parts: Iterator[ShardPart]) -> None:
 
 def _map_on_ray(
     config: Config, stage: Stage, items: dict[str, Any], make_worker: Callable[[], Worker], num_gpus: float
-) -> None:
+) -> dict[str, float]:
+    """Returns what tells the start from the work: actors, and seconds until the first item was done."""
     start_ray(config)
+    started = time.monotonic()
     cluster = ray.cluster_resources()
     room = int(cluster.get("GPU", 0) / num_gpus) if num_gpus else int(cluster.get("CPU", 1))
     if config.ray.max_actors is None:
@@ -441,11 +442,14 @@ def _map_on_ray(
         num_cpus=1,
         num_gpus=num_gpus or None,
     )
+    first_secs = 0.0
     with progress(stage.label, len(items), "shards") as advance:
         for result in results.iter_rows():
             if result["error"]:
                 raise StageError(result["error"])
+            first_secs = first_secs or time.monotonic() - started
             advance(1)
+    return {"num_actors": num_actors, "first_secs": round(first_secs, 2)}
 
 
 def check_strict(config: Config, stage: Stage) -> None:

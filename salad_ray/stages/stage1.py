@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from salad_ray.config import Config, identity
 from salad_ray.console import clock, say
 from salad_ray.distill.step import decay_start
@@ -29,6 +31,7 @@ def run(config: Config) -> None:
     if stage.is_done():
         say(f"stage1: done already, {stage.table.url}")
         return
+    started = time.monotonic()
     stage.begin()
     start_ray(config)
     say(f"stage1: training {plan['num_steps']:,} steps; curves: `tensorboard --logdir {stage.table.url}/tensorboard`")
@@ -41,7 +44,7 @@ def run(config: Config) -> None:
     except TrainingStopped as error:
         raise StageError(f"stage1: {error}") from None
     starts = read_json(f"{stage.table.url}/starts.json") or {"starts": []}
-    stage.finish(**facts, starts=starts["starts"])
+    stage.finish(**facts, seconds=round(time.monotonic() - started, 2), starts=starts["starts"])
     say(
         f"stage1: {facts['num_positions']:,} positions in {clock(facts['train_seconds'])}, "
         f"{facts['skipped_steps']} optimizer steps skipped → {stage.table.url}/model"

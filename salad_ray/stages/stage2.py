@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from salad_ray.config import Config, identity
@@ -35,6 +36,7 @@ def _train(config: Config, name: str, sets: tuple[str, ...]) -> None:
     if stage.is_done():
         say(f"{name}: done already, {stage.table.url}")
         return
+    started = time.monotonic()
     stage.begin()
     start_ray(config)
     job = _job(config, name, sets, inputs)
@@ -48,7 +50,12 @@ def _train(config: Config, name: str, sets: tuple[str, ...]) -> None:
     except TrainingStopped as error:
         raise StageError(f"{name}: {error}") from None
     starts = read_json(f"{stage.table.url}/starts.json") or {"starts": []}
-    stage.finish(**facts, starts=starts["starts"], begun_from=job.start and job.start.url)
+    stage.finish(
+        **facts,
+        seconds=round(time.monotonic() - started, 2),
+        starts=starts["starts"],
+        begun_from=job.start and job.start.url,
+    )
     say(f"{name}: {facts['num_positions']:,} positions in {clock(facts['train_seconds'])} → {stage.table.url}/model")
 
 

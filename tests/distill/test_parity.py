@@ -135,7 +135,7 @@ def engine_step(case: Case, folder: str) -> Outcome:
     engine, *_ = deepspeed.initialize(
         model=student,
         optimizer=make_optimizer(student),
-        config=deepspeed_config(case.settings, NUM_MICRO_BATCHES),
+        config=deepspeed_config(case.settings, NUM_MICRO_BATCHES, sum(p.numel() for p in student.parameters())),
         dist_init_required=False,
     )
     batches = micro_batches(torch.distributed.get_rank())
