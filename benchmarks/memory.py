@@ -52,11 +52,17 @@ def run(cases: tuple[str, ...] = tuple(CASES)) -> list[dict[str, Any]]:
     rows = []
     with one_thread_each():
         for name in cases:
-            measured = in_subprocess("benchmarks.memory", name)["peak"]
-            planned = planned_bytes(name)
-            row = {"name": name, "parameters": measured_parameters(name), "planned (MiB)": planned["peak"] / 2**20}
-            rows.append(row | {"measured (MiB)": measured / 2**20, "planned/measured": planned["peak"] / measured})
+            planned, measured = measure_case(name)
+            row = {"name": name, "parameters": num_parameters(name), "planned (MiB)": planned / 2**20}
+            rows.append(row | {"measured (MiB)": measured / 2**20, "planned/measured": planned / measured})
     return rows
+
+
+def measure_case(name: str) -> tuple[float, float]:
+    """Planned and measured bytes."""
+    shape, settings, pack = parts(name)
+    planned = training_memory(shape, settings, pack, 1, SPEECH_SHARE)["peak"]
+    return planned, in_subprocess("benchmarks.memory", name)["peak"]
 
 
 def parts(name: str) -> tuple[Shape, DistillConfig, PackConfig]:
@@ -72,12 +78,7 @@ def parts(name: str) -> tuple[Shape, DistillConfig, PackConfig]:
     return Shape(llm, adapter, ENCODER_DIM), settings, PackConfig(context=context, num_lanes=rows)
 
 
-def planned_bytes(name: str) -> dict[str, float]:
-    shape, settings, pack = parts(name)
-    return training_memory(shape, settings, pack, 1, SPEECH_SHARE)
-
-
-def measured_parameters(name: str) -> int:
+def num_parameters(name: str) -> int:
     shape, *_ = parts(name)
     return shape.num_llm + shape.num_adapter
 

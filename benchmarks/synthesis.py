@@ -24,7 +24,7 @@ from salad_ray.speech.audio import encode_audio
 from salad_ray.synthesis.espeak import EspeakSynthesizer
 from salad_ray.tables import Passage, Table, Utterance, stable_hash, to_arrow
 
-NUM_DOCUMENTS = 8000
+NUM_DOCUMENTS = 3000
 NUM_SHARDS = 8
 BARE = "bare_utterances"
 

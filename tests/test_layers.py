@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = {"config", "tables", "console", "__init__"}
-ON_RAY = {"distill.trainer", "scaling.sweep"}
+ON_RAY = {"distill.trainer", "distill.worker", "scaling.sweep"}
 TOP = {"pipeline", "cli"}
 HEAVY = {"ray", "deepspeed"}
 

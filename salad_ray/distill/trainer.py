@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import resource
 import tempfile
 import time
@@ -53,6 +54,7 @@ from salad_ray.distill.step import (
     peak_flops,
     training_flops,
 )
+from salad_ray.distill.worker import work
 from salad_ray.distill.zero import optimizer_step, partitions, restored
 from salad_ray.model.speech_lm import (
     EncoderSpec,
@@ -132,8 +134,8 @@ def train(job: Job) -> dict[str, Any]:
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
     per_worker = {"CPU": settings.cpus_per_worker} | ({"GPU": 1} if settings.use_gpu else {})
     trainer = TorchTrainer(
-        _train_worker,
-        train_loop_config={"job": job},
+        work,
+        train_loop_config={"job": pickle.dumps(job)},
         scaling_config=ScalingConfig(
             num_workers=settings.num_workers, use_gpu=settings.use_gpu, resources_per_worker=per_worker
         ),
@@ -181,14 +183,13 @@ def deepspeed_config(settings: DistillConfig, num_micro_batches: int, num_parame
     }
 
 
-def _train_worker(loop_config: dict[str, Any]) -> None:
-    """Entry of every Ray Train worker."""
+def train_worker(job: Job) -> None:
+    """What every Ray Train worker does."""
     # It announces every report, metrics and all.
     logging.getLogger("ray.train.v2._internal.execution.context").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # DeepSpeed would compile a shared-memory all-reduce for CPUs, which needs a C++ compiler; gloo needs nothing.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    job: Job = loop_config["job"]
     if "stopped" in (read_json(_result_url(job)) or {}):
         return
     try:

@@ -33,7 +33,7 @@ import ray
 from ray import tune
 
 from salad_ray.config import Config, ConfigError, SweepConfig, identity, replaced
-from salad_ray.console import clock, say, user_error
+from salad_ray.console import clock, console, say, user_error
 from salad_ray.distill.checkpoints import checkpoint_at
 from salad_ray.distill.step import decay_start
 from salad_ray.distill.trainer import Job, TrainingStopped, train
@@ -422,17 +422,10 @@ def _tune(
 
     def trainable(given: dict[str, str]) -> None:
         trial = by_name[given["trial"]]
-        try:
-            work(trial)
-            tune.report({"trial": trial.name, "error": ""})
-        except Exception as error:
-            cause = user_error(error)
-            if cause is None:
-                raise
-            tune.report({"trial": trial.name, "error": str(cause)})  # trying again would not help
+        tune.report({"trial": trial.name, "error": _attempt(work, trial, kind)})
 
     tuner = tune.Tuner(
-        tune.with_resources(trainable, {"CPU": 0}),
+        tune.with_resources(trainable, {"cpu": 0, "memory": 1}),  # a byte, since Tune does not take nothing
         param_space={"trial": tune.grid_search(list(by_name))},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=at_once, trial_dirname_creator=lambda t: f"trial-{t.trial_id}"
@@ -453,6 +446,21 @@ def _tune(
         elif (result.metrics or {}).get("error"):
             errors[label] = result.metrics["error"]
     return errors
+
+
+def _attempt(work: Callable[[Trial], None], trial: Trial, kind: str) -> str:
+    """Run a trial, what it tells going to a file of its run; returns a user's error, for which no other try helps."""
+    try:
+        with console.capture() as told:
+            work(trial)
+    except Exception as error:
+        cause = user_error(error)
+        if cause is None:
+            raise
+        return str(cause)
+    finally:
+        write_bytes(f"{trial.config.run_dir}/{kind}.log", told.get().encode())
+    return ""
 
 
 class _Progress(tune.Callback):

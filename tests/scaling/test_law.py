@@ -1,0 +1,165 @@
+"""The misalignment law: error and coverage on synthetic data, outliers, and clear answers instead of numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy import optimize
+
+from salad_ray.scaling.law import LawError, MisalignmentLaw, fit_misalignment_law
+
+BUDGETS = np.geomspace(1e8, 1e10, 6)
+Draw = tuple[float, NDArray[np.float64]]
+
+
+def draws(number: int, seed: int, outlier: float = 0.0) -> Iterator[Draw]:
+    """True E and noisy M at six budgets over two decades: 2 % noise, β ≥ 0.5, B · D_min^−β between 0.3 and 3 E."""
+    rng = np.random.default_rng(seed)
+    for _ in range(number):
+        irreducible, exponent = rng.uniform(0.03, 0.3), rng.uniform(0.5, 1.2)
+        above = rng.uniform(0.3, 3) * irreducible
+        values = irreducible + above * (BUDGETS / BUDGETS[0]) ** -exponent
+        values *= 1 + 0.02 * rng.standard_normal(6)
+        if outlier:
+            values[rng.integers(6)] *= 1 + outlier * rng.choice([-1, 1])
+        yield irreducible, values
+
+
+def least_squares(values: NDArray[np.float64]) -> float:
+    """E by `scipy.optimize.curve_fit` with relative sigma, from a sensible start."""
+    found, _ = optimize.curve_fit(
+        lambda d, e, b, beta: e + b * d**-beta,
+        BUDGETS / BUDGETS[0],
+        values,
+        p0=[0.8 * values.min(), values.max() - values.min(), 0.8],
+        sigma=0.02 * values,
+        bounds=([0, 0, 0.01], [np.inf, np.inf, 6]),
+        max_nfev=20_000,
+    )
+    return float(found[0])
+
+
+def fitted(values: NDArray[np.float64]) -> MisalignmentLaw | None:
+    try:
+        return fit_misalignment_law(BUDGETS, values)
+    except LawError:
+        return None
+
+
+def test_error_and_coverage_on_two_hundred_draws() -> None:
+    errors, covered, theirs = [], [], []
+    for irreducible, values in draws(200, seed=1):
+        law = fit_misalignment_law(BUDGETS, values)
+        low, high = law.ci["irreducible"]
+        errors.append(abs(law.irreducible / irreducible - 1))
+        covered.append(low <= irreducible <= high)
+        theirs.append(abs(least_squares(values) / irreducible - 1))
+    assert np.median(errors) <= 0.06
+    assert 0.85 <= np.mean(covered) <= 0.95
+    assert np.median(errors) <= 1.05 * np.median(theirs)
+
+
+def test_one_outlier_hurts_less_than_in_least_squares() -> None:
+    pairs = [
+        (abs(law.irreducible / irreducible - 1), abs(least_squares(values) / irreducible - 1))
+        for irreducible, values in draws(150, seed=2, outlier=0.25)
+        if (law := fitted(values)) is not None
+    ]
+    ours, theirs = np.median(pairs, axis=0)
+    assert len(pairs) > 120
+    assert ours < 0.8 * theirs
+
+
+def test_the_outlier_is_named() -> None:
+    values = 0.1 + 0.2 * (BUDGETS / BUDGETS[0]) ** -0.8
+    values *= 1 + 0.005 * np.array([1, -1, 0.5, -0.5, 1, -1])
+    values[2] *= 1.4
+    assert fit_misalignment_law(BUDGETS, values).outliers == (2,)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    irreducible=st.floats(0.02, 0.5),
+    share=st.floats(0.3, 3),
+    exponent=st.floats(0.3, 2.0),
+    unit=st.sampled_from([1.0, 1e3, 1e9]),
+)
+def test_points_on_a_law_give_it_back(irreducible: float, share: float, exponent: float, unit: float) -> None:
+    positions = np.geomspace(1, 100, 6) * unit
+    law = fit_misalignment_law(positions, irreducible + share * irreducible * (positions / unit) ** -exponent)
+    assert law.irreducible == pytest.approx(irreducible, rel=1e-3)
+    assert law.exponent == pytest.approx(exponent, rel=1e-3)
+    assert law.scale == pytest.approx(share * irreducible * unit**exponent, rel=1e-2)
+    within = law.positions_within(0.05)
+    assert law.predict(within) == pytest.approx(1.05 * law.irreducible, rel=1e-6)
+
+
+def test_intervals_hold_what_they_say() -> None:
+    law_of = {"irreducible": 0.13, "exponent": 0.7}
+    truth = 0.13 + 0.3 * (BUDGETS / BUDGETS[0]) ** -0.7
+    far, hits, within_hits = 1e11, [], []
+    at_far = 0.13 + 0.3 * (far / BUDGETS[0]) ** -0.7
+    true_within = BUDGETS[0] * (0.3 / (0.05 * 0.13)) ** (1 / 0.7)
+    rng = np.random.default_rng(3)
+    for _ in range(120):
+        law = fit_misalignment_law(BUDGETS, truth * (1 + 0.02 * rng.standard_normal(6)))
+        for name, value in law_of.items():
+            low, high = law.ci[name]
+            hits.append(low <= value <= high)
+        low, high = law.predict_interval(far)
+        hits.append(low <= at_far <= high)
+        assert low <= law.predict(far) <= high
+        low, high = law.positions_within_interval(0.05)
+        within_hits.append(low <= true_within <= high)
+    assert 0.82 <= np.mean(hits) <= 0.96
+    assert 0.82 <= np.mean(within_hits) <= 0.98
+
+
+def test_a_power_law_without_rest_has_no_irreducible_misalignment() -> None:
+    rng = np.random.default_rng(0)
+    values = 0.5 * (BUDGETS / BUDGETS[0]) ** -0.5 * (1 + 0.01 * rng.standard_normal(6))
+    law = fit_misalignment_law(BUDGETS, values)
+    assert law.ci["irreducible"][0] < 0.002
+    assert law.irreducible_p_value > 0.01
+    there = fit_misalignment_law(BUDGETS, values + 0.2)
+    assert there.irreducible_p_value < 0.01
+
+
+def test_several_seeds_at_a_budget_narrow_the_interval() -> None:
+    rng = np.random.default_rng(4)
+    positions = np.repeat(BUDGETS, 4)
+    values = (0.1 + 0.2 * (positions / BUDGETS[0]) ** -0.8) * (1 + 0.03 * rng.standard_normal(24))
+    one, four = fit_misalignment_law(BUDGETS, values[::4]), fit_misalignment_law(positions, values)
+    width = [law.ci["irreducible"][1] - law.ci["irreducible"][0] for law in (one, four)]
+    assert width[1] < width[0]
+    assert len(four.residuals) == 24
+
+
+@pytest.mark.parametrize(
+    ("positions", "values", "words"),
+    [
+        ([1e8], [0.2], "1 training budget "),
+        ([1e8] * 6, [0.2] * 6, "1 training budget "),
+        ([1e8, 1e9, 1e10], [0.3, 0.2, 0.15], "3 training budgets"),
+        ([1e8, 1e9, 1e10, 1e11], [0.1, 0.2, 0.3, 0.4], "grows with the budget"),
+        ([1e8, 1e9, 1e10, 1e11], [0.2, 0.1, np.nan, 0.1], r"misalignment\[2\] is nan"),
+        ([1e8, 0, 1e10, 1e11], [0.2, 0.1, 0.1, 0.1], r"num_positions\[1\] is 0"),
+        ([1e8, 1e9, 1e10, 1e11], [0.2, 0.1, 0.1], "both must be"),
+        ([1e8, 1e9, 1e10, 1e11], [0.201, 0.199, 0.202, 0.2], "does not fall measurably"),
+        ([1e8, 1.1e8, 1.2e8, 1.3e8], [0.30, 0.25, 0.27, 0.24], "do not pin E down"),
+    ],
+)
+def test_what_has_no_answer_gets_a_sentence(positions: list[float], values: list[float], words: str) -> None:
+    with pytest.raises(LawError, match=words):
+        fit_misalignment_law(positions, values)
+
+
+def test_a_fraction_must_be_above_zero() -> None:
+    law = fit_misalignment_law(BUDGETS, 0.1 + 0.2 * (BUDGETS / BUDGETS[0]) ** -0.8)
+    with pytest.raises(ValueError, match="above 0"):
+        law.positions_within(0)

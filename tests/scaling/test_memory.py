@@ -1,0 +1,53 @@
+"""The planner's memory, held against what a training step really takes, and against the true sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import Qwen2Config
+
+from benchmarks.memory import measure_case
+from salad_ray.config import AdapterConfig, DistillConfig, PackConfig
+from salad_ray.model.adapter import Adapter
+from salad_ray.scaling.memory import Shape, layer_bytes, training_memory
+
+QWEN_3B = Qwen2Config(
+    hidden_size=2048,
+    intermediate_size=11008,
+    num_hidden_layers=36,
+    num_attention_heads=16,
+    num_key_value_heads=2,
+    vocab_size=151936,
+    tie_word_embeddings=True,
+)
+
+
+@pytest.mark.parametrize("case", ["weights, bf16", "activations, fp32", "ZeRO 3"])
+def test_the_plan_is_within_fifteen_percent_of_a_real_step(case: str) -> None:
+    planned, measured = measure_case(case)
+    assert planned == pytest.approx(measured, rel=0.15)
+
+
+def test_parameters_are_those_of_the_true_shapes() -> None:
+    shape = Shape(QWEN_3B, AdapterConfig(), 512)
+    with torch.device("meta"):
+        adapter = Adapter(AdapterConfig(), 512, 2048)
+    assert shape.num_llm == 3_085_938_688  # as published
+    assert shape.num_adapter == sum(parameter.numel() for parameter in adapter.parameters())
+
+
+def test_recomputing_zero_and_smaller_batches_save_memory() -> None:
+    shape, pack = Shape(QWEN_3B, AdapterConfig(), 512), PackConfig(num_lanes=64, rows_per_lane=8)
+
+    def peak(**settings: object) -> float:
+        return training_memory(shape, DistillConfig.model_validate(settings), pack, 64)["peak"]
+
+    assert peak(zero_stage=3) < peak(zero_stage=2) < peak(zero_stage=1)
+    assert peak(micro_batch_rows=1) < peak(micro_batch_rows=4)
+    assert peak(activation_checkpointing=True, micro_batch_rows=4) < 0.7 * peak(micro_batch_rows=4)
+
+
+def test_a_layer_keeps_more_for_more_positions_and_in_fp32() -> None:
+    one = layer_bytes(QWEN_3B, torch.bfloat16, 1, 512)
+    assert layer_bytes(QWEN_3B, torch.bfloat16, 2, 512) == pytest.approx(2 * one, rel=0.01)
+    assert layer_bytes(QWEN_3B, torch.float32, 1, 512) > 1.3 * one

@@ -1,0 +1,213 @@
+"""Sweeps through real Tune, Train and Data, with everything small: shared trunks and speech, failures, reruns."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from salad_ray import pipeline
+from salad_ray.config import Config, ConfigError, SweepConfig, parse_config, replaced
+from salad_ray.model.speech_lm import SpeechLM
+from salad_ray.scaling.sweep import branch_points, grid_trials, laws, trial_name
+from salad_ray.tables import PlanRow, Selected, Table
+
+BUDGETS = (4, 8)
+WARMUP = 2
+SWEEPS = {
+    "rate": {
+        "grid": {"distill.adapter_learning_rate": [1.5e-3, 1e6]},  # the second one ends in NaN
+        "num_steps": list(BUDGETS),
+        "warmup_steps": WARMUP,
+    },
+    "gamma": {"grid": {"select.gamma": [0, 5]}},
+}
+
+
+@pytest.fixture(scope="module")
+def swept(finished_run: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A finished run with two sweeps; one of the four trainings with budgets and their trunk cannot succeed."""
+    folder = tmp_path_factory.mktemp("swept") / "run"
+    shutil.copytree(finished_run.run_dir, folder)
+    config = replaced(finished_run, {"run_dir": str(folder), "sweeps": SWEEPS})
+    with pytest.raises(ConfigError, match=r"2 trainings failed, first .*its trunk failed.*not finite"):
+        pipeline.run_sweeps(config)
+    return config
+
+
+def results(config: Config, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(Path(config.run_dir, "sweeps", name, "results.json").read_text())
+    return found
+
+
+def run_of(config: Config, name: str, *parts: str) -> str:
+    return "/".join((config.run_dir, "sweeps", name, *parts))
+
+
+def test_a_failed_training_is_a_row_and_the_others_are_finished(swept: Config) -> None:
+    rows = results(swept, "rate")["rows"]
+    assert [(row["distill.adapter_learning_rate"], row["budget"]) for row in rows] == [
+        (rate, budget) for rate in (1.5e-3, 1e6) for budget in BUDGETS
+    ]
+    assert [bool(row["error"]) for row in rows] == [False, False, True, True]
+    good = rows[:2]
+    assert all(row["misalignment"] > 0 and row["forgetting"] > 0 for row in good)
+    assert good[0]["num_positions"] < good[1]["num_positions"]
+    with Path(swept.run_dir, "sweeps/rate/results.csv").open() as file:
+        assert [row["trial"] for row in csv.DictReader(file)] == [row["trial"] for row in rows]
+
+
+def test_a_branch_is_what_training_to_its_budget_alone_would_be(swept: Config, tmp_path: Path) -> None:
+    """The same rows, rates and, to rounding, weights; the shares of warm-up are the same number of steps here."""
+    alone = replaced(
+        swept,
+        {
+            "run_dir": str(tmp_path / "alone"),
+            "base_run": swept.run_dir,
+            "sweeps": {},
+            "stage2": None,
+            "distill.num_steps": BUDGETS[0],
+            "distill.warmup_share": WARMUP / BUDGETS[0],
+        },
+    )
+    for step in pipeline.steps(alone):
+        if step.stage == "stage1":
+            break
+        pipeline.run_stage(alone, step.stage, step.set or alone.set)
+    pipeline.run_stage(alone, "stage1", "natural")
+    branch = run_of(swept, "rate", "adapter_learning_rate=0.0015", f"steps={BUDGETS[0]}")
+    ours, theirs = (SpeechLM.from_pretrained(f"{folder}/stage1/model") for folder in (branch, alone.run_dir))
+    for (name, one), other in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        assert one.sub(other).abs().max() < 1e-5, name
+    manifests = [Table(folder, "", "stage1").manifest() or {} for folder in (branch, alone.run_dir)]
+    assert manifests[0]["num_positions"] == manifests[1]["num_positions"]
+    assert Table(alone.run_dir, "natural", "features").linked_to() == f"{swept.run_dir}/natural/features"
+
+
+def test_the_trunk_is_shared_and_the_saving_told(swept: Config) -> None:
+    saving = results(swept, "rate")["saving"]
+    trunk = Table(run_of(swept, "rate", "adapter_learning_rate=0.0015"), "", "trunk").manifest() or {}
+    assert trunk["branch_points"] == branch_points(BUDGETS, swept.distill.decay_share)
+    assert not Path(run_of(swept, "rate", "adapter_learning_rate=0.0015", "trunk/model")).exists()
+    assert saving["positions"] < saving["separate_positions"]
+    rows = [row for row in results(swept, "rate")["rows"] if not row["error"]]
+    assert saving["separate_positions"] == sum(row["num_positions"] for row in rows)
+
+
+def test_selections_share_their_speech_and_train_on_their_own(swept: Config) -> None:
+    pool = Table(run_of(swept, "gamma", "pool"), "active", "features")
+    for gamma in (0, 5):
+        folder = run_of(swept, "gamma", f"gamma={gamma}")
+        features, selection, plan = (Table(folder, "active", name) for name in ("features", "selection", "plan"))
+        assert features.linked_to() == pool.url
+        selected = {row.passage_id for shard in selection.shards() for row in selection.read_rows(Selected, shard)}
+        ids = {shard: features.read(shard, ["utt_id"])["utt_id"].to_pylist() for shard in features.shards()}
+        planned = {
+            ids[segment.shard][row]
+            for shard in plan.shards()
+            for planned_row in plan.read_rows(PlanRow, shard)
+            for segment in planned_row.segments
+            for row in segment.rows
+        }
+        assert planned
+        assert planned <= selected
+    rows = results(swept, "gamma")["rows"]
+    assert [row["select.gamma"] for row in rows] == [0, 5]
+    assert all(row["system"] == "stage2" and row["synthetic_hours"] > 0 for row in rows)
+
+
+def test_the_run_itself_is_left_as_it_was(swept: Config, finished_run: Config) -> None:
+    for name in ("natural/features", "natural/plan", "stage1", "active/selection", "stage2"):
+        before, after = (Path(config.run_dir, name, "manifest.json").read_bytes() for config in (finished_run, swept))
+        assert before == after, name
+
+
+def test_a_second_sweep_runs_only_what_failed(swept: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    only_good = replaced(swept, {"sweeps": {"gamma": SWEEPS["gamma"]}})
+    before = results(swept, "gamma")
+    pipeline.run_sweeps(only_good)
+    assert "0 of 2 trainings to run" in capsys.readouterr().out
+    assert results(swept, "gamma")["rows"] == before["rows"]
+
+
+def test_the_report_shows_the_sweeps(swept: Config) -> None:
+    page = Path(swept.run_dir, "report/page.html").read_text()
+    assert "What more data would buy" in page
+    assert "All trainings of sweep rate" in page
+    assert 'id="sweep-0-' in page
+    assert "no law" in page  # two budgets
+
+
+def small(sweep: dict[str, Any], **others: Any) -> Config:
+    return parse_config({"run_dir": "/nowhere", "sweeps": {"one": sweep}, **others})
+
+
+def test_every_combination_and_seed_is_a_trial_of_its_own() -> None:
+    config = small({"grid": {"distill.alpha": [0, 1], "pack.speech_words": [[3, 6], [5, 15]]}, "seeds": [0, 1]})
+    trials = grid_trials(config, "one")
+    assert len(trials) == 8
+    assert len({trial.config.run_dir for trial in trials}) == 8
+    assert trials[-1].config.distill.alpha == 1
+    assert trials[-1].config.pack.speech_words == (5, 15)
+    assert trials[-1].config.seed == 1
+    assert all(trial.config.base_run == "/nowhere" for trial in trials)
+
+
+def test_names_of_trials_are_names_of_folders() -> None:
+    assert trial_name({"distill.alpha": 0.5, "seed": 1}) == "alpha=0.5,seed=1"
+    odd = [trial_name({"model.teacher": name}) for name in ("Qwen/Qwen2.5-3B", "Qwen:Qwen2.5-3B")]
+    assert len(set(odd)) == 2
+    assert not any("/" in name for name in odd)
+    assert trial_name({"distill.num_steps": 1, "stage2.num_steps": 2}) == "distill.num_steps=1,stage2.num_steps=2"
+
+
+@pytest.mark.parametrize(
+    ("sweep", "words"),
+    [
+        ({"grid": {}}, "at least 1"),
+        ({"grid": {"distill.alpha": []}}, "without values"),
+        ({"grid": {"distill.alpha": [1, 1]}}, "twice"),
+        ({"grid": {"run_dir": ["a"]}}, "cannot vary 'run_dir'"),
+        ({"grid": {"seed": [1, 2]}}, "name seeds"),
+        ({"grid": {"distill.alpha": [1]}, "num_steps": [1], "num_positions": [1.0]}, "give one of them"),
+        ({"grid": {"distill.alpha": [1]}, "num_steps": [0]}, "above 0"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused(sweep: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        small(sweep)
+
+
+def test_a_value_that_makes_no_config_is_refused_before_anything_runs() -> None:
+    with pytest.raises(ConfigError, match=r"sweeps\.one: alpha=2.*distill\.alpha"):
+        grid_trials(small({"grid": {"distill.alpha": [1, 2]}}), "one")
+    with pytest.raises(ConfigError, match=r"did you mean 'distill\.alpha'"):
+        grid_trials(small({"grid": {"distill.alhpa": [1]}}), "one")
+    with pytest.raises(ConfigError, match="there is no sweep 'two'"):
+        pipeline.run_sweeps(small({"grid": {"distill.alpha": [1]}}), "two")
+
+
+def test_laws_are_told_for_each_combination_or_why_there_is_none() -> None:
+    rows = [
+        {"key": key, "budget": d, "num_positions": d, "misalignment": 0.1 + key * 2 * d**-0.5, "error": ""}
+        for key in (1, 2)
+        for d in (100, 300, 1000, 3000, 10000)
+    ]
+    rows += [
+        {"key": 3, "budget": d, "num_positions": d, "misalignment": 0.1 + 1e-5 * d, "error": ""}
+        for d in (100, 1000, 5000, 10000)
+    ]
+    rows.append({"key": 3, "budget": 1, "error": "failed"})
+    found = laws(rows, ["key"])
+    assert [law["values"]["key"] for law in found] == [1, 2, 3]
+    assert found[0]["irreducible"] == pytest.approx(0.1, rel=0.01)
+    assert "grows" in found[2]["problem"]
+    json.dumps(found, allow_nan=False)
+
+
+def test_budgets_are_sorted_and_told_once() -> None:
+    assert SweepConfig(grid={"a": (1,)}, num_steps=(8, 4, 8)).budgets == (4, 8)
