@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -41,7 +42,10 @@ def _quantities(rows: Sequence[Measurement]) -> dict[str, Any]:
     names = ("misalignment", "forgetting", "distillation")
     estimates: dict[str, Estimate] = {name: estimate(rows, name) for name in names}
     result: dict[str, Any] = {name: value.mean for name, value in estimates.items()}
-    result |= {f"{name}_standard_error": value.standard_error for name, value in estimates.items()}
+    result |= {  # JSON has no NaN; a single passage has no spread
+        f"{name}_standard_error": value.standard_error if math.isfinite(value.standard_error) else None
+        for name, value in estimates.items()
+    }
     any_estimate = estimates["misalignment"]
     return result | {"num_scored": any_estimate.num_positions, "num_passages": any_estimate.num_passages}
 
@@ -69,7 +73,10 @@ def _gap_table(metrics: dict[str, Any], quantity: str, title: str, systems: list
 
 
 def _cell(row: dict[str, Any], quantity: str) -> str:
-    return f"{row[quantity]:.3f}±{row[f'{quantity}_standard_error']:.3f}" if quantity in row else "–"
+    if quantity not in row:
+        return "–"
+    error = row[f"{quantity}_standard_error"]
+    return f"{row[quantity]:.3f}" + ("" if error is None else f"±{error:.3f}")
 
 
 def accuracy_table(accuracy: Sequence[dict[str, Any]], metric: str = "acc") -> Grid:

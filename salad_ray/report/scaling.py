@@ -196,7 +196,8 @@ def _within(result: dict[str, Any]) -> str:
 def _with_error(row: dict[str, Any], quantity: str) -> str:
     if quantity not in row:
         return "–"
-    return f"{number(row[quantity])} ± {number(row.get(f'{quantity}_standard_error'))}"
+    error = row.get(f"{quantity}_standard_error")
+    return number(row[quantity]) + (f" ± {number(error)}" if finite(error) else "")
 
 
 def _words(curve: Curve) -> str:
