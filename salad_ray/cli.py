@@ -98,9 +98,10 @@ def sweep(
     config: ConfigPath,
     overrides: Overrides = None,
     only: Annotated[str | None, typer.Option(help="Name of one of the config's sweeps; all by default.")] = None,
+    redo: Annotated[bool, typer.Option("--redo", help="Delete the sweep's trainings first.")] = False,
 ) -> None:
     """Train over a grid of the config's keys and budgets, sharing what can be shared, and fit the misalignment law."""
-    pipeline.run_sweeps(load_config(config, overrides or []), only)
+    pipeline.run_sweeps(load_config(config, overrides or []), only, redo)
 
 
 @app.command()
@@ -211,7 +212,7 @@ def add_stage(name: str, summary: str, sections: tuple[str, ...]) -> None:
         resolved = load_config(config, overrides or [])
         if redo:
             pipeline.redo(resolved, name, resolved.set)
-        pipeline.run_stage(resolved, name, resolved.set)
+        pipeline.run_stage(resolved, name, resolved.set, anew=redo)
 
     keys = "\n\n".join(line for section in sections for line in describe(section_named(section), section))
     app.command(name=name, help=summary, epilog=keys)(command)

@@ -55,6 +55,7 @@ OPERATIONAL = frozenset(
         "micro_batch_rows",
         "use_gpu",
         "cpus_per_worker",
+        "extra_resources",
         "loss_chunk_size",
         "activation_checkpointing",
         "compile",
@@ -541,6 +542,8 @@ class DistillConfig(Section):
     use_gpu: bool = True
     """Train on GPUs (one a worker), or on CPUs over gloo."""
     cpus_per_worker: int = Field(1, ge=1)
+    extra_resources: dict[str, float] = {}
+    """Of each worker, such as {training: 1}: resources that only the nodes meant for training have."""
     activation_checkpointing: bool = False
     compile: bool = False
     loss_chunk_size: int | None = Field(None, ge=1)
@@ -698,9 +701,16 @@ class SweepConfig(Section):
                 raise ValueError(f"a sweep's grid names '{key}' without values")
             if len({json.dumps(value) for value in values}) < len(values):
                 raise ValueError(f"a sweep's grid names a value of '{key}' twice")
-        kept = [key for key in self.grid if key in ("run_dir", "base_run", "seed") or key.startswith(("sweeps", "ray"))]
+        fixed = ("run_dir", "base_run", "seed", "set", "strict")
+        kept = [key for key in self.grid if key in fixed or key.startswith(("sweeps", "ray."))]
         if kept:
             raise ValueError(f"a sweep's grid cannot vary '{kept[0]}'" + "; name seeds" * (kept[0] == "seed"))
+        later = ("stage2", "select.", "probe.", "cluster.", "embed.", "distill.num_steps", "distill.num_positions")
+        idle = [key for key in self.grid if self.budgets and key.startswith(later)]
+        if idle:
+            raise ValueError(
+                f"a sweep's budgets are Stage I's, which '{idle[0]}' does not change; leave one of them out"
+            )
         return self
 
 
@@ -880,6 +890,8 @@ def replaced(config: Config, values: typing.Mapping[str, Any], source: str = "co
         for parent in parents:
             section[parent] = section.get(parent) or {}
             section = section[parent]
+            if not isinstance(section, dict):
+                raise ConfigError(f"{source}: '{key}': '{parent}' is a value, not a section")
         section[last] = value
     return parse_config(data, source)
 

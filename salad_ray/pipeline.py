@@ -10,7 +10,7 @@ from types import ModuleType
 
 from salad_ray.config import Config, ConfigError, SetName, dump_config, load_config, replaced
 from salad_ray.console import clock, console, say
-from salad_ray.tables import Table, Utterance, file_exists, read_json, write_bytes, write_json
+from salad_ray.tables import Table, Utterance, delete_folder, file_exists, read_json, write_bytes, write_json
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,13 @@ def run_all(config: Config) -> None:
     say(f"done in {clock(time.monotonic() - started)}; everything lies in {config.run_dir}")
 
 
-def run_stage(config: Config, stage: str, set_name: SetName | str) -> None:
-    """One stage on one set, the resolved config saved first."""
+def run_stage(config: Config, stage: str, set_name: SetName | str, anew: bool = False) -> None:
+    """One stage on one set, the resolved config saved first; `anew` takes nothing over from the base run."""
     url = f"{config.run_dir}/config.yaml"
     resolved = dump_config(config).encode()
     if not file_exists(url):
         write_bytes(url, resolved)
-    if config.base_run:
+    if config.base_run and not anew:
         take_over(config, stage, set_name)
     stage_module(stage).run(config.model_copy(update={"set": set_name}))
     write_bytes(url, resolved)  # only now: a stage that refuses a config has not used it
@@ -113,11 +113,19 @@ def take_over(config: Config, stage: str, set_name: str) -> None:
         if step.stage == stage and step.set in ("", set_name):
             for name in step.tables:
                 own, base = (Table(run_dir, step.set, name) for run_dir in (config.run_dir, config.base_run))
-                if own.is_new() and base.manifest() is not None:
+                if own.is_new() and base.manifest() is not None and _may_take(config, name):
                     own.link(base.url)
 
 
-def run_sweeps(config: Config, only: str | None = None) -> None:
+def _may_take(config: Config, name: str) -> bool:
+    """Not a report, which nobody checks; nor what was measured of a model that this run has not taken over."""
+    trained = name.removeprefix("measurements_").removeprefix("scores_")
+    if trained in ("stage1", "stage2", "control") and trained != name:
+        return Table(config.run_dir, "", trained).linked_to() is not None
+    return name != "report"
+
+
+def run_sweeps(config: Config, only: str | None = None, redo: bool = False) -> None:
     """The config's sweeps, then the report with their laws and plots.
 
     Raises:
@@ -131,8 +139,11 @@ def run_sweeps(config: Config, only: str | None = None) -> None:
         raise ConfigError(f"there is no sweep '{only}' in the config; it has {', '.join(config.sweeps) or 'none'}")
     if not config.sweeps:
         raise ConfigError("the config has no sweeps; name one: sweeps: {alpha: {grid: {distill.alpha: [0, 1]}}}")
-    flow = Flow(steps, run_stage)
-    results = [run_sweep(config, name, flow) for name in config.sweeps if only in (None, name)]
+    chosen = [name for name in config.sweeps if only in (None, name)]
+    if redo:
+        for name in chosen:
+            delete_folder(f"{config.run_dir}/sweeps/{name}")  # what it took over are references
+    results = [run_sweep(config, name, Flow(steps, run_stage)) for name in chosen]
     page = f"{config.run_dir}/report/page.html"
     write_page([config.run_dir], page)
     for result in results:
@@ -177,7 +188,7 @@ def show_plan(config: Config, rates_file: str | None, measured: str | None, cali
         measured = small.run_dir
     if measured:
         run = load_config(f"{measured}/config.yaml")
-        rates = measured_rates(rates, run, steps(run))
+        rates = measured_rates(rates, run, steps(run), config)
     plan = make_plan(config, steps(config), rates)
     console.print(*plan_grids(plan), sep="\n")
     url = f"{config.run_dir}/plan/plan.json"

@@ -345,6 +345,12 @@ class Table:
         """Forget a table that was taken over; it stays where it is."""
         delete_file(f"{self._own_url}/link.json")
 
+    @property
+    def rejects(self) -> Table:
+        """Where the rejects of this table's rows are, in the run that it lies in."""
+        run_dir = self.url.removesuffix("/".join(filter(None, ("", self.set, self.name))))
+        return Table(run_dir, self.set, "rejects")
+
     def is_new(self) -> bool:
         """Whether nothing was written, and nothing taken over."""
         files = ("link.json", "begun.json", "manifest.json")
@@ -424,6 +430,8 @@ class Table:
         Args:
             footer: filled by the caller before the block ends; it becomes the file's metadata.
         """
+        if self.linked_to():
+            raise TableError(f"{self._own_url} was taken over from {self.url}, and is not written from here")
         url = f"{self.url}/{shard}.parquet"
         with atomic_file(url) as file, pq.ParquetWriter(file, schema, compression="zstd") as parquet:
             yield parquet.write_table
@@ -478,6 +486,13 @@ def delete_file(url: str) -> None:
     fs, path = _filesystem(url)
     if fs.exists(path):
         fs.rm(path)
+
+
+def delete_folder(url: str) -> None:
+    """Delete a folder and all in it, if it is there."""
+    fs, path = _filesystem(url)
+    if fs.isdir(path):
+        fs.rm(path, recursive=True)
 
 
 def digest(url: str) -> str:

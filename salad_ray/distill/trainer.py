@@ -132,12 +132,11 @@ def train(job: Job) -> dict[str, Any]:
     """
     settings = job.settings
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
-    per_worker = {"CPU": settings.cpus_per_worker} | ({"GPU": 1} if settings.use_gpu else {})
     trainer = TorchTrainer(
         work,
         train_loop_config={"job": pickle.dumps(job)},
         scaling_config=ScalingConfig(
-            num_workers=settings.num_workers, use_gpu=settings.use_gpu, resources_per_worker=per_worker
+            num_workers=settings.num_workers, use_gpu=settings.use_gpu, resources_per_worker=worker_resources(settings)
         ),
         run_config=RunConfig(
             name=job.name,
@@ -155,6 +154,12 @@ def train(job: Job) -> dict[str, Any]:
     if facts is None or "stopped" in facts:
         raise TrainingStopped(facts["stopped"] if facts else "the workers ended without a result")
     return facts
+
+
+def worker_resources(settings: DistillConfig) -> dict[str, float]:
+    """What Ray has to have for one training worker."""
+    gpu = {"GPU": 1.0} if settings.use_gpu else {}
+    return {"CPU": float(settings.cpus_per_worker)} | gpu | settings.extra_resources
 
 
 def _result_url(job: Job) -> str:

@@ -28,6 +28,8 @@ HUBER = 1.345
 OUTLIER_P_VALUE = 0.05
 """Of the most conspicuous point, over all points."""
 MAX_IRREDUCIBLE_SHARE = 0.9
+TINY = 1e-18
+"""Sums of squared relative residuals below this are rounding."""
 MAX_P_VALUE = 0.2
 """Where both E = 0 (with this p-value or more) and E beyond that share of the smallest M fit, nothing is known of E."""
 
@@ -130,7 +132,7 @@ def fit_misalignment_law(num_positions: ArrayLike, misalignment: ArrayLike, conf
         tuple(np.flatnonzero(fit.huber < 0.5).tolist()),
         fit,
     )
-    _require_pinned(law, values)
+    _require_pinned(law, positions, values)
     return law
 
 
@@ -152,7 +154,7 @@ def _checked(num_positions: ArrayLike, misalignment: ArrayLike) -> tuple[Array, 
 
 
 def _require_fall(positions: Array, values: Array) -> None:
-    """M that grows has no law of this shape, and M that does not fall has no B and β."""
+    """M that grows has no law of this shape."""
     trend = stats.linregress(np.log(positions), np.log(values))
     change = np.expm1(trend.slope * np.log(positions.max() / positions.min()))
     if change > 0.05:
@@ -160,21 +162,16 @@ def _require_fall(positions: Array, values: Array) -> None:
             f"M grows with the budget ({change:+.0%} from {positions.min():.3g} to {positions.max():.3g} positions), "
             "so no E + B · D^−β describes it; training on the next-token loss alone (α = 0) does that"
         )
-    spread = (
-        stats.f_oneway(*_by_budget(positions, values)).pvalue if len(np.unique(positions)) < len(positions) else 0.0
-    )
-    if change > 0 or (trend.pvalue > 0.5 and spread > 0.05):
+
+
+def _require_pinned(law: MisalignmentLaw, positions: Array, values: Array) -> None:
+    """Nor is there one for M that does not fall, or that leaves E anywhere."""
+    if _p_value_of_constant(law._fit) > MAX_P_VALUE:
         raise LawError(
-            f"M does not fall measurably between {positions.min():.3g} and {positions.max():.3g} positions "
-            f"({change:+.1%}); it is as low as it gets, or the budgets lie too near to each other: try smaller ones"
+            f"M does not fall measurably between {positions.min():.3g} and {positions.max():.3g} positions: "
+            f"{values.mean():.3g} throughout fits as well; it is as low as it gets, or the budgets lie too near to "
+            "each other: try smaller ones"
         )
-
-
-def _by_budget(positions: Array, values: Array) -> list[Array]:
-    return [np.log(values[positions == budget]) for budget in np.unique(positions)]
-
-
-def _require_pinned(law: MisalignmentLaw, values: Array) -> None:
     low, high = law.ci["irreducible"]
     smallest = float(law.predict(law._fit.positions.max()))
     if low == 0 and high > MAX_IRREDUCIBLE_SHARE * smallest and law.irreducible_p_value > MAX_P_VALUE:
@@ -182,6 +179,22 @@ def _require_pinned(law: MisalignmentLaw, values: Array) -> None:
             f"the points do not pin E down: anything from 0 to {high:.3g} fits them ({law.confidence:.0%}), and the "
             f"smallest M is {values.min():.3g}; measure at larger budgets, at more of them, or with less noise"
         )
+
+
+def least(losses: Callable[[Array], Array]) -> tuple[float, float]:
+    """The exponent with the least loss, and that loss: the best of a grid, refined between its neighbours."""
+    on_grid = losses(EXPONENTS)
+    best = int(np.argmin(on_grid))
+    low, high = EXPONENTS[max(best - 1, 0)], EXPONENTS[min(best + 1, len(EXPONENTS) - 1)]
+    found = optimize.minimize_scalar(
+        lambda log_exponent: float(losses(np.exp(np.array([log_exponent])))[0]),
+        bounds=(np.log(low), np.log(high)),
+        method="bounded",
+        options={"xatol": 1e-9},
+    )
+    if found.fun <= on_grid[best]:
+        return float(np.exp(found.x)), float(found.fun)
+    return float(EXPONENTS[best]), float(on_grid[best])
 
 
 class _Fit:
@@ -220,17 +233,9 @@ class _Fit:
         return self.unit(self.positions)[None] ** -exponents[:, None]
 
     def _best(self) -> tuple[tuple[float, float, float], float]:
-        def losses(log_exponent: ArrayLike) -> Array:
-            return self._linear(np.exp(np.atleast_1d(log_exponent)))[2]
-
-        grid = np.log(EXPONENTS)
-        best = int(np.argmin(losses(grid)))
-        bounds = (grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)])
-        found = optimize.minimize_scalar(
-            lambda x: losses(x)[0], bounds=bounds, method="bounded", options={"xatol": 1e-9}
-        )
-        irreducible, scale, loss = self._linear(np.exp(np.array([found.x])))
-        return (float(irreducible[0]), float(scale[0]), float(np.exp(found.x))), float(loss[0])
+        exponent, loss = least(lambda exponents: self._linear(exponents)[2])
+        irreducible, scale, _ = self._linear(np.array([exponent]))
+        return (float(irreducible[0]), float(scale[0]), exponent), loss
 
     def _linear(self, exponents: Array) -> tuple[Array, Array, Array]:
         """Best E ≥ 0 and B ≥ 0 for each exponent, and the weighted sum of squares: three (len(exponents),)."""
@@ -266,27 +271,27 @@ class _Fit:
             held: value, exponents → sums of squares with the quantity held at the value.
             factor: how far from `centre` to look; beyond, an end is open, 0 or inf.
         """
-        threshold = self.loss + self.loss / self.freedom * stats.f.ppf(confidence, 1, self.freedom)
+        reach = stats.f.ppf(confidence, 1, self.freedom) / self.freedom
+        threshold = max(self.loss, least(lambda exponents: held(centre, exponents))[1], TINY) * (1 + reach)
 
         def excess(log_value: float) -> float:
-            return float(held(float(np.exp(log_value)), EXPONENTS).min()) - threshold
+            value = float(np.exp(log_value))
+            return least(lambda exponents: held(value, exponents))[1] - threshold
 
         def end(direction: int, open_end: float) -> float:
-            inside, step = np.log(centre), 0.01
+            inside, step = np.log(max(centre, 1e-300)), 0.01
             while step < np.log(factor):
-                outside = np.log(centre) + direction * step
+                outside = np.log(max(centre, 1e-300)) + direction * step
                 if excess(outside) > 0:
                     return float(np.exp(optimize.brentq(excess, *sorted((inside, outside)), xtol=1e-6)))
                 inside, step = outside, step * 1.5
             return open_end
 
-        # The grid of exponents is a little coarser than the fit, so that the centre itself may lie outside.
-        threshold = max(threshold, float(held(centre, EXPONENTS).min()) * (1 + 1e-9))
         return end(-1, 0.0), end(1, float("inf"))
 
 
 def _robust(fit: _Fit) -> _Fit:
-    """The fit without the points that the others speak against, then with Huber's weights for all."""
+    """Least squares; where the others speak against a point, the fit without it, then with Huber's weights for all."""
     kept = np.ones(len(fit.values))
     clean = fit
     while kept.sum() - 4 >= 2:  # one fewer must leave two degrees of freedom
@@ -297,6 +302,8 @@ def _robust(fit: _Fit) -> _Fit:
         if 2 * stats.t.sf(np.sqrt(max(ratio, 0.0)), freedom) * kept.sum() > OUTLIER_P_VALUE:
             break
         kept, clean = _leave_out(kept, index), without[index]
+    if kept.all():  # least squares, whose intervals are exact
+        return fit
     noise = max(clean.noise, 1e-12)
     for _ in range(20):
         huber = np.minimum(1.0, HUBER * noise / np.maximum(np.abs(clean.residuals), 1e-300))
@@ -336,7 +343,20 @@ def _intervals(fit: _Fit, confidence: float) -> dict[str, tuple[float, float]]:
 
 def _p_value_of_zero(fit: _Fit) -> float:
     """F test of E = 0 within the law; half of it, since E cannot be below 0."""
-    basis = fit.powers(EXPONENTS)
-    without = float(fit.losses(np.zeros_like(basis), basis).min())
-    ratio = max(without - fit.loss, 0.0) / max(fit.loss / fit.freedom, 1e-300)
+
+    def pure(exponents: Array) -> Array:
+        basis = fit.powers(exponents)
+        return fit.losses(np.zeros_like(basis), basis)
+
+    without = least(pure)[1]
+    ratio = max(without - fit.loss, 0.0) / (max(fit.loss, TINY) / fit.freedom)
     return float(stats.f.sf(ratio, 1, fit.freedom)) / 2
+
+
+def _p_value_of_constant(fit: _Fit) -> float:
+    """F test of an M that does not depend on D against the law, which has two numbers more."""
+    weights = fit.weights
+    mean = (weights * fit.values).sum() / weights.sum()
+    constant = float((weights * (fit.values - mean) ** 2).sum())
+    ratio = max(constant - fit.loss, 0.0) / 2 / (max(fit.loss, TINY) / fit.freedom)
+    return float(stats.f.sf(ratio, 2, fit.freedom))

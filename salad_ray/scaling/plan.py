@@ -306,11 +306,12 @@ class Amounts:
             self.web = float(config.world.num_web)
         heldout = config.ingest.passages.num_heldout if config.ingest.web else config.world.num_heldout
         self.passages["heldout"] = heldout if "heldout" in config.measured_sets else 0
-        self.passages["probe"] = config.cluster.num_clusters * config.probe.passages_per_cluster
+        second = config.stage2 is not None
+        self.passages["probe"] = config.cluster.num_clusters * config.probe.passages_per_cluster * second
         budget = config.select.budget_hours or self.natural * (config.select.budget_percent or 1.0) / 100
         if config.stage2 is not None:
             self._add("synthetic speech", budget, "h", "select.budget_*")
-        self.passages["active"] = budget / hours
+        self.passages["active"] = budget / hours * second
         self.passages["benchmark"] = self._items()
         self.hours = {name: number * hours for name, number in self.passages.items()}
         self.hours["benchmark"] = self.passages["benchmark"] * (
@@ -423,14 +424,16 @@ def amount_of(config: Config, step: Step, data: Amounts) -> float:
         own = {"web": data.web, "natural": float(config.world.num_natural)} | data.passages
         return data.web if step.stage in ("probe", "select") else own[name]
     if step.stage in ("synthesize", "encode", "align"):
-        return data.hours[name]
+        heard = len(config.evaluate.conditions) if (step.stage, name) == ("encode", "benchmark") else 1
+        return data.hours[name] * heard
     if step.stage == "measure":
         systems = 1 if name == "probe" else len(step.tables)
-        return data.hours["heldout" if name == "natural" else name] * systems
+        recorded = data.natural * config.ingest.heldout_share / (1 - config.ingest.heldout_share)
+        return (recorded if name == "natural" else data.hours[name]) * systems
     if step.stage == "pack":
         return data.utterances * math.ceil(data.epochs) if name == "natural" else data.passages["active"]
     if step.stage == "evaluate":
-        return data.passages["benchmark"] * len(step.tables)
+        return data.passages["benchmark"] * len(step.tables) * len(config.evaluate.conditions)
     if step.stage == "teacher":
         return float(config.model.tiny_lm.num_steps) if config.model.teacher == "world" else 1.0
     return 1.0
@@ -464,10 +467,9 @@ def stage_cost(config: Config, step: Step, data: Amounts, rates: Rates) -> Stage
     amount, shards = amount_of(config, step, data), shards_of(config, step, data)
     is_single = step.stage in ("teacher", "report")
     actors = 1 if is_single else actors_of(config, step, shards, rates)
-    passes = len(step.tables) if step.stage in ("measure", "evaluate") else 1
     waves = 1.0 if is_single else math.ceil(shards / actors) * actors / shards
     busy = (rate.unit or 0.0) * amount
-    secs = rate.start * passes + busy / actors * waves
+    secs = rate.start + busy / actors * waves
     gpus = gpus_of(config, step)
     gpu_hours, cpu_hours = (secs * actors * gpus / 3600, 0.0) if gpus else (0.0, secs * actors / 3600)
     money = gpu_hours * rates.prices.spot_gpu_hour + cpu_hours * rates.prices.cpu_hour
@@ -484,7 +486,8 @@ def _training_cost(config: Config, step: Step, data: Amounts, rates: Rates) -> S
         peak = training.mfu * PEAK_FLOPS[rates.cluster.gpu] if settings.use_gpu else training.cpu_flops
         busy, source = data.flops_per_position * positions / peak, "assumption"
     secs = rate.start * len(step.tables) + busy / workers
-    gpu_hours, cpu_hours = (secs * workers / 3600, 0.0) if settings.use_gpu else (0.0, secs * workers / 3600)
+    gpu_hours = secs * workers / 3600 if settings.use_gpu else 0.0  # a GPU's price has its machine's cores in it
+    cpu_hours = 0.0 if settings.use_gpu else secs * workers * settings.cpus_per_worker / 3600
     money = gpu_hours * rates.prices.gpu_hour + cpu_hours * rates.prices.cpu_hour
     return StageCost(step.stage, "", positions, "position", workers, secs, cpu_hours, gpu_hours, money, source)
 
@@ -492,13 +495,14 @@ def _training_cost(config: Config, step: Step, data: Amounts, rates: Rates) -> S
 def memory_table(config: Config, data: Amounts, rates: Rates) -> list[Memory]:
     """The configured setting first, then the other ZeRO stages and micro-batches that the lanes allow."""
     settings = config.distill
+    least = settings.num_workers if isinstance(settings.num_workers, int) else settings.num_workers[0]
     per_worker = max(1, config.pack.num_lanes // settings.most_workers * config.pack.rows_per_lane)
     limit = rates.cluster.gpu_memory_gib * 2**30 if settings.use_gpu else None
     found = []
     for stage in (1, 2, 3):
         for rows in sorted({size for size in MICRO_BATCHES if per_worker % size == 0} | {settings.micro_batch_rows}):
             changed = settings.model_copy(update={"zero_stage": stage, "micro_batch_rows": rows})
-            parts = training_memory(data.shape, changed, config.pack, settings.most_workers, data.speech_share)
+            parts = training_memory(data.shape, changed, config.pack, least, data.speech_share)
             own = (stage, rows) == (settings.zero_stage, settings.micro_batch_rows)
             fits = None if limit is None else parts["peak"] <= 0.92 * limit  # the rest is CUDA's and fragmentation
             found.append(Memory(stage, rows, own, parts, fits))
@@ -519,23 +523,25 @@ def storage_bytes(config: Config, data: Amounts, rates: Rates) -> dict[str, floa
         * (sizes.opus_hour if config.synthesize.audio_format == "OPUS" else sizes.flac_hour),
         "features": sum(data.hours.values()) * per_hour,
         "web text": data.web * sizes.text_passage,
-        "embeddings": data.web * 2 * (config.embed.dim if config.embed.embedder == "tfidf" else 384),
+        "embeddings": (data.web * 2 if config.stage2 is not None else 0.0)
+        * (config.embed.dim if config.embed.embedder == "tfidf" else 384),
         "plan": data.utterances * math.ceil(data.epochs) * sizes.plan_utterance,
         "checkpoints": 12.0 * student * (config.distill.keep_checkpoints + 1) * models,
         "models": float(width * student * models),
     }
 
 
-def measured_rates(rates: Rates, config: Config, steps: Sequence[Step]) -> Rates:
+def measured_rates(rates: Rates, config: Config, steps: Sequence[Step], planned: Config) -> Rates:
     """Rates with what a finished run has measured: starts and units of its stages, speech, training.
 
     Args:
         config, steps: of that run; its tables are read.
+        planned: what is planned; of another model, device or precision a rate stays what it was.
     """
     stages = dict(rates.stages)
     seen: dict[str, list[tuple[float, float, float | None]]] = {}
     for step in steps:
-        found = _measured(config, step)
+        found = _measured(config, step) if comparable(config, planned, step) else None
         if found is not None:
             seen.setdefault(kind_of(config, step), []).append(found)
     source = f"measured in {config.run_dir}"
@@ -553,6 +559,18 @@ def measured_rates(rates: Rates, config: Config, steps: Sequence[Step]) -> Rates
     return rates.model_copy(update=changes)
 
 
+def comparable(run: Config, planned: Config, step: Step) -> bool:
+    """Whether a step of a run tells how fast the planned one would be, on the same machines."""
+    same_model = (run.model.teacher, run.model.adapter) == (planned.model.teacher, planned.model.adapter)
+    if step.stage in ("stage1", "stage2"):
+        names = ("use_gpu", "precision", "activation_checkpointing", "compile")
+        same = all(getattr(run.distill, name) == getattr(planned.distill, name) for name in names)
+        return same_model and same and run.pack.context == planned.pack.context
+    if step.stage in ("measure", "evaluate"):
+        return same_model and gpus_of(run, step) == gpus_of(planned, step)
+    return kind_of(run, step) == kind_of(planned, step) and gpus_of(run, step) == gpus_of(planned, step)
+
+
 def _measured(config: Config, step: Step) -> tuple[float, float, float | None] | None:
     """Amount, start, and seconds of one actor for a unit (None where the waves do not tell); None if unfinished."""
     manifests = [Table(config.run_dir, step.set, name).manifest() for name in step.tables]
@@ -566,20 +584,16 @@ def _measured(config: Config, step: Step) -> tuple[float, float, float | None] |
         secs = done[0]["training"]["seconds"]
         return steps_, done[0]["seconds"] - secs, secs / steps_
     amount = _amount(config, step, done)
-    secs = sum(manifest.get("seconds", 0.0) for manifest in done) / _passes(step)
-    timed = done[0]
-    if not {"first_secs", "num_actors"} <= timed.keys() or not amount:
+    secs = sum(manifest.get("seconds", 0.0) for manifest in done)
+    timed = [manifest for manifest in done if {"first_secs", "num_actors"} <= manifest.keys()]
+    shards = sum(len(manifest["shards"]) for manifest in timed)
+    waves = math.ceil(shards / timed[0]["num_actors"]) if timed else 0
+    whole = bool(timed) and timed[0].get("num_made") == shards  # else it was resumed, and the times are of a part
+    if waves < 3 or not amount or not whole:  # too few to tell the start from the work
         return amount, secs, None
-    waves = math.ceil(len(timed["shards"]) / timed["num_actors"])
-    if waves < 3:  # too few to tell the start from the work
-        return amount, secs, None
-    wave = max(timed["seconds"] - timed["first_secs"], 0.0) / (waves - 1)
-    unit = wave * len(timed["shards"]) / (amount / _passes(step)) * 1.0
-    return amount, max(secs - wave * waves, 0.0), unit
-
-
-def _passes(step: Step) -> int:
-    return len(step.tables) if step.stage in ("measure", "evaluate") else 1
+    working = sum(manifest["seconds"] for manifest in timed) - timed[0]["first_secs"]
+    wave = max(working, 0.0) / (waves - 1)
+    return amount, max(secs - wave * waves, 0.0), wave * shards / amount
 
 
 def _measured_training(done: list[dict[str, Any]]) -> tuple[float, float, float | None]:
@@ -595,14 +609,14 @@ def _amount(config: Config, step: Step, done: list[dict[str, Any]]) -> float:
     if step.stage in ("synthesize", "encode", "align"):
         return _hours(Table(config.run_dir, step.set, step.tables[-1]))
     if step.stage == "measure":
-        return _hours(Table(config.run_dir, step.set, "features")) * _passes(step)
+        return _hours(Table(config.run_dir, step.set, "features")) * len(step.tables)
     if step.stage in ("probe", "select"):
         return float((Table(config.run_dir, "web", "passages").manifest() or {}).get("num_rows", 0))
     if "catalog" in step.tables:
         return _hours(Table(config.run_dir, step.set, "utterances"))
     if step.stage == "evaluate":
         items = Table(config.run_dir, "benchmark", "items").manifest() or {}
-        return float(items.get("num_rows", 0) * _passes(step))
+        return float(items.get("num_rows", 0) * len(step.tables))
     return float(done[0].get("num_kept", 0))
 
 

@@ -36,16 +36,17 @@ from salad_ray.config import Config, ConfigError, SweepConfig, identity, replace
 from salad_ray.console import clock, console, say, user_error
 from salad_ray.distill.checkpoints import checkpoint_at
 from salad_ray.distill.step import decay_start
-from salad_ray.distill.trainer import Job, TrainingStopped, train
+from salad_ray.distill.trainer import Job, TrainingStopped, train, worker_resources
 from salad_ray.model.speech_lm import EncoderSpec
 from salad_ray.report.card import model_card, speech_data
 from salad_ray.scaling.law import LawError, MisalignmentLaw, fit_misalignment_law
 from salad_ray.stages.common import PickPassages, Stage, StageError, finished, picked_shards, run_shards, start_ray
+from salad_ray.stages.pack import steps_of
 from salad_ray.stages.select import draw_selection
 from salad_ray.tables import Table, fingerprint, read_json, write_bytes, write_json
 
-UPSTREAM_OF_SELECTION = ("select.", "stage2.")
-"""Keys that change nothing before `select`."""
+SELECTION = "select."
+"""Keys that begin so change nothing before `select`."""
 WITHIN = 0.05
 """Of E: the data that the paper asks for."""
 
@@ -165,7 +166,7 @@ def actors_of_trial(config: Config, sweep: SweepConfig) -> int | None:
 def run_sweep_of_runs(config: Config, name: str, trials: list[Trial], flow: Flow) -> list[dict[str, Any]]:
     """Every combination as a run of its own, from the first stage that the grid changes."""
     sweep = config.sweeps[name]
-    is_selection = all(key.startswith(UPSTREAM_OF_SELECTION) for key in (*sweep.grid, *(["seed"] * bool(sweep.seeds))))
+    is_selection = all(key.startswith(SELECTION) for key in sweep.grid) and not sweep.seeds
     if is_selection and config.stage2 is None:
         raise ConfigError(
             f"sweeps.{name} varies {next(iter(sweep.grid))}, but the config has no stage2; add stage2: {{}}"
@@ -204,16 +205,17 @@ def pool_speech(config: Config, name: str, trials: list[Trial], flow: Flow) -> N
     for trial in trials:
         flow.run(trial.config, _before_selection(trial.config, flow))
         selections.append(draw_selection(trial.config))
-    pool = trials[0].config.model_copy(update={"run_dir": f"{config.run_dir}/sweeps/{name}/pool", "set": "active"})
+    versions = {
+        trial.name: finished(table, "select")["version"] for trial, table in zip(trials, selections, strict=True)
+    }
+    folder = f"{config.run_dir}/sweeps/{name}/pool-{fingerprint(versions)[:8]}"
+    pool = trials[0].config.model_copy(update={"run_dir": folder, "set": "active"})
     flow.run(pool, _before_selection(pool, flow))
     chosen = (
         pa.concat_tables(table.read("part-00000", ["passage_id", "cluster_id", "shard"]) for table in selections)
         .group_by(["passage_id", "cluster_id", "shard"])
         .aggregate([])
     )
-    versions = {
-        trial.name: finished(table, "select")["version"] for trial, table in zip(trials, selections, strict=True)
-    }
     stage = Stage("select", Table(pool.run_dir, "active", "passages"), {}, versions)
     run_shards(pool, stage, picked_shards(pool, chosen), partial(PickPassages, pool, "train"))
     for each in ("synthesize", "encode"):
@@ -222,7 +224,7 @@ def pool_speech(config: Config, name: str, trials: list[Trial], flow: Flow) -> N
     for trial in trials:
         for table in ("passages", "utterances", "features"):
             own = Table(trial.config.run_dir, "active", table)
-            if own.linked_to() is None:
+            if own.linked_to() is None:  # one that began with a smaller pool goes on with it
                 own.link(Table(pool.run_dir, "active", table).url)
 
 
@@ -231,25 +233,30 @@ def _before_selection(config: Config, flow: Flow) -> list[Step]:
 
 
 def budget_sweep(config: Config, name: str, trials: list[Trial], flow: Flow) -> list[dict[str, Any]]:
-    """Trunks first, one for each combination, then the branches."""
+    """Trunks first, one for each combination, then the branches; of a trunk that failed, those that it reached."""
     sweep = config.sweeps[name]
     flow.run(config, shared_steps(config, flow, "stage1", sweep.evaluate))
+    trials = [with_shared_plan(config, name, trial, flow) for trial in trials]
     trunks = run_trials(config, name, trials, partial(_trunk, flow=flow, sweep=sweep), kind="trunks")
     failed = {row["trial"]: row["error"] for row in trunks if row["error"]}
-    branches, rows = [], []
-    for trial in trials:
-        for budget in sweep.budgets:
-            branch = _branch_trial(trial, sweep, budget)
-            if trial.name in failed:
-                rows.append(branch.row | {"error": f"its trunk failed: {failed[trial.name]}"})
-            else:
-                branches.append(branch)
-    rows += run_trials(config, name, branches, partial(_branch, flow=flow, sweep=sweep), kind="branches")
-    order = {
-        _branch_trial(trial, sweep, budget).name: index
-        for index, (trial, budget) in enumerate(itertools.product(trials, sweep.budgets))
-    }
-    return sorted(rows, key=lambda row: order[row["trial"]])
+    branches = [_branch_trial(trial, sweep, budget) for trial in trials for budget in sweep.budgets]
+    rows = run_trials(config, name, branches, partial(_branch, flow=flow, sweep=sweep), kind="branches")
+    for row in rows:
+        trunk = failed.get(row["trial"].rsplit("/", 1)[0])
+        if trunk and row["error"]:
+            row["error"] = f"its trunk failed: {trunk}"
+    return rows
+
+
+def with_shared_plan(config: Config, name: str, trial: Trial, flow: Flow) -> Trial:
+    """The trial above a run that has the plan for the largest budget; trials that need the same share it."""
+    own = trial.config
+    same = fingerprint(
+        identity(own, "pack", "world", "ingest", "synthesize", "align", "encode", "model.teacher", "seed")
+    )
+    shared = own.model_copy(update={"run_dir": f"{config.run_dir}/sweeps/{name}/shared-{same[:8]}"})
+    flow.run(shared, itertools.takewhile(lambda step: step.stage != "stage1", flow.steps(shared)))
+    return replace(trial, config=own.model_copy(update={"base_run": shared.run_dir}))
 
 
 def _branch_trial(trial: Trial, sweep: SweepConfig, budget: float) -> Trial:
@@ -263,10 +270,18 @@ def _branch_trial(trial: Trial, sweep: SweepConfig, budget: float) -> Trial:
 def _trunk(trial: Trial, flow: Flow, sweep: SweepConfig) -> None:
     """Train at a constant rate to where the largest budget's decay begins; lengthens a trunk that ends before."""
     config = trial.config
-    flow.run(config, [step for step in flow.steps(config) if step.stage not in ("stage1", "evaluate", "report")])
-    steps = steps_of_budgets(config, sweep)
-    points = tuple(branch_points(steps, config.distill.decay_share))
-    warmup = sweep.warmup_steps or max(1, round(config.distill.warmup_share * min(steps)))
+    steps = trial_steps(config, flow, sweep.evaluate)
+    flow.run(config, [step for step in steps if step.stage not in ("stage1", "evaluate", "report")])
+    budgets = steps_of_budgets(config, sweep)
+    points = tuple(branch_points(budgets, config.distill.decay_share))
+    warmup = sweep.warmup_steps or max(1, round(config.distill.warmup_share * min(budgets)))
+    if points[0] < warmup:
+        raise StageError(
+            f"the decay of the smallest budget, {min(budgets)} steps, begins at step {points[0]}, before the warm-up "
+            f"of {warmup} steps has ended; name larger budgets, or a smaller warmup_steps or distill.decay_share"
+        )
+    if points == tuple(budgets):
+        raise StageError("a sweep with budgets needs a decay, which branches off; raise distill.decay_share")
     constant = config.model_copy(
         update={"distill": config.distill.model_copy(update=dict.fromkeys(("num_steps", "num_positions")))}
     )
@@ -302,11 +317,12 @@ def branch_points(steps: Sequence[int], decay_share: float) -> list[int]:
 
 
 def steps_of_budgets(config: Config, sweep: SweepConfig) -> list[int]:
-    """The budgets in optimizer steps; positions are converted as `pack` has converted the largest."""
+    """The budgets in optimizer steps; positions are converted as `pack` does, each by itself."""
     if sweep.num_steps:
         return sorted(set(sweep.num_steps))
-    plan = finished(Table(config.run_dir, "natural", "plan"), "pack")
-    return [max(1, math.ceil(plan["num_steps"] * budget / sweep.budgets[-1])) for budget in sweep.budgets]
+    plan = Table(config.run_dir, "natural", "plan")
+    ends = [config.distill.model_copy(update={"num_positions": budget}) for budget in sweep.budgets]
+    return [steps_of(end, config, plan) for end in ends]
 
 
 def _branch(trial: Trial, flow: Flow, sweep: SweepConfig) -> None:
@@ -331,7 +347,11 @@ def _branch(trial: Trial, flow: Flow, sweep: SweepConfig) -> None:
 def _decay(config: Config, num_steps: int) -> None:
     assert config.base_run is not None
     point = decay_start(num_steps, config.distill.decay_share)
-    inputs = training_inputs(config) | {"trunk": finished(Table(config.base_run, "", "trunk"), "sweep")}
+    trunk = Table(config.base_run, "", "trunk")
+    begun = read_json(f"{trunk.url}/begun.json")
+    if begun is None:
+        raise StageError(f"{trunk.url} was not begun")
+    inputs = training_inputs(config) | {"trunk": begun}
     stage = Stage(
         "sweep",
         Table(config.run_dir, "", "stage1"),
@@ -341,7 +361,7 @@ def _decay(config: Config, num_steps: int) -> None:
     if stage.is_done():
         return
     stage.begin()
-    start = checkpoint_at(f"{Table(config.base_run, '', 'trunk').url}/checkpoints", point)
+    start = checkpoint_at(f"{trunk.url}/checkpoints", point)
     teacher, features = inputs["teacher"], inputs["features"]
     job = Job(
         config,
@@ -382,11 +402,8 @@ def run_trials(
     config: Config, name: str, trials: Sequence[Trial], work: Callable[[Trial], None], kind: str = "trainings"
 ) -> list[dict[str, Any]]:
     """Run those that are not done, several at a time; a row each, with `error` ("" where it went well)."""
-    versions = {
-        label: (Table(config.run_dir, set_, label).manifest() or {}).get("version")
-        for set_, label in (("", "teacher"), ("natural", "features"), ("heldout", "features"))
-    }
-    prints = {trial.name: _fingerprint(trial, kind, versions) for trial in trials}
+    decided = _decided(config, name)
+    prints = {trial.name: _fingerprint(trial, kind, decided) for trial in trials}
     done = {trial.name: _done_row(trial, kind, prints[trial.name]) for trial in trials}
     pending = [trial for trial in trials if done[trial.name] is None]
     sweep = config.sweeps[name]
@@ -403,12 +420,11 @@ def run_trials(
 
 def concurrency(config: Config) -> int:
     """Trials whose training workers the cluster has room for."""
-    cluster = ray.cluster_resources()
-    settings = config.distill
-    room = cluster.get("CPU", 1) // (settings.most_workers * settings.cpus_per_worker)
-    if settings.use_gpu:
-        room = min(room, cluster.get("GPU", 0) // settings.most_workers)
-    return max(1, int(room))
+    cluster, settings = ray.cluster_resources(), config.distill
+    rooms = (
+        cluster.get(name, 0) // (number * settings.most_workers) for name, number in worker_resources(settings).items()
+    )
+    return max(1, int(min(rooms)))
 
 
 def _tune(
@@ -443,7 +459,9 @@ def _tune(
         label = (result.config or {})["trial"]
         if result.error is not None:
             errors[label] = _first_line(result.error)
-        elif (result.metrics or {}).get("error"):
+        elif "error" not in (result.metrics or {}):  # Tune ends quietly at the first Ctrl-C
+            raise KeyboardInterrupt
+        elif result.metrics["error"]:
             errors[label] = result.metrics["error"]
     return errors
 
@@ -482,9 +500,22 @@ class _Progress(tune.Callback):
         say(f"{self.label}: {trial.config['trial']} {state}; {self.done}/{self.total}, ETA {clock(rest)}")
 
 
-def _fingerprint(trial: Trial, kind: str, versions: dict[str, Any]) -> str:
+def _decided(config: Config, name: str) -> dict[str, Any]:
+    """What decides a trial's outcome beside its own config: what it takes over, and what the sweep says."""
+    sets = ("natural", "heldout", "probe", "benchmark")
+    read = [("", "teacher"), ("", "stage1"), ("benchmark", "items"), *((name, "features") for name in sets)]
+    versions = {
+        f"{of}/{table}": (Table(config.run_dir, of, table).manifest() or {}).get("version") for of, table in read
+    }
+    sweep = config.sweeps[name]
+    if sweep.budgets:
+        del versions["/stage1"]
+    return {"versions": versions, "evaluate": sweep.evaluate, "warmup_steps": sweep.warmup_steps}
+
+
+def _fingerprint(trial: Trial, kind: str, decided: dict[str, Any]) -> str:
     sections = set(Config.model_fields) - {"run_dir", "base_run", "ray", "sweeps", "set"}
-    return fingerprint({"kind": kind, "versions": versions, "config": identity(trial.config, *sorted(sections))})
+    return fingerprint({"kind": kind, "decided": decided, "config": identity(trial.config, *sorted(sections))})
 
 
 def _done_row(trial: Trial, kind: str, print_: str) -> dict[str, Any] | None:

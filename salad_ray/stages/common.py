@@ -105,6 +105,9 @@ class Stage:
         if manifest is None:
             return False
         lost = set(manifest.get("shards", ())) - set(self.table.shards())
+        if lost and self.table.linked_to():
+            self.table.unlink()  # it is for its own run to mend
+            return self.is_done()
         if lost:
             say(f"{self.label}: {len(lost)} shards of {self.table.url} are gone, {min(lost)} first; making them again")
         return not lost
@@ -157,8 +160,10 @@ class Stage:
 
 def training_budget(config: Config) -> dict[str, Any]:
     """What decides how many steps a plan must last."""
-    keys = ("distill.num_steps", "distill.num_positions", "distill.decay_share", "pack.rows_per_lane", "stage2")
-    return identity(config, *keys)
+    keys = ("distill.num_steps", "distill.num_positions", "distill.decay_share", "pack.rows_per_lane")
+    second = config.stage2
+    ends = None if second is None else {"num_steps": second.num_steps, "num_positions": second.num_positions}
+    return identity(config, *keys) | {"stage2": ends}
 
 
 def finished(table: Table, writer: str) -> dict[str, Any]:
@@ -175,6 +180,15 @@ def finished(table: Table, writer: str) -> dict[str, Any]:
     return manifest
 
 
+@dataclass(frozen=True)
+class Work:
+    """What one stage does: shard name → payload (plain JSON data), and what builds the worker inside its actor."""
+
+    stage: Stage
+    items: dict[str, Any]
+    make_worker: Callable[[], Worker]
+
+
 def run_shards(
     config: Config,
     stage: Stage,
@@ -184,15 +198,28 @@ def run_shards(
     **facts: Any,
 ) -> None:
     """Skip the stage if it is done; else do every item whose shard is missing and write the manifest, with `facts`."""
-    if stage.is_done():
-        check_strict(config, stage)
-        say(f"{stage.label}: done already, {stage.table.url}")
-        return
+    run_together(config, [Work(stage, items, make_worker)], num_gpus, **facts)
+
+
+def run_together(config: Config, works: Sequence[Work], num_gpus: float = 0.0, **facts: Any) -> None:
+    """`run_shards` for several tables by the same actors, which have one worker at a time: they start once for all."""
+    pending = []
+    for work in works:
+        if work.stage.is_done():
+            check_strict(config, work.stage)
+            say(f"{work.stage.label}: done already, {work.stage.table.url}")
+        else:
+            work.stage.begin()
+            pending.append(work)
     started = time.monotonic()
-    stage.begin()
-    counts = make_shards(config, stage, items, make_worker, num_gpus)
-    stage.finish(**counts, **facts, seconds=round(time.monotonic() - started, 2))
-    say(f"{stage.label}: {counts['num_kept']:,} kept in {time.monotonic() - started:.1f} s → {stage.table.url}")
+    pace = _do(config, pending, num_gpus)
+    secs = time.monotonic() - started
+    total = sum(len(work.items) for work in pending)
+    for work in pending:
+        counts = checked_counts(config, work.stage, list(work.items))
+        own_secs = secs * len(work.items) / total
+        work.stage.finish(**counts, **pace, **facts, seconds=round(own_secs, 2))
+        say(f"{work.stage.label}: {counts['num_kept']:,} kept in {own_secs:.1f} s → {work.stage.table.url}")
 
 
 def make_shards(
@@ -208,12 +235,22 @@ def make_shards(
     Raises:
         StageError: with strict=true at the first bad input; when too large a share is rejected; without items.
     """
-    done = set(stage.table.shards())
-    pending = {name: payload for name, payload in items.items() if name not in done}
-    if done and pending:
-        say(f"{stage.label}: continuing, {len(items) - len(pending)} of {len(items)} shards are there already")
-    pace = _map_on_ray(config, stage, pending, make_worker, num_gpus) if pending else {}
+    pace = _do(config, [Work(stage, items, make_worker)], num_gpus)
     return checked_counts(config, stage, list(items)) | pace
+
+
+def _do(config: Config, works: Sequence[Work], num_gpus: float) -> dict[str, float]:
+    """Make the shards that are missing; returns the pace (`_map_on_ray`)."""
+    missing = []
+    for work in works:
+        done = set(work.stage.table.shards())
+        items = {name: payload for name, payload in work.items.items() if name not in done}
+        if done and items:
+            there = f"{len(work.items) - len(items)} of {len(work.items)} shards are there already"
+            say(f"{work.stage.label}: continuing, {there}")
+        if items:
+            missing.append(replace(work, items=items))
+    return _map_on_ray(config, missing, num_gpus) if missing else {}
 
 
 def gather(config: Config, label: str, shards: Sequence[str], work: Callable[[str], pa.Table]) -> pa.Table:
@@ -345,7 +382,7 @@ def checked_counts(config: Config, stage: Stage, shards: Sequence[str]) -> dict[
     counts = count_shards(stage.table, shards)
     check_counts(config, stage, counts)
     if counts["num_rejected"]:
-        rejects = Table(stage.table.run_dir, stage.table.set, "rejects")
+        rejects = stage.table.rejects
         say(
             f"{stage.label}: {counts['num_rejected']:,} rejected, the reasons are in {rejects.url}/{stage.table.name}-*"
         )
@@ -389,15 +426,20 @@ def require_gpus(label: str, num_gpus: float, remedy: str = "") -> None:
 
 
 class _ShardWriter:
-    """The actor: makes its worker once, then turns items into shards."""
+    """The actor: turns items into shards; makes the worker of a table when the first item of that table comes."""
 
-    def __init__(self, make_worker: Callable[[], Worker], stage: Stage) -> None:
-        self.worker = make_worker()
-        self.stage = stage
+    def __init__(self, works: Sequence[tuple[Callable[[], Worker], Stage]]) -> None:
+        self.works = works
+        self.current = -1
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        make_worker, stage = self.works[item["work"]]
+        if item["work"] != self.current:
+            self.worker: Worker | None = None  # the former one goes first
+            self.worker, self.current = make_worker(), item["work"]
+        assert self.worker is not None
         try:
-            write_shard(self.stage.table, item["shard"], self.worker(json.loads(item["payload"])))
+            write_shard(stage.table, item["shard"], self.worker(json.loads(item["payload"])))
         except StageError as error:
             return {"error": str(error)}
         return {"error": ""}
@@ -423,33 +465,36 @@ def write_shard(table: Table, shard: str, parts: Iterator[ShardPart]) -> None:
             Table(table.run_dir, table.set, "rejects").write(f"{table.name}-{shard}", to_arrow(Reject, rejects))
 
 
-def _map_on_ray(
-    config: Config, stage: Stage, items: dict[str, Any], make_worker: Callable[[], Worker], num_gpus: float
-) -> dict[str, float]:
+def _map_on_ray(config: Config, works: Sequence[Work], num_gpus: float) -> dict[str, float]:
     """Returns what tells the start from the work: actors, and seconds until the first item was done."""
     start_ray(config)
     started = time.monotonic()
+    label = works[0].stage.label
+    rows = [
+        {"work": number, "shard": name, "payload": json.dumps(payload)}
+        for number, work in enumerate(works)
+        for name, payload in work.items.items()
+    ]
     cluster = ray.cluster_resources()
     room = int(cluster.get("GPU", 0) / num_gpus) if num_gpus else int(cluster.get("CPU", 1))
     if config.ray.max_actors is None:
-        require_gpus(stage.label, num_gpus, "; if it grows on demand, say by ray.max_actors how far")
-    num_actors = max(1, min(config.ray.max_actors or room, len(items)))
-    rows = [{"shard": name, "payload": json.dumps(payload)} for name, payload in items.items()]
+        require_gpus(label, num_gpus, "; if it grows on demand, say by ray.max_actors how far")
+    num_actors = max(1, min(config.ray.max_actors or room, len(rows)))
     results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         _ShardWriter,
-        fn_constructor_args=(make_worker, stage),
+        fn_constructor_args=([(work.make_worker, work.stage) for work in works],),
         compute=ray.data.ActorPoolStrategy(min_size=max(1, min(room, num_actors)), max_size=num_actors),
         num_cpus=1,
         num_gpus=num_gpus or None,
     )
     first_secs = 0.0
-    with progress(stage.label, len(items), "shards") as advance:
+    with progress(label, len(rows), "shards") as advance:
         for result in results.iter_rows():
             if result["error"]:
                 raise StageError(result["error"])
             first_secs = first_secs or time.monotonic() - started
             advance(1)
-    return {"num_actors": num_actors, "first_secs": round(first_secs, 2)}
+    return {"num_actors": num_actors, "num_made": len(rows), "first_secs": round(first_secs, 2)}
 
 
 def check_strict(config: Config, stage: Stage) -> None:
@@ -461,7 +506,7 @@ def check_strict(config: Config, stage: Stage) -> None:
 
 
 def _first_reject(stage: Stage) -> dict[str, str]:
-    rejects = Table(stage.table.run_dir, stage.table.set, "rejects")
+    rejects = stage.table.rejects
     name = next((name for name in rejects.shards() if name.startswith(f"{stage.table.name}-")), None)
     return rejects.read(name).to_pylist()[0] if name else {"key": "", "reason": "no input"}
 

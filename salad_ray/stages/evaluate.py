@@ -19,7 +19,16 @@ from salad_ray.sequences.batch import frames_of
 from salad_ray.speech.audio import load_utterance
 from salad_ray.speech.augment import distort
 from salad_ray.speech.recognise import load_recogniser, word_error_rate
-from salad_ray.stages.common import ShardPart, Stage, StageError, condition_of, finished, keep_or_reject, run_shards
+from salad_ray.stages.common import (
+    ShardPart,
+    Stage,
+    StageError,
+    Work,
+    condition_of,
+    finished,
+    keep_or_reject,
+    run_together,
+)
 from salad_ray.tables import Features, Item, Score, Table, Utterance, local_folder, stable_hash, to_arrow
 
 SPOKEN_RATE = 16000
@@ -34,8 +43,7 @@ def run(config: Config) -> None:
     if not config.has_benchmark:
         say("evaluate: no benchmarks; name some in evaluate.benchmarks")
         return
-    for system in systems_of(config):
-        _evaluate(config, system)
+    run_together(config, [_work(config, system) for system in systems_of(config)], config.evaluate.num_gpus)
 
 
 def systems_of(config: Config) -> list[str]:
@@ -44,7 +52,8 @@ def systems_of(config: Config) -> list[str]:
     return ["base", *trained, *(["cascade"] if config.evaluate.cascade != "none" else [])]
 
 
-def _evaluate(config: Config, system: str) -> None:
+def _work(config: Config, system: str) -> Work:
+    """Asking one system."""
     teacher = finished(Table(config.run_dir, "", "teacher"), "teacher")
     items = finished(Table(config.run_dir, "benchmark", "items"), "ingest")
     inputs, keys = {"items": items["version"], "teacher": teacher["version"]}, ["evaluate.num_shots"]
@@ -68,8 +77,7 @@ def _evaluate(config: Config, system: str) -> None:
         identity(config, *keys, "distill.precision", "pack.context", "seed"),
         inputs,
     )
-    worker = partial(AskShard, config, system, teacher)
-    run_shards(config, stage, work, worker, config.evaluate.num_gpus)
+    return Work(stage, work, partial(AskShard, config, system, teacher))
 
 
 def _recogniser(config: Config, device: str) -> Any:

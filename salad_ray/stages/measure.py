@@ -14,7 +14,7 @@ from salad_ray.model.speech_lm import EncoderSpec, SpeechLM, load_text_lm
 from salad_ray.sequences.batch import collate
 from salad_ray.sequences.loader import samples_of
 from salad_ray.sequences.plan import plan_lane
-from salad_ray.stages.common import ShardPart, Stage, StageError, finished, run_shards
+from salad_ray.stages.common import ShardPart, Stage, StageError, Work, finished, run_together
 from salad_ray.tables import Features, Measurement, PlanRow, Table, local_folder, to_arrow
 
 SYSTEMS = ("untrained", "stage1", "stage2", "control")
@@ -26,22 +26,22 @@ def run(config: Config) -> None:
     A set that is not measured stands for those that are.
     """
     if config.set == "probe":
-        _measure(config, "probe", "stage1")
+        run_together(config, _works(config, "probe", "stage1"), config.measure.num_gpus)
         return
     sets = (config.set,) if config.set in config.measured_sets else config.measured_sets
-    for name in sets:
-        for system in SYSTEMS:
-            _measure(config, name, system)
+    works = [work for name in sets for system in SYSTEMS for work in _works(config, name, system)]
+    run_together(config, works, config.measure.num_gpus)
 
 
-def _measure(config: Config, name: SetName, system: str) -> None:
+def _works(config: Config, name: SetName, system: str) -> list[Work]:
+    """Measuring one system on one set; none if the system was not trained yet."""
     teacher = finished(Table(config.run_dir, "", "teacher"), "teacher")
     features = finished(Table(config.run_dir, name, "features"), "encode")
     trained = Table(config.run_dir, "", system).manifest()
     if system != "untrained" and trained is None:
         if system == "stage1":
             say("measure: no stage1 model yet; run `salad stage1 CONFIG` to have one")
-        return
+        return []
     inputs = {} if trained is None else {"model": trained["version"]}
     keys = ["measure", "distill.precision", "pack.context", "pack.text_words", "pack.speech_words", "seed"]
     stage = Stage(
@@ -51,8 +51,9 @@ def _measure(config: Config, name: SetName, system: str) -> None:
         inputs | {"teacher": teacher["version"], "features": features["version"]},
     )
     items = {shard: shard for shard in features["shards"]}
-    worker = partial(MeasureShard, config.model_copy(update={"set": name}), system, teacher, features)
-    run_shards(config, stage, items, worker, config.measure.num_gpus)
+    return [
+        Work(stage, items, partial(MeasureShard, config.model_copy(update={"set": name}), system, teacher, features))
+    ]
 
 
 class MeasureShard:

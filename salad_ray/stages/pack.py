@@ -48,24 +48,25 @@ def run(config: Config) -> None:
         inputs,
     )
     done = stage.table.manifest() if stage.is_done() else None
-    if done is not None and stage.table.linked_to() and done["budget"] != training_budget(config):
-        stage.table.unlink()  # a plan of another run is never lengthened
-        done = None
     started = time.monotonic()
     stage.begin()
     worker = partial(PackLane, config, teacher, list(features["shards"]))
     first = epoch_items(config, [0])
     make_shards(config, stage, first, worker)
     facts = active_facts(config, stage.table) if config.set == "active" else natural_facts(config, stage.table)
+    if done is not None and all(done[name] == value for name, value in facts.items()):
+        say(f"{stage.label}: done already, {stage.table.url}")
+        return
+    if stage.table.linked_to():  # a plan of another run is never lengthened
+        stage.table.unlink()
+        run(config)
+        return
     num_epochs = epochs_for(stage.table, config, facts["rows_per_lane"])
     counts = make_shards(config, stage, epoch_items(config, range(num_epochs)), worker)
     while min(rows_of_lanes(config, counts["shards"])) < facts["rows_per_lane"]:  # later epochs have other rows
         num_epochs += 1
         counts = make_shards(config, stage, epoch_items(config, range(num_epochs)), worker)
     facts["num_epochs"] = num_epochs
-    if done is not None and all(done[name] == value for name, value in facts.items()):
-        say(f"{stage.label}: done already, {stage.table.url}")
-        return
     stage.finish(**counts, **facts, seconds=round(time.monotonic() - started, 2))
     mixed = f", {facts['active_share']:.1%} of Stage II's rows" if config.set == "active" else ""
     say(

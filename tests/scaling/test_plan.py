@@ -74,7 +74,6 @@ def test_prices_and_rates_come_from_the_users_file(tmp_path: Path) -> None:
         (lambda rates: rates["stages"].pop("encode mimi"), "encode mimi"),
         (lambda rates: rates["corpora"].pop("libriheavy"), "how many hours 'libriheavy' has"),
         (lambda rates: rates["web"].clear(), "how many passages 'fineweb-edu' has"),
-        (lambda rates: rates["models"].clear(), "its config cannot be read here"),
         (lambda rates: rates["cluster"].update(gpu="RTX 9000"), "cluster.gpu"),
     ],
 )
@@ -88,6 +87,20 @@ def test_what_the_rates_do_not_know_is_named(change: object, words: str, tmp_pat
         make_plan(config, pipeline.steps(config), load_rates(str(own)))
 
 
+def test_a_model_that_cannot_be_looked_up_is_named(tmp_path: Path) -> None:
+    config = load_config(ROOT / "configs" / "salad_3b.yaml", [f"model.teacher={tmp_path}"])
+    with pytest.raises(ConfigError, match=r"its config cannot be read here.*`models`"):
+        make_plan(config, pipeline.steps(config), load_rates())
+
+
+def test_rates_of_another_model_are_not_taken(finished_run: Config) -> None:
+    paper = load_config(ROOT / "configs" / "salad_3b.yaml")
+    rates = measured_rates(load_rates(), finished_run, pipeline.steps(finished_run), paper)
+    assert {rates.stages[name].source for name in ("train", "measure", "evaluate", "synthesize espeak")} == {
+        "assumption"
+    }
+
+
 def test_a_missing_rates_file_says_what_to_copy(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no such file; copy .*rates\.yaml"):
         load_rates(str(tmp_path / "none.yaml"))
@@ -95,7 +108,7 @@ def test_a_missing_rates_file_says_what_to_copy(tmp_path: Path) -> None:
 
 def test_a_run_gives_its_own_rates(finished_run: Config) -> None:
     steps = pipeline.steps(finished_run)
-    rates = measured_rates(load_rates(), finished_run, steps)
+    rates = measured_rates(load_rates(), finished_run, steps, finished_run)
     for kind in ("synthesize espeak", "encode log_mel", "train", "teacher world"):
         rate = rates.stages[kind]
         assert rate.source.startswith("measured in"), kind

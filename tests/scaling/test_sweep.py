@@ -14,7 +14,7 @@ from salad_ray import pipeline
 from salad_ray.config import Config, ConfigError, SweepConfig, parse_config, replaced
 from salad_ray.model.speech_lm import SpeechLM
 from salad_ray.scaling.sweep import branch_points, grid_trials, laws, trial_name
-from salad_ray.tables import PlanRow, Selected, Table
+from salad_ray.tables import PlanRow, Selected, Table, TableError
 
 BUDGETS = (4, 8)
 WARMUP = 2
@@ -126,12 +126,56 @@ def test_the_run_itself_is_left_as_it_was(swept: Config, finished_run: Config) -
         assert before == after, name
 
 
-def test_a_second_sweep_runs_only_what_failed(swept: Config, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_sweep_of_what_is_done_runs_nothing(swept: Config, capsys: pytest.CaptureFixture[str]) -> None:
     only_good = replaced(swept, {"sweeps": {"gamma": SWEEPS["gamma"]}})
     before = results(swept, "gamma")
     pipeline.run_sweeps(only_good)
     assert "0 of 2 trainings to run" in capsys.readouterr().out
     assert results(swept, "gamma")["rows"] == before["rows"]
+
+
+@pytest.mark.slow
+def test_a_sweep_grows_by_a_budget_and_a_value_and_tries_again_what_failed(
+    swept: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(swept.run_dir, folder)
+    rate = SWEEPS["rate"] | {"num_steps": [*BUDGETS, 12]}
+    more = {"rate": rate, "gamma": {"grid": {"select.gamma": [0, 5, 2]}}}
+    config = replaced(swept, {"run_dir": str(folder), "sweeps": more})
+    with pytest.raises(ConfigError, match="3 trainings failed"):
+        pipeline.run_sweeps(config)
+    assert "1 of 3 trainings to run" in capsys.readouterr().out
+    rows = results(config, "rate")["rows"]
+    assert [bool(row["error"]) for row in rows] == [False] * 3 + [True] * 3
+    assert rows[0]["misalignment"] == results(swept, "rate")["rows"][0]["misalignment"]
+    assert rows[2]["num_positions"] > rows[1]["num_positions"]
+    assert [row["error"] for row in results(config, "gamma")["rows"]] == [""] * 3
+
+
+def test_nothing_is_written_to_a_table_that_was_taken_over(swept: Config, finished_run: Config, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished_run.run_dir, folder)
+    base = replaced(finished_run, {"run_dir": str(folder)})
+    own = replaced(base, {"run_dir": str(tmp_path / "own"), "base_run": base.run_dir})
+    for stage, name in (("ingest", "web"), ("teacher", "natural"), ("ingest", "natural"), ("synthesize", "natural")):
+        pipeline.run_stage(own, stage, name)
+    table = Table(own.run_dir, "natural", "utterances")
+    assert table.linked_to() == f"{base.run_dir}/natural/utterances"
+    with pytest.raises(TableError, match="taken over"):
+        table.write("part-00000", table.read(table.shards()[0]))
+    pipeline.redo(own, "synthesize", "natural")  # the base keeps its own
+    assert Table(base.run_dir, "natural", "utterances").shards()
+    pipeline.run_stage(own, "synthesize", "natural", anew=True)
+    assert table.linked_to() is None
+    assert table.shards() == Table(base.run_dir, "natural", "utterances").shards()
+    lost = Table(base.run_dir, "natural", "utterances").shards()[0]
+    table.delete()
+    Path(base.run_dir, "natural/utterances", f"{lost}.parquet").unlink()
+    pipeline.run_stage(own, "synthesize", "natural")  # it does not mend the base, but makes its own
+    assert table.linked_to() is None
+    assert lost in table.shards()
+    assert lost not in Table(base.run_dir, "natural", "utterances").shards()
 
 
 def test_the_report_shows_the_sweeps(swept: Config) -> None:
@@ -175,6 +219,8 @@ def test_names_of_trials_are_names_of_folders() -> None:
         ({"grid": {"seed": [1, 2]}}, "name seeds"),
         ({"grid": {"distill.alpha": [1]}, "num_steps": [1], "num_positions": [1.0]}, "give one of them"),
         ({"grid": {"distill.alpha": [1]}, "num_steps": [0]}, "above 0"),
+        ({"grid": {"select.gamma": [1]}, "num_steps": [4]}, "does not change"),
+        ({"grid": {"set": ["web"]}}, "cannot vary 'set'"),
     ],
 )
 def test_a_sweep_that_cannot_be_is_refused(sweep: dict[str, Any], words: str) -> None:
@@ -187,6 +233,8 @@ def test_a_value_that_makes_no_config_is_refused_before_anything_runs() -> None:
         grid_trials(small({"grid": {"distill.alpha": [1, 2]}}), "one")
     with pytest.raises(ConfigError, match=r"did you mean 'distill\.alpha'"):
         grid_trials(small({"grid": {"distill.alhpa": [1]}}), "one")
+    with pytest.raises(ConfigError, match="'alpha' is a value"):
+        grid_trials(small({"grid": {"distill.alpha.x": [1]}}), "one")
     with pytest.raises(ConfigError, match="there is no sweep 'two'"):
         pipeline.run_sweeps(small({"grid": {"distill.alpha": [1]}}), "two")
 

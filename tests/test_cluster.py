@@ -1,0 +1,123 @@
+"""cluster.yaml and deploy/kuberay.yaml: valid for Ray, closed to the world, with room for what the configs ask for."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.autoscaler._private.util import fillout_defaults, validate_config
+
+from salad_ray import pipeline
+from salad_ray.config import Config, load_config
+from salad_ray.scaling.plan import gpus_of
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ("salad_3b", "salad_7b")
+
+
+def cluster() -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    return content
+
+
+def ray_job() -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "kuberay.yaml").read_text())
+    return content
+
+
+def pools() -> dict[str, dict[str, dict[str, Any]]]:
+    """Resources and most nodes of every worker pool, by file and pool."""
+    aws = {
+        name: {"resources": kind["resources"], "most": kind["max_workers"]}
+        for name, kind in cluster()["available_node_types"].items()
+        if name != "head"
+    }
+    groups = {}
+    for group in ray_job()["spec"]["rayClusterSpec"]["workerGroupSpecs"]:
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        own = json.loads(json.loads(group["rayStartParams"].get("resources", '"{}"')))
+        resources = {"CPU": int(limits["cpu"]), "GPU": int(limits.get("nvidia.com/gpu", 0))} | own
+        groups[group["groupName"]] = {"resources": resources, "most": group["maxReplicas"]}
+    return {"cluster.yaml": aws, "kuberay.yaml": groups}
+
+
+def demands(config: Config) -> dict[str, tuple[dict[str, float], int]]:
+    """What an actor or worker of each step asks for, and how many there must be at once."""
+    found = {}
+    for step in pipeline.steps(config):
+        gpus = gpus_of(config, step)
+        found[f"{step.stage} {step.set}".strip()] = ({"CPU": 1.0} | ({"GPU": gpus} if gpus else {}), 1)
+    settings = config.distill
+    worker = {"CPU": float(settings.cpus_per_worker), "GPU": 1.0} | settings.extra_resources
+    for stage in ("stage1", "stage2"):
+        found[stage] = (worker, settings.most_workers)
+    return found
+
+
+def room(pool: dict[str, Any], wanted: dict[str, float]) -> int:
+    """How many such actors a pool holds when it is as large as it may be."""
+    each = min(math.floor(pool["resources"].get(name, 0) / number) for name, number in wanted.items())
+    return each * int(pool["most"])
+
+
+def test_ray_accepts_the_file() -> None:
+    validate_config(fillout_defaults(cluster()))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("file", ["cluster.yaml", "kuberay.yaml"])
+def test_no_stage_asks_for_what_no_pool_has(name: str, file: str) -> None:
+    for step, (wanted, number) in demands(load_config(ROOT / "configs" / f"{name}.yaml")).items():
+        most = sum(room(pool, wanted) for pool in pools()[file].values())
+        assert most >= number, f"{step} asks {number} × {wanted}"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_training_never_lands_on_spot_machines(name: str) -> None:
+    wanted, _ = demands(load_config(ROOT / "configs" / f"{name}.yaml"))["stage1"]
+    for file, kinds in pools().items():
+        fitting = {kind for kind, pool in kinds.items() if room(pool, wanted)}
+        assert fitting == {"training"}, file
+    spot = cluster()["available_node_types"]
+    assert "InstanceMarketOptions" not in spot["training"]["node_config"]
+    assert spot["gpu_spot"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+
+
+def test_nothing_is_open_to_the_world() -> None:
+    config = cluster()
+    rules = config["provider"]["security_group"]["IpPermissions"]
+    assert [(rule["FromPort"], rule["ToPort"]) for rule in rules] == [(22, 22)]
+    assert all(not address["CidrIp"].endswith("/0") for rule in rules for address in rule["IpRanges"])
+    starts = " ".join(config["head_start_ray_commands"] + config["worker_start_ray_commands"])
+    assert "--dashboard-host=127.0.0.1" in starts
+    assert "0.0.0.0" not in starts
+    assert starts.count("RAY_AUTH_MODE=token") == 2
+    spec = ray_job()["spec"]["rayClusterSpec"]
+    assert spec["authOptions"] == {"mode": "token"}
+    assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
+
+
+def test_pools_begin_empty_and_the_head_computes_nothing() -> None:
+    config = cluster()
+    assert config["available_node_types"]["head"]["resources"] == {"CPU": 0}
+    assert all(kind.get("min_workers", 0) == 0 for kind in config["available_node_types"].values())
+    spec = ray_job()["spec"]["rayClusterSpec"]
+    assert spec["enableInTreeAutoscaling"]
+    assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    assert all(group["minReplicas"] == 0 for group in spec["workerGroupSpecs"])
+
+
+def test_set_up_is_from_the_lock_and_the_versions_agree() -> None:
+    assert any("locks/gpu.txt" in command for command in cluster()["setup_commands"])
+    locked = next(line for line in (ROOT / "locks/gpu.txt").read_text().splitlines() if line.startswith("ray"))
+    assert locked.endswith(f"=={ray_job()['spec']['rayClusterSpec']['rayVersion']}")
+
+
+def test_the_job_runs_an_entry_point_that_exists() -> None:
+    _, job, *arguments = ray_job()["spec"]["entrypoint"].split()
+    assert (ROOT / job).is_file()
+    assert (ROOT / arguments[arguments.index("--config") + 1]).is_file()
