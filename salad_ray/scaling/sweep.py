@@ -203,14 +203,14 @@ def pool_speech(config: Config, name: str, trials: list[Trial], flow: Flow) -> N
     """Speak and encode what any of the trials selects, once; each then finds it as its own active speech."""
     selections = []
     for trial in trials:
-        flow.run(trial.config, _before_selection(trial.config, flow))
+        take(trial.config, flow, "select")
         selections.append(draw_selection(trial.config))
     versions = {
         trial.name: finished(table, "select")["version"] for trial, table in zip(trials, selections, strict=True)
     }
     folder = f"{config.run_dir}/sweeps/{name}/pool-{fingerprint(versions)[:8]}"
     pool = trials[0].config.model_copy(update={"run_dir": folder, "set": "active"})
-    flow.run(pool, _before_selection(pool, flow))
+    take(pool, flow, "select")
     chosen = (
         pa.concat_tables(table.read("part-00000", ["passage_id", "cluster_id", "shard"]) for table in selections)
         .group_by(["passage_id", "cluster_id", "shard"])
@@ -228,8 +228,14 @@ def pool_speech(config: Config, name: str, trials: list[Trial], flow: Flow) -> N
                 own.link(Table(pool.run_dir, "active", table).url)
 
 
-def _before_selection(config: Config, flow: Flow) -> list[Step]:
-    return list(itertools.takewhile(lambda step: step.stage != "select", flow.steps(config)))
+def take(config: Config, flow: Flow, until: str) -> None:
+    """Take over from the base run all that comes before a stage."""
+    assert config.base_run is not None
+    for step in itertools.takewhile(lambda step: step.stage != until, flow.steps(config)):
+        for name in step.tables:
+            own = Table(config.run_dir, step.set, name)
+            if own.is_new():
+                own.link(Table(config.base_run, step.set, name).url)
 
 
 def budget_sweep(config: Config, name: str, trials: list[Trial], flow: Flow) -> list[dict[str, Any]]:
@@ -255,7 +261,7 @@ def with_shared_plan(config: Config, name: str, trial: Trial, flow: Flow) -> Tri
         identity(own, "pack", "world", "ingest", "synthesize", "align", "encode", "model.teacher", "seed")
     )
     shared = own.model_copy(update={"run_dir": f"{config.run_dir}/sweeps/{name}/shared-{same[:8]}"})
-    flow.run(shared, itertools.takewhile(lambda step: step.stage != "stage1", flow.steps(shared)))
+    flow.run(shared, shared_steps(shared, flow, "stage1", config.sweeps[name].evaluate))
     return replace(trial, config=own.model_copy(update={"base_run": shared.run_dir}))
 
 
@@ -328,15 +334,8 @@ def steps_of_budgets(config: Config, sweep: SweepConfig) -> list[int]:
 def _branch(trial: Trial, flow: Flow, sweep: SweepConfig) -> None:
     """Decay from the trunk to the budget, then measure: a run like any other, from Stage I on."""
     config = trial.config
-    assert config.base_run is not None
     assert trial.budget is not None
-    for step in flow.steps(config):  # all that comes before training is the trunk's
-        if step.stage == "stage1":
-            break
-        for name in step.tables:
-            own = Table(config.run_dir, step.set, name)
-            if own.is_new():
-                own.link(Table(config.base_run, step.set, name).url)
+    take(config, flow, "stage1")
     _decay(config, steps_of_budgets(config, sweep)[sweep.budgets.index(trial.budget)])
     steps = trial_steps(config, flow, sweep.evaluate)
     flow.run(
