@@ -348,8 +348,8 @@ class Table:
     @property
     def rejects(self) -> Table:
         """Where the rejects of this table's rows are, in the run that it lies in."""
-        run_dir = self.url.removesuffix("/".join(filter(None, ("", self.set, self.name))))
-        return Table(run_dir, self.set, "rejects")
+        place = "/".join(filter(None, (self.set, self.name)))
+        return Table(self.url.removesuffix(f"/{place}"), self.set, "rejects")
 
     def is_new(self) -> bool:
         """Whether nothing was written, and nothing taken over."""
