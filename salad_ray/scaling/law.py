@@ -119,6 +119,7 @@ def fit_misalignment_law(num_positions: ArrayLike, misalignment: ArrayLike, conf
         raise ValueError(f"confidence={confidence} must lie between 0 and 1")
     _require_fall(positions, values)
     fit = _robust(_Fit(positions, values, np.ones(len(values))))
+    _require_dependence(fit)
     irreducible, scale, exponent = fit.parameters
     law = MisalignmentLaw(
         irreducible,
@@ -132,7 +133,7 @@ def fit_misalignment_law(num_positions: ArrayLike, misalignment: ArrayLike, conf
         tuple(np.flatnonzero(fit.huber < 0.5).tolist()),
         fit,
     )
-    _require_pinned(law, positions, values)
+    _require_pinned(law)
     return law
 
 
@@ -164,33 +165,39 @@ def _require_fall(positions: Array, values: Array) -> None:
         )
 
 
-def _require_pinned(law: MisalignmentLaw, positions: Array, values: Array) -> None:
-    """Nor is there one for M that does not fall, or that leaves E anywhere."""
-    if _p_value_of_constant(law._fit) > MAX_P_VALUE:
+def _require_dependence(fit: _Fit) -> None:
+    """Nor is there one for M that does not fall."""
+    trend = stats.linregress(np.log(fit.positions), np.log(fit.values), alternative="less")
+    if _p_value_of_constant(fit) > MAX_P_VALUE and trend.pvalue > 0.05:
         raise LawError(
-            f"M does not fall measurably between {positions.min():.3g} and {positions.max():.3g} positions: "
-            f"{values.mean():.3g} throughout fits as well; it is as low as it gets, or the budgets lie too near to "
+            f"M does not fall measurably between {fit.positions.min():.3g} and {fit.positions.max():.3g} positions: "
+            f"{fit.values.mean():.3g} throughout fits as well; it is as low as it gets, or the budgets lie too near to "
             "each other: try smaller ones"
         )
+
+
+def _require_pinned(law: MisalignmentLaw) -> None:
+    """Nor for points that leave E anywhere."""
     low, high = law.ci["irreducible"]
     smallest = float(law.predict(law._fit.positions.max()))
     if low == 0 and high > MAX_IRREDUCIBLE_SHARE * smallest and law.irreducible_p_value > MAX_P_VALUE:
         raise LawError(
             f"the points do not pin E down: anything from 0 to {high:.3g} fits them ({law.confidence:.0%}), and the "
-            f"smallest M is {values.min():.3g}; measure at larger budgets, at more of them, or with less noise"
+            f"smallest M is {law._fit.values.min():.3g}; measure at larger budgets, at more of them, or with less noise"
         )
 
 
 def least(losses: Callable[[Array], Array]) -> tuple[float, float]:
     """The exponent with the least loss, and that loss: the best of a grid, refined between its neighbours."""
-    on_grid = losses(EXPONENTS)
+    with np.errstate(over="ignore", invalid="ignore"):  # far from the points
+        on_grid = np.nan_to_num(losses(EXPONENTS), nan=np.inf)
     best = int(np.argmin(on_grid))
     low, high = EXPONENTS[max(best - 1, 0)], EXPONENTS[min(best + 1, len(EXPONENTS) - 1)]
     found = optimize.minimize_scalar(
         lambda log_exponent: float(losses(np.exp(np.array([log_exponent])))[0]),
         bounds=(np.log(low), np.log(high)),
         method="bounded",
-        options={"xatol": 1e-9},
+        options={"xatol": 1e-7},
     )
     if found.fun <= on_grid[best]:
         return float(np.exp(found.x)), float(found.fun)

@@ -66,7 +66,7 @@ def test_error_and_coverage_on_two_hundred_draws() -> None:
 
 def test_one_outlier_hurts_less_than_in_least_squares() -> None:
     errors = []
-    for irreducible, values in draws(150, seed=2, outlier=0.25):
+    for irreducible, values in draws(60, seed=2, outlier=0.25):
         law = fitted(values)
         ours = 1.0 if law is None else abs(law.irreducible / irreducible - 1)  # a refusal is no answer
         errors.append((ours, abs(least_squares(values) / irreducible - 1)))
@@ -105,7 +105,7 @@ def test_intervals_hold_what_they_say() -> None:
     at_far = 0.13 + 0.3 * (far / BUDGETS[0]) ** -0.7
     true_within = BUDGETS[0] * (0.3 / (0.05 * 0.13)) ** (1 / 0.7)
     rng = np.random.default_rng(3)
-    for _ in range(120):
+    for _ in range(60):
         law = fit_misalignment_law(BUDGETS, truth * (1 + 0.02 * rng.standard_normal(6)))
         for name, value in law_of.items():
             low, high = law.ci[name]
@@ -132,16 +132,16 @@ def test_a_power_law_without_rest_has_no_irreducible_misalignment() -> None:
 def test_the_test_of_zero_is_right_five_times_in_a_hundred(noise: float) -> None:
     rng = np.random.default_rng(1)
     truth = 0.5 * (BUDGETS / BUDGETS[0]) ** -0.5
-    laws = [fitted(truth * (1 + noise * rng.standard_normal(6))) for _ in range(80)]
+    laws = [fitted(truth * (1 + noise * rng.standard_normal(6))) for _ in range(50)]
     p_values = [law.irreducible_p_value for law in laws if law is not None]
-    assert len(p_values) > 60
+    assert len(p_values) > 35
     assert np.mean(np.array(p_values) < 0.05) < 0.13
 
 
 def test_flat_misalignment_is_refused() -> None:
     rng = np.random.default_rng(2)
-    refused = [fitted(0.2 * (1 + 0.02 * rng.standard_normal(6))) is None for _ in range(40)]
-    assert np.mean(refused) > 0.75
+    refused = [fitted(0.2 * (1 + 0.02 * rng.standard_normal(6))) is None for _ in range(25)]
+    assert np.mean(refused) > 0.7
 
 
 def test_several_seeds_at_a_budget_narrow_the_interval() -> None:
@@ -165,7 +165,7 @@ def test_several_seeds_at_a_budget_narrow_the_interval() -> None:
         ([1e8, 0, 1e10, 1e11], [0.2, 0.1, 0.1, 0.1], r"num_positions\[1\] is 0"),
         ([1e8, 1e9, 1e10, 1e11], [0.2, 0.1, 0.1], "both must be"),
         ([1e8, 1e9, 1e10, 1e11], [0.201, 0.199, 0.202, 0.2], "does not fall measurably"),
-        ([1e8, 1.1e8, 1.2e8, 1.3e8], [0.30, 0.25, 0.27, 0.24], "do not pin E down"),
+        ([1e8, 3e8, 1e9, 3e9], [0.30, 0.24, 0.21, 0.17], "do not pin E down"),
     ],
 )
 def test_what_has_no_answer_gets_a_sentence(positions: list[float], values: list[float], words: str) -> None:
