@@ -19,7 +19,7 @@ from salad_ray.report.plots import Dot, Panel, apart, dot_plot
 from salad_ray.tables import Table, TableError, read_bytes, write_bytes
 
 ATTACK = '<script>alert(1)</script><img src=x onerror="alert(2)"> "\'><svg onload=alert(3)> $x^{ '
-SECTIONS = ("headline", "accuracy", "misalignment", "training", "clusters", "rejects", "lineage")
+SECTIONS = ("headline", "accuracy", "misalignment", "training", "clusters", "scaling", "rejects", "lineage")
 
 
 class Reader(HTMLParser):
@@ -184,6 +184,7 @@ def test_a_run_that_has_only_begun_says_what_to_run(tmp_path: Path) -> None:
         ("misalignment", "salad measure CONFIG"),
         ("training", "salad stage1 CONFIG"),
         ("clusters", "salad cluster CONFIG"),
+        ("scaling", "salad sweep CONFIG"),
         ("lineage", "salad run CONFIG"),
     ):
         assert command in read.text[section], section
