@@ -8,15 +8,15 @@ after the driver's death, all continue from the last whole checkpoint (`checkpoi
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-import pickle
 import resource
 import tempfile
 import time
 import warnings
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, Wo
 from ray.train.torch import TorchTrainer
 from torch import Tensor
 
-from salad_ray.config import Config, ConfigError, DistillConfig
+from salad_ray.config import Config, ConfigError, DistillConfig, parse_config
 from salad_ray.console import say
 from salad_ray.distill.checkpoints import (
     Checkpoint,
@@ -134,7 +134,7 @@ def train(job: Job) -> dict[str, Any]:
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
     trainer = TorchTrainer(
         work,
-        train_loop_config={"job": pickle.dumps(job)},
+        train_loop_config={"job": as_json(job)},
         scaling_config=ScalingConfig(
             num_workers=settings.num_workers, use_gpu=settings.use_gpu, resources_per_worker=worker_resources(settings)
         ),
@@ -160,6 +160,30 @@ def worker_resources(settings: DistillConfig) -> dict[str, float]:
     """What Ray has to have for one training worker."""
     gpu = {"GPU": 1.0} if settings.use_gpu else {}
     return {"CPU": float(settings.cpus_per_worker)} | gpu | settings.extra_resources
+
+
+def as_json(job: Job) -> str:
+    """A job as text, for its workers."""
+    content = {each.name: getattr(job, each.name) for each in fields(job)}
+    content |= {name: content[name].model_dump(mode="json") for name in ("config", "settings")}
+    content |= {"encoder": asdict(job.encoder), "start": job.start and asdict(job.start)}
+    return json.dumps(content)
+
+
+def job_of(text: str) -> Job:
+    """What `as_json` has written."""
+    content = json.loads(text)
+    start = content["start"]
+    return Job(
+        **content
+        | {
+            "config": parse_config(content["config"]),
+            "settings": DistillConfig.model_validate_json(json.dumps(content["settings"]), strict=True),
+            "encoder": EncoderSpec(**content["encoder"]),
+            "start": None if start is None else Checkpoint(**start),
+            "branch_points": tuple(content["branch_points"]),
+        }
+    )
 
 
 def _result_url(job: Job) -> str:
