@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import ray
@@ -40,6 +40,7 @@ from salad_ray.distill.trainer import Job, TrainingStopped, train, worker_resour
 from salad_ray.model.speech_lm import EncoderSpec
 from salad_ray.report.card import model_card, speech_data
 from salad_ray.scaling.law import LawError, MisalignmentLaw, fit_misalignment_law
+from salad_ray.scaling.plan import Step
 from salad_ray.stages.common import PickPassages, Stage, StageError, finished, picked_shards, run_shards, start_ray
 from salad_ray.stages.pack import steps_of
 from salad_ray.stages.select import draw_selection
@@ -49,19 +50,6 @@ SELECTION = "select."
 """Keys that begin so change nothing before `select`."""
 WITHIN = 0.05
 """Of E: the data that the paper asks for."""
-
-
-class Step(Protocol):
-    """A step of the pipeline."""
-
-    @property
-    def stage(self) -> str: ...
-
-    @property
-    def set(self) -> str: ...
-
-    @property
-    def tables(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,10 @@ import psutil
 import pytest
 
 from salad_ray import pipeline
-from salad_ray.config import Config, dump_config
-from salad_ray.model.speech_lm import SpeechLM
+from salad_ray.config import Config, dump_config, parse_config
+from salad_ray.distill.checkpoints import Checkpoint
+from salad_ray.distill.trainer import Job, as_json, job_of
+from salad_ray.model.speech_lm import EncoderSpec, SpeechLM
 from salad_ray.stages.common import StageError
 
 NUM_STEPS = 30
@@ -193,3 +195,14 @@ def test_bf16_with_accumulation_checkpointing_and_all_losses(finished_run: Confi
     reference = training_log(finished_run)[0]
     assert first["num_positions"] == reference["num_positions"]  # the same rows, whatever the number of workers
     assert first["kl"] == pytest.approx(reference["kl"], abs=0.02)
+
+
+def test_a_job_travels_as_text_and_comes_back_as_it_was() -> None:
+    config = parse_config({"run_dir": "r", "distill": {"num_workers": [2, 8]}, "stage2": {}})
+    encoder = EncoderSpec("log_mel", None, None, 16_000, 12.5, 640)
+    start = Checkpoint("url", {"step": 3, "stays": True, "log": [{"loss": 0.5}]})
+    job = Job(
+        config, "stage2", {"path": "p", "revision": None}, encoder, config.distill, 10, "card",
+        start=start, first_row=3, active_share=0.4, branch_points=(1, 2), exports=False,
+    )  # fmt: skip
+    assert job_of(as_json(job)) == job
