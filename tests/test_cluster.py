@@ -65,7 +65,9 @@ def room(pool: dict[str, Any], wanted: dict[str, float]) -> int:
 
 
 def test_ray_accepts_the_file() -> None:
-    validate_config(fillout_defaults(cluster()))
+    config = fillout_defaults(cluster())
+    validate_config(config)
+    assert config["head_node_type"] in config["available_node_types"]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
