@@ -60,7 +60,8 @@ def main() -> None:
     parser.add_argument("run_dir")
     parser.add_argument("--passages", type=int, default=96)
     options = parser.parse_args()
-    config = load_config(f"{options.run_dir}/config.yaml", [f"probe.passages_per_cluster={options.passages}"])
+    overrides = [f"run_dir={options.run_dir}", f"probe.passages_per_cluster={options.passages}"]
+    config = load_config(f"{options.run_dir}/config.yaml", overrides)
     clusters, losses, positions = measure_probe(config)
     show(probe_size_study(clusters, losses, positions, SIZES, seed=0), "All clusters")
     means = {int(c): losses[clusters == c].sum() / positions[clusters == c].sum() for c in np.unique(clusters)}

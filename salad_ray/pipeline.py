@@ -187,7 +187,7 @@ def show_plan(config: Config, rates_file: str | None, measured: str | None, cali
         run_all(small := calibration(config))
         measured = small.run_dir
     if measured:
-        run = load_config(f"{measured}/config.yaml")
+        run = load_config(f"{measured}/config.yaml", [f"run_dir={measured}"])  # it may have been moved
         rates = measured_rates(rates, run, steps(run), config)
     plan = make_plan(config, steps(config), rates)
     console.print(*plan_grids(plan), sep="\n")
