@@ -16,7 +16,7 @@ import ray
 from rich.table import Table as Grid
 
 from salad_ray import pipeline
-from salad_ray.config import Config, load_config
+from salad_ray.config import Config, replaced
 from salad_ray.console import console
 from salad_ray.selection.importance import probe_size_study
 from salad_ray.tables import Measurement, Table
@@ -60,8 +60,7 @@ def main() -> None:
     parser.add_argument("run_dir")
     parser.add_argument("--passages", type=int, default=96)
     options = parser.parse_args()
-    overrides = [f"run_dir={options.run_dir}", f"probe.passages_per_cluster={options.passages}"]
-    config = load_config(f"{options.run_dir}/config.yaml", overrides)
+    config = replaced(pipeline.config_of(options.run_dir), {"probe.passages_per_cluster": options.passages})
     clusters, losses, positions = measure_probe(config)
     show(probe_size_study(clusters, losses, positions, SIZES, seed=0), "All clusters")
     means = {int(c): losses[clusters == c].sum() / positions[clusters == c].sum() for c in np.unique(clusters)}

@@ -88,7 +88,7 @@ def run(
 def status(run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="Folder or URL of a run.")]) -> None:
     """Show how far a run is."""
     grid = Grid("stage", "set", "table", "state", "rows", "rejects", "time", title=run_dir)
-    for row in pipeline.status(load_config(f"{run_dir}/config.yaml", [f"run_dir={run_dir}"])):
+    for row in pipeline.status(pipeline.config_of(run_dir)):
         grid.add_row(*(row[str(column.header)] for column in grid.columns))
     console.print(grid)
 

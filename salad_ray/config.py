@@ -77,6 +77,10 @@ OPERATIONAL = frozenset(
 )
 
 
+PICKED_PER_SHARD = 256
+"""Passages that are picked out of the web; a shard of speech is the unit of work and of retry."""
+STAGE2_SHARE = 0.08
+"""Of Stage I's steps, where Stage II's are not given: the paper's 1.9 B positions of 24 B."""
 POSITIONS_PER_WORD = 6
 """Of spoken words: 12.5 frames a second, at 130 words a minute."""
 

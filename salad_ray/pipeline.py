@@ -187,7 +187,7 @@ def show_plan(config: Config, rates_file: str | None, measured: str | None, cali
         run_all(small := calibration(config))
         measured = small.run_dir
     if measured:
-        run = load_config(f"{measured}/config.yaml", [f"run_dir={measured}"])  # it may have been moved
+        run = config_of(measured)
         rates = measured_rates(rates, run, steps(run), config)
     plan = make_plan(config, steps(config), rates)
     console.print(*plan_grids(plan), sep="\n")
@@ -247,6 +247,11 @@ def export_cuts(run_dir: str, set_name: str, target: str) -> int:
         raise ConfigError(f"{tables[-1].url} is not finished; run `salad ingest CONFIG set={set_name}` first")
     rows = (row for shard in table.shards() for row in table.iterate(Utterance, shard))
     return write_cuts(rows, target)
+
+
+def config_of(run_dir: str) -> Config:
+    """The config of a run, which may have been moved since."""
+    return load_config(f"{run_dir}/config.yaml").model_copy(update={"run_dir": run_dir.rstrip("/")})
 
 
 def status(config: Config) -> list[dict[str, str]]:

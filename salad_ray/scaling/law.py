@@ -27,10 +27,9 @@ HUBER = 1.345
 """Residuals beyond so many standard deviations lose weight (Huber 1981: 95 % as efficient where there are none)."""
 OUTLIER_P_VALUE = 0.05
 """Of the most conspicuous point, over all points."""
-MAX_IRREDUCIBLE_SHARE = 0.9
 TINY = 1e-18
 """Sums of squared relative residuals below this are rounding."""
-MAX_P_VALUE = 0.2
+MAX_IRREDUCIBLE_SHARE, MAX_P_VALUE = 0.9, 0.2
 """Where both E = 0 (with this p-value or more) and E beyond that share of the smallest M fit, nothing is known of E."""
 
 

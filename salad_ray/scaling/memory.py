@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class Shape:
     adapter: AdapterConfig
     encoder_dim: int
 
-    @property
+    @cached_property
     def num_llm(self) -> int:
         return num_parameters(self.llm)
 

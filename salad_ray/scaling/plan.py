@@ -23,7 +23,16 @@ from pydantic import Field, ValidationError
 from rich.table import Table as RichTable
 from transformers import AutoConfig, PreTrainedConfig, Qwen2Config
 
-from salad_ray.config import BenchmarkConfig, Config, ConfigError, Section, SetName, path_name
+from salad_ray.config import (
+    PICKED_PER_SHARD,
+    STAGE2_SHARE,
+    BenchmarkConfig,
+    Config,
+    ConfigError,
+    Section,
+    SetName,
+    path_name,
+)
 from salad_ray.console import clock
 from salad_ray.distill.step import PEAK_FLOPS
 from salad_ray.scaling.memory import Shape, training_memory
@@ -34,8 +43,6 @@ RATES = Path(__file__).with_name("rates.yaml")
 ENCODERS = {"mimi": (512, 12.5), "log_mel": (640, 12.5)}
 """Width and frame rate."""
 GPU_STAGES = {"stage1", "stage2"}
-PICKED_PER_SHARD = 256
-STAGE2_SHARE = 0.08
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 
 

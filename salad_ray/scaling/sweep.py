@@ -97,7 +97,7 @@ def run_sweep(config: Config, name: str, flow: Flow) -> dict[str, Any]:
     rows = work(config, name, trials, flow)
     result = {"name": name, "grid": dict(sweep.grid), "rows": rows, "laws": laws(rows, list(sweep.grid))}
     if sweep.budgets:
-        result["saving"] = saving(config, name, rows)
+        result["saving"] = saving(name, rows)
     url = f"{config.run_dir}/sweeps/{name}/results"
     write_json(f"{url}.json", result)
     write_bytes(f"{url}.csv", as_csv(rows).encode())
@@ -293,7 +293,7 @@ def _trunk(trial: Trial, flow: Flow, sweep: SweepConfig) -> None:
     if past:
         raise StageError(
             f"{stage.table.url} has passed step {past[0]}, where a new budget branches off, and kept no checkpoint "
-            "there; name only larger budgets, or give the sweep another name"
+            "there; name only larger budgets, or begin anew with --redo"
         )
     stage.begin()
     settings = config.distill.model_copy(update={"warmup_share": warmup / points[-1], "decay_share": 0.0})
@@ -409,7 +409,9 @@ def concurrency(config: Config) -> int:
     """Trials whose training workers the cluster has room for."""
     cluster, settings = ray.cluster_resources(), config.distill
     rooms = (
-        cluster.get(name, 0) // (number * settings.most_workers) for name, number in worker_resources(settings).items()
+        cluster.get(name, 0) // (number * settings.most_workers)
+        for name, number in worker_resources(settings).items()
+        if number
     )
     return max(1, int(min(rooms)))
 
@@ -579,15 +581,15 @@ def _hashable(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def saving(config: Config, name: str, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+def saving(name: str, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Positions that were trained, beside those that as many separate trainings would have needed."""
     done = [row for row in rows if not row["error"]]
-    trained = 0.0
-    for folder in {row["run_dir"].rsplit("/", 1)[0] for row in done}:
-        trained += (Table(folder, "", "trunk").manifest() or {})["num_positions"]
-    trained += sum((Table(row["run_dir"], "", "stage1").manifest() or {})["own_positions"] for row in done)
-    separate = sum(row["num_positions"] for row in done)
-    largest = sum(max(row["num_positions"] for row in group) for group in _by_folder(done).values())
+    own = {row["trial"]: (Table(row["run_dir"], "", "stage1").manifest() or {})["own_positions"] for row in done}
+    groups = _by_folder(done).values()
+    # A trunk is as long as the last branch that begins on it, also where it failed behind that.
+    trunks = sum(max(row["num_positions"] - own[row["trial"]] for row in group) for group in groups)
+    trained, separate = trunks + sum(own.values()), sum(row["num_positions"] for row in done)
+    largest = sum(max(row["num_positions"] for row in group) for group in groups)
     if done:
         say(
             f"sweep {name}: trained {trained:,.0f} positions, {trained / separate:.0%} of what separate trainings "

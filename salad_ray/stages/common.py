@@ -24,7 +24,7 @@ import pyarrow as pa
 import ray
 
 from salad_ray import __version__
-from salad_ray.config import Condition, Config, identity
+from salad_ray.config import PICKED_PER_SHARD, Condition, Config, identity
 from salad_ray.console import progress, say
 from salad_ray.tables import (
     SCHEMA_VERSION,
@@ -43,8 +43,6 @@ Row = TypeVar("Row")
 
 TRAINED_ON = "training hours of domain "
 """How the totals of `encode` begin that say what was heard in training."""
-PICKED_PER_SHARD = 256
-"""Passages that are picked out of the web; a shard of speech is the unit of work and of retry."""
 
 
 class StageError(RuntimeError):

@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from salad_ray.config import Config, DistillConfig, Stage2Config, identity
+from salad_ray.config import STAGE2_SHARE, Config, DistillConfig, Stage2Config, identity
 from salad_ray.console import say
 from salad_ray.distill.step import decay_start
 from salad_ray.model.speech_lm import load_tokenizer
@@ -29,9 +29,6 @@ from salad_ray.stages.common import (
     training_budget,
 )
 from salad_ray.tables import PlanRow, Table, local_folder, to_arrow
-
-STAGE2_SHARE = 0.08
-"""Of Stage I's steps, where Stage II's are not given: the paper's 1.9 B positions of 24 B."""
 
 
 def run(config: Config) -> None:
