@@ -35,9 +35,9 @@ from salad_ray import pipeline
 from salad_ray.config import Config, load_config, parse_config
 from salad_ray.model.encoder import load_encoder
 from salad_ray.stages.align import AlignShard
-from salad_ray.stages.common import ShardPart, write_shard
 from salad_ray.stages.encode import EncodeShard
 from salad_ray.stages.ingest import CheckShard
+from salad_ray.stages.shards import ShardPart, write_shard
 from salad_ray.tables import Table
 
 Turns = list[tuple[Timing, Timing]]

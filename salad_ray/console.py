@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -13,6 +16,9 @@ USER_ERRORS = frozenset(["ConfigError", "StageError", "TableError", "ModelError"
 """What a user can mend; the message is one sentence for the user."""
 
 console = Console(highlight=False, soft_wrap=True)
+
+log_facts: dict[str, str] = {}
+"""What every line of a JSON log says besides: the run, and the stage and set at work."""
 
 
 def user_error(error: BaseException | None) -> BaseException | None:
@@ -28,16 +34,24 @@ def user_error(error: BaseException | None) -> BaseException | None:
     return None
 
 
-def say(text: str) -> None:
-    """Print one line, flushed, without markup."""
+def say(text: str, **facts: Any) -> None:
+    """Print one line, flushed, without markup; with `SALAD_LOG=json` a JSON object, with `facts` and `log_facts`."""
+    if as_json():
+        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "message": text} | log_facts | facts
+        text = json.dumps(line, ensure_ascii=False)
     console.print(text, markup=False)
     console.file.flush()
+
+
+def as_json() -> bool:
+    """Whether lines are for a log collector."""
+    return os.environ.get("SALAD_LOG") == "json"
 
 
 @contextlib.contextmanager
 def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     """Yield `advance(count)`: a bar with an ETA on a terminal; elsewhere (a job's log) a line every ten seconds."""
-    if console.is_terminal:
+    if console.is_terminal and not as_json():
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} " + unit))
         with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as bar:
             task = bar.add_task(label, total=total)
@@ -51,7 +65,8 @@ def progress(label: str, total: int, unit: str) -> Iterator[Callable[[int], None
         done += count
         now = time.monotonic()
         if now - last > 10 and done < total:
-            say(f"{label}: {done}/{total} {unit}, {clock((now - started) / done * (total - done))} to go")
+            eta = (now - started) / done * (total - done)
+            say(f"{label}: {done}/{total} {unit}, {clock(eta)} to go", done=done, total=total, eta_secs=round(eta, 1))
             last = now
 
     yield advance

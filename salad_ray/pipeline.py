@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from salad_ray.config import Config, ConfigError, SetName, dump_config, load_config, replaced
-from salad_ray.console import clock, console, say
+from salad_ray.console import clock, console, log_facts, say
 from salad_ray.tables import Table, Utterance, delete_folder, file_exists, read_json, write_bytes, write_json
 
 
@@ -96,6 +96,7 @@ def run_all(config: Config) -> None:
 def run_stage(config: Config, stage: str, set_name: SetName | str, anew: bool = False) -> None:
     """One stage on one set, the resolved config saved first; `anew` takes nothing over from the base run."""
     url = f"{config.run_dir}/config.yaml"
+    log_facts.update(run=config.run_dir, stage=stage, set=set_name)
     resolved = dump_config(config).encode()
     if not file_exists(url):
         write_bytes(url, resolved)
@@ -157,6 +158,8 @@ def run_sweeps(config: Config, only: str | None = None, redo: bool = False) -> N
         )
 
 
+SILENT_SECS = 300
+"""After so long without a note of progress, `salad status` says that there was none."""
 CALIBRATION = {
     "world.num_natural": 320,
     "world.num_heldout": 64,
@@ -276,11 +279,16 @@ def _table_status(table: Table) -> dict[str, str]:
             "rejects": f"{rejected:,}" if rejected else "",
             "time": clock(secs),
         }
-    training = read_json(f"{table.url}/progress.json")
-    if training is not None:
-        state = f"step {training['step']}/{training['num_steps']}, ETA {clock(training['eta_secs'])}"
-    elif read_json(f"{table.url}/begun.json") is not None:
-        state = f"begun, {len(table.shards())} shards"
-    else:
-        state = "not begun"
-    return {"table": table.name, "state": state, "rows": "", "rejects": "", "time": ""}
+    row = {"table": table.name, "state": "not begun", "rows": "", "rejects": "", "time": ""}
+    note = read_json(f"{table.url}/progress.json")
+    if note is None:
+        begun = read_json(f"{table.url}/begun.json") is not None
+        return row | ({"state": f"begun, {len(table.shards())} shards"} if begun else {})
+    silent = time.time() - note["at"]
+    when = f"silent for {clock(silent)}" if silent > SILENT_SECS else f"ETA {clock(note['eta_secs'])}"
+    if "step" in note:
+        return row | {"state": f"step {note['step']}/{note['num_steps']}, {when}"}
+    left = note["total"] - note["done"]
+    state = f"{len(table.shards())} shards, {left} to go, {note['rows_per_sec']:,.0f} rows/s, {when}"
+    rejects = f"{note['num_rejected']:,}" if note["num_rejected"] else ""
+    return row | {"state": state, "rows": f"{note['num_input']:,}", "rejects": rejects}

@@ -454,6 +454,13 @@ class Table:
         if fs.isdir(path):
             fs.rm(path, recursive=True)
 
+    def clear_temporaries(self) -> None:
+        """Remove what writers left that were killed; none may be at work."""
+        fs, path = _filesystem(self.url)
+        for entry in fs.ls(path, detail=False) if fs.isdir(path) else []:
+            if entry.endswith(".tmp"):
+                fs.rm(entry)
+
     def delete_shards(self, prefix: str) -> None:
         fs, path = _filesystem(self.url)
         for name in self.shards():

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from factories import small_world_config
+from factories import small_world_config, untrained_copy
 
 from salad_ray import pipeline
 from salad_ray.config import Config, parse_config
@@ -28,4 +28,14 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """The whole pipeline, once, on a shrunken quickstart; copy its run_dir before changing anything there."""
     config = parse_config(small_world_config(tmp_path_factory.mktemp("runs")))
     pipeline.run_all(config)
+    return config
+
+
+@pytest.fixture(scope="session")
+def undisturbed(finished_run: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Two workers, ZeRO 2, fp32, long enough to be killed, with all its checkpoints."""
+    settings = {"num_steps": 30, "checkpoint_every": 5, "keep_checkpoints": 20}
+    config = untrained_copy(finished_run, tmp_path_factory.mktemp("undisturbed") / "run", **settings)
+    pipeline.run_stage(config, "pack", "natural")
+    pipeline.run_stage(config, "stage1", "natural")
     return config

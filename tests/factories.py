@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import zlib
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer, models, processors, trainers
 from tokenizers import pre_tokenizers as pre
 from transformers import PreTrainedTokenizerFast
 
+from salad_ray.config import Config
 from salad_ray.tables import Features, Word
 
 TRAINING_TEXT = (
@@ -118,3 +120,9 @@ def small_world_config(folder: Path) -> dict[str, Any]:
         "stage2": {"num_steps": 4, "control": True},
         "evaluate": {"num_shots": 1},
     }
+
+
+def untrained_copy(run: Config, folder: Path, **distill: object) -> Config:
+    """A copy of a finished run, as it was before Stage I."""
+    shutil.copytree(run.run_dir, folder, ignore=shutil.ignore_patterns("stage1", "measurements_stage1", "report"))
+    return run.model_copy(update={"run_dir": str(folder), "distill": run.distill.model_copy(update=distill)})

@@ -1,4 +1,4 @@
-"""Where the training curve goes while it grows: the terminal, TensorBoard, `progress.json`, W&B or MLflow."""
+"""Where the training curve goes while it grows: the log, TensorBoard, `progress.json`, W&B or MLflow."""
 
 from __future__ import annotations
 
@@ -45,13 +45,15 @@ class Logger:
         if self.mlflow is not None:
             self.mlflow.log_metrics(row, step=step)
         eta = self._eta(step)
-        write_json(f"{self.url}/progress.json", row | {"num_steps": self.num_steps, "eta_secs": eta})
+        write_json(f"{self.url}/progress.json", row | {"num_steps": self.num_steps, "eta_secs": eta, "at": time.time()})
         mfu = f" · MFU {row['mfu']:.0%}" if "mfu" in row else ""
         skipped = f" · {row['skipped_steps']:.0f} steps skipped" if row["skipped_steps"] else ""
         say(
             f"{self.name}: step {step}/{self.num_steps} · loss {row['loss']:.4f} · KL {row['kl']:.4f} · "
             f"NLL {row['nll']:.4f} · {row['positions_per_sec']:,.0f} positions/s{mfu} · "
-            f"{row['memory_gib']:.1f} GiB · waiting {row['waiting_share']:.0%}{skipped} · ETA {clock(eta)}"
+            f"{row['memory_gib']:.1f} GiB · waiting {row['waiting_share']:.0%}{skipped} · ETA {clock(eta)}",
+            stage=self.name,
+            **row,
         )
 
     def _eta(self, step: int) -> float:

@@ -33,10 +33,11 @@ import deepspeed
 from deepspeed.runtime.zero import GatheredParameters
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
+from ray.util.metrics import Gauge
 from torch import Tensor
 
 from salad_ray.config import Config, ConfigError, DistillConfig, parse_config
-from salad_ray.console import say
+from salad_ray.console import log_facts, say
 from salad_ray.distill.checkpoints import (
     Checkpoint,
     CheckpointReader,
@@ -72,6 +73,8 @@ from salad_ray.tables import Table, TableError, delete_file, local_folder, put_f
 
 MENDABLE = (ConfigError, ModelError, TableError)
 """What a user has to mend before another try can succeed."""
+GAUGES = ("step", "loss", "kl", "positions_per_sec", "waiting_share", "memory_gib", "mfu")
+"""Of a row of the curve, what Ray's dashboard and Prometheus show, as `salad_train_…`."""
 SUMS = ("loss", "kl", "nll", "num_labels", "num_positions", "flops")
 
 
@@ -219,6 +222,7 @@ def train_worker(job: Job) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # DeepSpeed would compile a shared-memory all-reduce for CPUs, which needs a C++ compiler; gloo needs nothing.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    log_facts.update(run=job.config.run_dir, stage=job.name)
     if "stopped" in (read_json(_result_url(job)) or {}):
         return
     try:
@@ -253,6 +257,9 @@ class Distiller:
         if self.rank == 0:
             self._note_start(resumed)
         self.logger = Logger(self.job.config, self.job.name, self.job.num_steps) if self.rank == 0 else None
+        self.gauges = {key: Gauge(f"salad_train_{key}", "Of the last steps.", ("run", "stage")) for key in GAUGES}
+        for gauge in self.gauges.values():
+            gauge.set_default_tags({"run": self.config.run_dir, "stage": self.job.name})
         with closing(self.reader.__iter__()) as steps:
             self.logged = (time.monotonic(), self.reader.wait_secs)
             while self.progress.step < self.job.num_steps:
@@ -455,6 +462,8 @@ class Distiller:
         self.progress.log.append(row)
         if self.logger is not None:
             self.logger.write(row)
+            for key in row.keys() & set(GAUGES):
+                self.gauges[key].set(row[key])
 
     def _skipped_steps(self) -> int:
         return self.progress.skipped_steps + self.engine.skipped_steps

@@ -41,9 +41,10 @@ from salad_ray.model.speech_lm import EncoderSpec
 from salad_ray.report.card import model_card, speech_data
 from salad_ray.scaling.law import LawError, MisalignmentLaw, fit_misalignment_law
 from salad_ray.scaling.plan import Step
-from salad_ray.stages.common import PickPassages, Stage, StageError, finished, picked_shards, run_shards, start_ray
+from salad_ray.stages.common import PickPassages, Stage, finished, picked_shards, run_shards, start_ray
 from salad_ray.stages.pack import steps_of
 from salad_ray.stages.select import draw_selection
+from salad_ray.stages.shards import StageError
 from salad_ray.tables import Table, fingerprint, read_json, write_bytes, write_json
 
 SELECTION = "select."

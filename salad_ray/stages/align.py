@@ -13,7 +13,8 @@ from salad_ray.config import AlignConfig, Config, identity
 from salad_ray.speech.align import Alignment, PocketsphinxAligner
 from salad_ray.speech.audio import load_utterance
 from salad_ray.speech.ctc import CTCAligner
-from salad_ray.stages.common import ShardPart, Stage, StageError, finished, keep_or_reject, run_shards, windows
+from salad_ray.stages.common import Stage, finished, run_shards
+from salad_ray.stages.shards import ShardPart, StageError, WindowWorker, keep_or_reject
 from salad_ray.tables import BadInput, Table, Utterance, to_arrow
 
 WINDOW_BATCHES = 4
@@ -43,7 +44,7 @@ def load_ctc(settings: AlignConfig, device: str) -> CTCAligner:
     return CTCAligner(settings.path, settings.revision, device, settings.min_score, settings.batch_secs)
 
 
-class AlignShard:
+class AlignShard(WindowWorker):
     """Args: facts: of the CTC model with which the stage was started; None takes pocketsphinx."""
 
     def __init__(self, config: Config, facts: dict[str, Any] | None = None) -> None:
@@ -62,7 +63,9 @@ class AlignShard:
         if self.has_other_weights:
             raise StageError(f"align: {self.config.align.path} holds other weights here than where the run was started")
         rows = self.utterances.iterate(Utterance, shard)
-        for window in windows(rows, WINDOW_BATCHES * self.config.align.batch_secs, lambda row: row.duration_secs):
+        for window in self.windows(
+            rows, lambda row: row.utt_id, WINDOW_BATCHES * self.config.align.batch_secs, lambda row: row.duration_secs
+        ):
             yield self._align(window)
 
     def _align(self, window: list[Utterance]) -> ShardPart:

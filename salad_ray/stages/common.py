@@ -1,8 +1,7 @@
-"""What all stages share: skip, resume or refuse; shards through Ray Data; manifests and rejects.
+"""What all stages share: skip, resume or refuse; manifests, counts and rejects.
 
-A stage maps items (usually the shards of its input) to shards of one table. Each item is done by a worker that lives in
-a Ray Data actor and writes its shard itself, whole or not at all, under the item's name: an item that is done twice,
-after a lost node say, is still there once, and a rerun does only what is missing.
+A stage maps items (usually the shards of its input) to shards of one table (`shards.py`); a rerun does only what is
+missing.
 """
 
 from __future__ import annotations
@@ -14,10 +13,9 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
-from typing import Any, Protocol, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -26,11 +24,10 @@ import ray
 from salad_ray import __version__
 from salad_ray.config import PICKED_PER_SHARD, Condition, Config, identity
 from salad_ray.console import progress, say
+from salad_ray.stages.shards import ShardPart, StageError, Task, Worker, map_shards
 from salad_ray.tables import (
     SCHEMA_VERSION,
-    BadInput,
     Passage,
-    Reject,
     Table,
     Utterance,
     fingerprint,
@@ -43,28 +40,6 @@ Row = TypeVar("Row")
 
 TRAINED_ON = "training hours of domain "
 """How the totals of `encode` begin that say what was heard in training."""
-
-
-class StageError(RuntimeError):
-    """A stage that cannot go on; the message is for the user."""
-
-
-@dataclass
-class ShardPart:
-    """A piece of what a worker makes of one item, in order: `num_input == num_kept + len(rejects)`."""
-
-    rows: pa.Table
-    num_input: int
-    num_kept: int
-    rejects: list[Reject] = field(default_factory=list)
-    totals: dict[str, float] = field(default_factory=dict)
-    """Sums for the manifest, such as hours of audio."""
-
-
-class Worker(Protocol):
-    """Makes a shard of an item piece by piece, so that no shard has to fit into memory."""
-
-    def __call__(self, payload: Any, /) -> Iterator[ShardPart]: ...
 
 
 @dataclass(frozen=True)
@@ -125,6 +100,7 @@ class Stage:
         begun = read_json(f"{self.table.url}/begun.json")
         if begun is None:
             raise StageError(f"{self.table.url} was deleted while the stage ran; run it again")
+        self.table.clear_temporaries()
         manifest = self._description() | {"version": begun["version"]} | facts
         write_json(f"{self.table.url}/manifest.json", manifest)
         return manifest
@@ -238,8 +214,8 @@ def make_shards(
 
 
 def _do(config: Config, works: Sequence[Work], num_gpus: float) -> dict[str, float]:
-    """Make the shards that are missing; returns the pace (`_map_on_ray`)."""
-    missing = []
+    """Make the shards that are missing; returns the pace (`map_shards`)."""
+    tasks = []
     for work in works:
         done = set(work.stage.table.shards())
         items = {name: payload for name, payload in work.items.items() if name not in done}
@@ -247,8 +223,15 @@ def _do(config: Config, works: Sequence[Work], num_gpus: float) -> dict[str, flo
             there = f"{len(work.items) - len(items)} of {len(work.items)} shards are there already"
             say(f"{work.stage.label}: continuing, {there}")
         if items:
-            missing.append(replace(work, items=items))
-    return _map_on_ray(config, missing, num_gpus) if missing else {}
+            tasks.append(Task(work.stage.label, work.stage.table, items, work.make_worker))
+    if not tasks:
+        return {}
+    start_ray(config)
+    cluster = ray.cluster_resources()
+    if config.ray.max_actors is None:
+        require_gpus(tasks[0].label, num_gpus, "; if it grows on demand, say by ray.max_actors how far")
+    room = int(cluster.get("GPU", 0) / num_gpus) if num_gpus else int(cluster.get("CPU", 1))
+    return map_shards(config, tasks, room, num_gpus)
 
 
 def gather(config: Config, label: str, shards: Sequence[str], work: Callable[[str], pa.Table]) -> pa.Table:
@@ -347,34 +330,6 @@ def hours_by_licence(rows: Iterable[Utterance]) -> dict[str, float]:
     return hours
 
 
-def keep_or_reject(
-    stage: str, rows: Sequence[Row], key: Callable[[Row], str], work: Callable[[Row], Any], strict: bool
-) -> tuple[list[Any], list[Reject]]:
-    """Apply `work` to every row; `BadInput` puts the row among the rejects (or stops a strict run)."""
-    kept, rejects = [], []
-    for row in rows:
-        try:
-            kept.append(work(row))
-        except BadInput as error:
-            if strict:
-                raise StageError(f"{stage}: {key(row)}: {error}") from None
-            rejects.append(Reject(stage, key(row), str(error)))
-    return kept, rejects
-
-
-def windows(rows: Iterable[Row], limit: float, size: Callable[[Row], float] = lambda _: 1.0) -> Iterator[list[Row]]:
-    """Runs of rows whose sizes add up to about `limit`; at least one, if an empty one, so that a shard has a part."""
-    window: list[Row] = []
-    total = 0.0
-    for row in rows:
-        if window and total + size(row) > limit:
-            yield window
-            window, total = [], 0.0
-        window.append(row)
-        total += size(row)
-    yield window
-
-
 def checked_counts(config: Config, stage: Stage, shards: Sequence[str]) -> dict[str, Any]:
     """The counts over all shards of a stage, which add up; says where its rejects are. Raises as `check_counts`."""
     counts = count_shards(stage.table, shards)
@@ -421,78 +376,6 @@ def require_gpus(label: str, num_gpus: float, remedy: str = "") -> None:
     """Refuse what would wait for ever: GPUs on a cluster that has none."""
     if num_gpus > ray.cluster_resources().get("GPU", 0):
         raise StageError(f"{label} asks for {num_gpus:g} GPUs an actor, but this Ray cluster has none now{remedy}")
-
-
-class _ShardWriter:
-    """The actor: turns items into shards; makes the worker of a table when the first item of that table comes."""
-
-    def __init__(self, works: Sequence[tuple[Callable[[], Worker], Stage]]) -> None:
-        self.works = works
-        self.current = -1
-
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        make_worker, stage = self.works[item["work"]]
-        if item["work"] != self.current:
-            self.worker: Worker | None = None  # the former one goes first
-            self.worker, self.current = make_worker(), item["work"]
-        assert self.worker is not None
-        try:
-            write_shard(stage.table, item["shard"], self.worker(json.loads(item["payload"])))
-        except StageError as error:
-            return {"error": str(error)}
-        return {"error": ""}
-
-
-def write_shard(table: Table, shard: str, parts: Iterator[ShardPart]) -> None:
-    """Write a shard as its parts come, its counts into the footer, and what was left out into `rejects` beside it."""
-    first = next(parts)
-    counts = {"num_input": 0, "num_kept": 0, "num_rejected": 0}
-    totals: dict[str, float] = {}
-    rejects: list[Reject] = []
-    footer: dict[str, str] = {}
-    with table.writer(shard, first.rows.schema, footer) as write:
-        for part in chain([first], parts):
-            write(part.rows)
-            rejects += part.rejects
-            for name, number in zip(counts, (part.num_input, part.num_kept, len(part.rejects)), strict=True):
-                counts[name] += number
-            for name, total in part.totals.items():
-                totals[name] = totals.get(name, 0.0) + total
-        footer["counts"] = json.dumps(counts | {"totals": totals})
-        if rejects:  # before the shard is there: a shard that is there is complete
-            Table(table.run_dir, table.set, "rejects").write(f"{table.name}-{shard}", to_arrow(Reject, rejects))
-
-
-def _map_on_ray(config: Config, works: Sequence[Work], num_gpus: float) -> dict[str, float]:
-    """Returns what tells the start from the work: actors, and seconds until the first item was done."""
-    start_ray(config)
-    started = time.monotonic()
-    label = works[0].stage.label
-    rows = [
-        {"work": number, "shard": name, "payload": json.dumps(payload)}
-        for number, work in enumerate(works)
-        for name, payload in work.items.items()
-    ]
-    cluster = ray.cluster_resources()
-    room = int(cluster.get("GPU", 0) / num_gpus) if num_gpus else int(cluster.get("CPU", 1))
-    if config.ray.max_actors is None:
-        require_gpus(label, num_gpus, "; if it grows on demand, say by ray.max_actors how far")
-    num_actors = max(1, min(config.ray.max_actors or room, len(rows)))
-    results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        _ShardWriter,
-        fn_constructor_args=([(work.make_worker, work.stage) for work in works],),
-        compute=ray.data.ActorPoolStrategy(min_size=max(1, min(room, num_actors)), max_size=num_actors),
-        num_cpus=1,
-        num_gpus=num_gpus or None,
-    )
-    first_secs = 0.0
-    with progress(label, len(rows), "shards") as advance:
-        for result in results.iter_rows():
-            if result["error"]:
-                raise StageError(result["error"])
-            first_secs = first_secs or time.monotonic() - started
-            advance(1)
-    return {"num_actors": num_actors, "num_made": len(rows), "first_secs": round(first_secs, 2)}
 
 
 def check_strict(config: Config, stage: Stage) -> None:

@@ -10,7 +10,8 @@ import numpy as np
 
 from salad_ray.config import Config, identity
 from salad_ray.console import say
-from salad_ray.stages.common import ShardPart, Stage, StageError, finished, keep_or_reject, run_shards, windows
+from salad_ray.stages.common import Stage, finished, run_shards
+from salad_ray.stages.shards import ShardPart, StageError, WindowWorker, keep_or_reject
 from salad_ray.tables import BadInput, Embedding, Passage, Table, file_exists, to_arrow
 from salad_ray.text.embedding import SentenceEmbedder, TfidfEmbedder
 
@@ -65,7 +66,7 @@ def load_embedder(config: Config, device: str) -> SentenceEmbedder | TfidfEmbedd
     return SentenceEmbedder(settings.path, settings.revision, device, settings.batch_size)
 
 
-class EmbedShard:
+class EmbedShard(WindowWorker):
     def __init__(self, config: Config, weights: str | None) -> None:
         self.config = config
         self.embedder = load_embedder(config, "cuda" if config.embed.num_gpus else "cpu")
@@ -75,7 +76,7 @@ class EmbedShard:
 
     def __call__(self, shard: str) -> Iterator[ShardPart]:
         rows = self.passages.iterate(Passage, shard)
-        for window in windows(rows, WINDOW_BATCHES * self.config.embed.batch_size):
+        for window in self.windows(rows, lambda row: row.passage_id, WINDOW_BATCHES * self.config.embed.batch_size):
             vectors = self.embedder.encode([row.text for row in window])
             pairs = list(zip(window, vectors, strict=True))
             kept, rejects = keep_or_reject("embed", pairs, lambda pair: pair[0].passage_id, _row, self.config.strict)

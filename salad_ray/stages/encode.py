@@ -13,17 +13,8 @@ from salad_ray.model.encoder import encode_in_batches, load_encoder
 from salad_ray.sequences.batch import store_frames
 from salad_ray.speech.audio import load_utterance
 from salad_ray.speech.augment import augment, distort
-from salad_ray.stages.common import (
-    TRAINED_ON,
-    ShardPart,
-    Stage,
-    StageError,
-    condition_of,
-    finished,
-    keep_or_reject,
-    run_shards,
-    windows,
-)
+from salad_ray.stages.common import TRAINED_ON, Stage, condition_of, finished, run_shards
+from salad_ray.stages.shards import ShardPart, StageError, WindowWorker, keep_or_reject
 from salad_ray.tables import Features, Table, Utterance, stable_hash, to_arrow
 
 WINDOW_BATCHES = 4
@@ -51,7 +42,7 @@ def run(config: Config) -> None:
     run_shards(config, stage, items, worker, config.encode.num_gpus, encoder=spec | {"path": config.encode.path})
 
 
-class EncodeShard:
+class EncodeShard(WindowWorker):
     def __init__(self, config: Config, utterances: Table, weights: str) -> None:
         self.config = config
         self.utterances, self.weights = utterances, weights
@@ -63,7 +54,9 @@ class EncodeShard:
                 f"encode: {self.config.encode.path} holds other weights here than where the run was started"
             )
         rows = (heard for row in self.utterances.iterate(Utterance, shard) for heard in self._conditions(row))
-        for window in windows(rows, WINDOW_BATCHES * self.config.encode.batch_secs, lambda row: row.duration_secs):
+        for window in self.windows(
+            rows, lambda row: row.utt_id, WINDOW_BATCHES * self.config.encode.batch_secs, lambda row: row.duration_secs
+        ):
             yield self._encode(window)
 
     def _conditions(self, row: Utterance) -> Iterator[Utterance]:

@@ -19,16 +19,8 @@ from salad_ray.sequences.batch import frames_of
 from salad_ray.speech.audio import load_utterance
 from salad_ray.speech.augment import distort
 from salad_ray.speech.recognise import load_recogniser, word_error_rate
-from salad_ray.stages.common import (
-    ShardPart,
-    Stage,
-    StageError,
-    Work,
-    condition_of,
-    finished,
-    keep_or_reject,
-    run_together,
-)
+from salad_ray.stages.common import Stage, Work, condition_of, finished, run_together
+from salad_ray.stages.shards import ShardPart, StageError, keep_or_reject
 from salad_ray.tables import Features, Item, Score, Table, Utterance, local_folder, stable_hash, to_arrow
 
 SPOKEN_RATE = 16000

@@ -35,21 +35,17 @@ from salad_ray.speech.corpora import Source, attributions, corpus_name, find_sou
 from salad_ray.speech.readers import language_code, split_of
 from salad_ray.stages.common import (
     PickPassages,
-    ShardPart,
     Stage,
-    StageError,
     check_strict,
     checked_counts,
     finished,
     gather,
     hours_by_licence,
-    keep_or_reject,
     picked_shards,
     run_shards,
     start_ray,
-    windows,
-    write_shard,
 )
+from salad_ray.stages.shards import ShardPart, StageError, WindowWorker, keep_or_reject, write_shard
 from salad_ray.tables import (
     Item,
     Passage,
@@ -140,7 +136,7 @@ class WorldPassages:
         yield ShardPart(to_arrow(Passage, rows), len(rows), len(rows))
 
 
-class CheckShard:
+class CheckShard(WindowWorker):
     """Decodes the audio of a catalog shard and checks it and its transcript; the rows get their true durations."""
 
     def __init__(self, config: Config) -> None:
@@ -149,7 +145,7 @@ class CheckShard:
 
     def __call__(self, shard: str) -> Iterator[ShardPart]:
         quality, strict = self.config.ingest.quality, self.config.strict
-        for rows in windows(self.catalog.iterate(Utterance, shard), CHECK_ROWS):
+        for rows in self.windows(self.catalog.iterate(Utterance, shard), lambda row: row.utt_id, CHECK_ROWS):
             kept, rejects = keep_or_reject(
                 "ingest", rows, lambda row: row.utt_id, lambda row: check_recording(row, quality), strict
             )

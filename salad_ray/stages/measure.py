@@ -14,7 +14,8 @@ from salad_ray.model.speech_lm import EncoderSpec, SpeechLM, load_text_lm
 from salad_ray.sequences.batch import collate
 from salad_ray.sequences.loader import samples_of
 from salad_ray.sequences.plan import plan_lane
-from salad_ray.stages.common import ShardPart, Stage, StageError, Work, finished, run_together
+from salad_ray.stages.common import Stage, Work, finished, run_together
+from salad_ray.stages.shards import ShardPart, StageError
 from salad_ray.tables import Features, Measurement, PlanRow, Table, local_folder, to_arrow
 
 SYSTEMS = ("untrained", "stage1", "stage2", "control")

@@ -19,15 +19,8 @@ from salad_ray.console import say
 from salad_ray.distill.step import decay_start
 from salad_ray.model.speech_lm import load_tokenizer
 from salad_ray.sequences.plan import plan_lane, plan_shard_name, read_without_features, shards_of_lane
-from salad_ray.stages.common import (
-    ShardPart,
-    Stage,
-    StageError,
-    count_shards,
-    finished,
-    make_shards,
-    training_budget,
-)
+from salad_ray.stages.common import Stage, count_shards, finished, make_shards, training_budget
+from salad_ray.stages.shards import ShardPart, StageError
 from salad_ray.tables import PlanRow, Table, local_folder, to_arrow
 
 

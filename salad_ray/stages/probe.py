@@ -9,7 +9,8 @@ import pyarrow as pa
 from salad_ray.config import Config, identity
 from salad_ray.console import say
 from salad_ray.selection.draw import draw_probe, probe_bounds
-from salad_ray.stages.common import PickPassages, Stage, StageError, finished, members_below, picked_shards, run_shards
+from salad_ray.stages.common import PickPassages, Stage, finished, members_below, picked_shards, run_shards
+from salad_ray.stages.shards import StageError
 from salad_ray.tables import Table
 
 

@@ -21,7 +21,8 @@ from salad_ray.report.metrics import (
     unheard_auc,
 )
 from salad_ray.report.page import write_page
-from salad_ray.stages.common import TRAINED_ON, StageError, finished
+from salad_ray.stages.common import TRAINED_ON, finished
+from salad_ray.stages.shards import StageError
 from salad_ray.tables import Measurement, Score, Table, write_json
 
 ANSWERING = ("base", "stage1", "stage2", "control", "cascade")

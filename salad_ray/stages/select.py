@@ -20,7 +20,8 @@ from salad_ray.selection.importance import (
     shrink,
     target_share,
 )
-from salad_ray.stages.common import PickPassages, Stage, StageError, finished, members_below, picked_shards, run_shards
+from salad_ray.stages.common import PickPassages, Stage, finished, members_below, picked_shards, run_shards
+from salad_ray.stages.shards import StageError
 from salad_ray.tables import Measurement, Selected, Table, schema_of
 
 DEFAULT_PERCENT = 1.0

@@ -15,17 +15,8 @@ from typing import TYPE_CHECKING
 from salad_ray.config import Config, ConfigError, identity
 from salad_ray.evaluation.benchmarks import read_recording
 from salad_ray.speech.audio import check_speech, encode_audio, load_audio
-from salad_ray.stages.common import (
-    ShardPart,
-    Stage,
-    StageError,
-    condition_of,
-    finished,
-    hours_by_licence,
-    keep_or_reject,
-    run_shards,
-    windows,
-)
+from salad_ray.stages.common import Stage, condition_of, finished, hours_by_licence, run_shards
+from salad_ray.stages.shards import ShardPart, StageError, WindowWorker, keep_or_reject
 from salad_ray.synthesis.espeak import EspeakSynthesizer
 from salad_ray.synthesis.speech import Speech
 from salad_ray.tables import BadInput, Passage, Reject, Table, Utterance, fingerprint, stable_hash, to_arrow
@@ -78,7 +69,7 @@ def pieces_of(utterances: Table) -> Table:
     return Table(utterances.run_dir, utterances.set, f"{utterances.name}/pieces")
 
 
-class SpeakShard:
+class SpeakShard(WindowWorker):
     def __init__(self, config: Config, weights: str) -> None:
         self.config = config
         settings = config.synthesize
@@ -101,7 +92,8 @@ class SpeakShard:
         self.last = shard
         there = set(self.pieces.shards())
         rows = self.passages.iterate(Passage, shard)
-        for number, window in enumerate(windows(rows, self.config.synthesize.batch_size)):
+        spoken_together = self.windows(rows, lambda row: row.passage_id, self.config.synthesize.batch_size)
+        for number, window in enumerate(spoken_together):
             # By the passages in it: with another batch_size, the pieces that are there hold others.
             name = f"{shard}-piece-{number:05d}-{fingerprint({'ids': [row.passage_id for row in window]})}"
             if name not in there:

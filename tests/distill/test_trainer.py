@@ -12,21 +12,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+from factories import untrained_copy
 
 from salad_ray import pipeline
 from salad_ray.config import Config, dump_config, parse_config
 from salad_ray.distill.checkpoints import Checkpoint
 from salad_ray.distill.trainer import Job, as_json, job_of
 from salad_ray.model.speech_lm import EncoderSpec, SpeechLM
-from salad_ray.stages.common import StageError
-
-NUM_STEPS = 30
-
-
-def untrained_copy(run: Config, folder: Path, **distill: object) -> Config:
-    """A copy of a finished run, as it was before Stage I."""
-    shutil.copytree(run.run_dir, folder, ignore=shutil.ignore_patterns("stage1", "measurements_stage1", "report"))
-    return run.model_copy(update={"run_dir": str(folder), "distill": run.distill.model_copy(update=distill)})
+from salad_ray.stages.shards import StageError
 
 
 def half_trained_copy(run: Config, folder: Path, last_step: int, **distill: object) -> Config:
@@ -55,16 +48,6 @@ def starts(config: Config) -> list[dict]:
 
 def manifests(config: Config) -> list[Path]:
     return sorted(Path(config.run_dir, "stage1", "checkpoints").glob("step-*/manifest.json"))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(finished_run: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """Two workers, ZeRO 2, fp32, long enough to be killed, with all its checkpoints."""
-    settings = {"num_steps": NUM_STEPS, "checkpoint_every": 5, "keep_checkpoints": 20}
-    config = untrained_copy(finished_run, tmp_path_factory.mktemp("undisturbed") / "run", **settings)
-    pipeline.run_stage(config, "pack", "natural")
-    pipeline.run_stage(config, "stage1", "natural")
-    return config
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(finished_run: Config, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from factories import small_world_config
 
 from salad_ray import pipeline
 from salad_ray.config import Config, ConfigError, parse_config
-from salad_ray.stages.common import StageError
+from salad_ray.stages.shards import StageError
 from salad_ray.tables import Reject, Table, Utterance
 
 RATE = 16000

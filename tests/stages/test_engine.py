@@ -23,7 +23,7 @@ from salad_ray.config import Config, dump_config
 from salad_ray.distill.step import decay_start
 from salad_ray.model.speech_lm import SpeechLM, weights_fingerprint
 from salad_ray.selection.draw import priorities
-from salad_ray.stages.common import StageError
+from salad_ray.stages.shards import StageError
 from salad_ray.tables import Cluster, Membership, Passage, Selected, Table, Utterance
 
 

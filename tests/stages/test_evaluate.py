@@ -13,8 +13,9 @@ from salad_ray import pipeline
 from salad_ray.config import Config, ConfigError, parse_config
 from salad_ray.model.speech_lm import SpeechLM
 from salad_ray.report.export import export
-from salad_ray.stages.common import StageError, condition_of
+from salad_ray.stages.common import condition_of
 from salad_ray.stages.evaluate import systems_of
+from salad_ray.stages.shards import StageError
 from salad_ray.tables import Features, Item, Reject, Score, Table, Utterance
 
 CONDITIONS = ("clean", "voice", "noise", "speed", "codec", "telephone")

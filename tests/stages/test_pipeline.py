@@ -12,7 +12,7 @@ import pytest
 from salad_ray import pipeline
 from salad_ray.config import Config
 from salad_ray.model.speech_lm import SpeechLM, load_text_lm, weights_fingerprint
-from salad_ray.stages.common import StageError
+from salad_ray.stages.shards import StageError
 from salad_ray.tables import Features, Measurement, PlanRow, Table, Utterance
 
 

@@ -27,8 +27,8 @@ from salad_ray.config import AlignConfig, AugmentConfig, Config, ConfigError, pa
 from salad_ray.sequences.batch import frames_of
 from salad_ray.sequences.interleave import timing_of
 from salad_ray.stages.align import AlignShard
-from salad_ray.stages.common import StageError
 from salad_ray.stages.encode import EncodeShard
+from salad_ray.stages.shards import StageError
 from salad_ray.tables import Features, PlanRow, Reject, Table, TableError, Utterance, from_arrow
 
 

@@ -16,7 +16,7 @@ from kokoro_weights import write_random_kokoro
 
 from salad_ray import pipeline
 from salad_ray.config import Config, ConfigError, parse_config
-from salad_ray.stages.common import StageError
+from salad_ray.stages.shards import StageError
 from salad_ray.stages.synthesize import SpeakShard, load_synthesizer
 from salad_ray.tables import Passage, Reject, Table, Utterance
 

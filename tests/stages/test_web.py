@@ -16,7 +16,7 @@ import pytest
 
 from salad_ray import console, pipeline
 from salad_ray.config import Config, ConfigError, parse_config
-from salad_ray.stages.common import StageError
+from salad_ray.stages.shards import StageError
 from salad_ray.tables import Embedding, Passage, Reject, Table
 from salad_ray.text.world import DOMAINS, world_passages
 

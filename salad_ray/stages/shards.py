@@ -1,0 +1,417 @@
+"""Shards through Ray Data, whatever happens to a row, a process or a machine.
+
+An item is done by a worker inside an actor, which writes its shard itself, whole or not at all, under the item's name:
+an item that is done twice, after a lost machine say, is still there once.
+
+An error that a user has to mend ends the stage. Anything else (a bug that one row meets, a GPU that fell over, a killed
+process) costs a try: the process is replaced, since its GPU may be unusable from then on, and the shard is done again
+after the others. From the third try on a row at a time, so that a row at which it fails twice becomes a reject. Where
+more shards fail than are done, or hardly a row is kept, that is not one bad row: the stage ends at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import ray
+from ray.util.metrics import Counter, Gauge
+
+from salad_ray.config import Config
+from salad_ray.console import progress, say, user_error
+from salad_ray.tables import BadInput, Reject, Table, read_json, to_arrow, write_bytes, write_json
+
+Row = TypeVar("Row")
+
+WHOLE_TRIES = 2
+"""Of a shard, before it is done a row at a time."""
+ROW_FAILURES = 2
+"""After so many, a row is a reject; one may be the machine's fault."""
+MAX_LEFT_OUT = 3
+"""Rows of a shard that may be rejected for a failure whose reason is not known."""
+TASK_RETRIES = 2
+"""Of an item whose process died, before it counts as a try."""
+MIN_FAILURES = 3
+"""Shards that fail, more than are done: a systematic error."""
+MAX_EARLY_REJECTED = 0.95
+"""Share of the rows of the first shards; beyond it the rest is not even begun."""
+NOTE_SECS = 5.0
+"""Between two notes of how far a stage is."""
+
+
+class StageError(RuntimeError):
+    """A stage that cannot go on; the message is for the user."""
+
+
+@dataclass
+class ShardPart:
+    """A piece of what a worker makes of one item, in order: `num_input == num_kept + len(rejects)`."""
+
+    rows: pa.Table
+    num_input: int
+    num_kept: int
+    rejects: list[Reject] = field(default_factory=list)
+    totals: dict[str, float] = field(default_factory=dict)
+    """Sums for the manifest, such as hours of audio."""
+
+
+Worker = Callable[[Any], Iterator[ShardPart]]
+"""Makes a shard of an item (plain JSON data) piece by piece, so that no shard has to fit into memory."""
+
+
+class WindowWorker:
+    """A worker that takes several rows at a time, and can be told to take one (`careful`)."""
+
+    careful: str | None = None
+    """URL of the note that says at which row it is; None for whole windows."""
+    left_out: dict[str, str] = {}  # noqa: RUF012 - replaced, never changed
+    """Rows of the shard at hand that are left out, and why."""
+    num_passed = 0
+    """Rows of it that went well."""
+
+    def windows(
+        self,
+        rows: Iterable[Row],
+        key: Callable[[Row], str],
+        limit: float,
+        size: Callable[[Row], float] = lambda _: 1.0,
+    ) -> Iterator[list[Row]]:
+        """Runs of rows whose sizes add up to about `limit`; at least one, if an empty one: a shard needs a part."""
+        self.left_out = {}
+        if self.careful is not None:
+            yield from self._one_at_a_time(rows, key, self.careful)
+            return
+        window: list[Row] = []
+        total = 0.0
+        for row in rows:
+            if window and total + size(row) > limit:
+                yield window
+                window, total = [], 0.0
+            window.append(row)
+            total += size(row)
+        yield window
+
+    def _one_at_a_time(self, rows: Iterable[Row], key: Callable[[Row], str], url: str) -> Iterator[list[Row]]:
+        note = read_json(url) or {"at": "", "reason": "", "failures": {}, "left_out": {}}
+        if row_id := note["at"]:
+            note["failures"][row_id] = note["failures"].get(row_id, 0) + 1
+            if note["failures"][row_id] >= ROW_FAILURES:
+                note["left_out"][row_id] = note["reason"] or "its process died at this row, twice"
+        self.left_out, self.num_passed = note["left_out"], 0
+        yield []
+        for row in rows:
+            if key(row) not in self.left_out:
+                note |= {"at": key(row), "reason": ""}
+                write_json(url, note)
+                yield [row]
+                self.num_passed += 1
+        write_json(url, note | {"at": ""})
+
+
+@dataclass(frozen=True)
+class Task:
+    """A table to be made: shard name → payload (plain JSON data), and what builds the worker inside its actor."""
+
+    label: str
+    table: Table
+    items: dict[str, Any]
+    make_worker: Callable[[], Worker]
+
+    @property
+    def stage(self) -> str:
+        return self.label.split()[0]
+
+    def failures(self, shard: str) -> str:
+        """URL, without its ending, of what is known of a shard that failed."""
+        return f"{self.table.url}/failures/{shard}"
+
+
+def keep_or_reject(
+    stage: str, rows: Sequence[Row], key: Callable[[Row], str], work: Callable[[Row], Any], strict: bool
+) -> tuple[list[Any], list[Reject]]:
+    """Apply `work` to every row; `BadInput` puts the row among the rejects (or stops a strict run)."""
+    kept, rejects = [], []
+    for row in rows:
+        try:
+            kept.append(work(row))
+        except BadInput as error:
+            if strict:
+                raise StageError(f"{stage}: {key(row)}: {error}") from None
+            rejects.append(Reject(stage, key(row), str(error)))
+    return kept, rejects
+
+
+def write_shard(
+    table: Table, shard: str, parts: Iterator[ShardPart], told: Callable[[ShardPart], None] = lambda _: None
+) -> dict[str, int]:
+    """Write a shard as its parts come, its counts into the footer, and what was left out into `rejects` beside it.
+
+    Returns:
+        `num_input`, `num_kept` and `num_rejected`.
+    """
+    first = next(parts)
+    counts = {"num_input": 0, "num_kept": 0, "num_rejected": 0}
+    totals: dict[str, float] = {}
+    rejects: list[Reject] = []
+    footer: dict[str, str] = {}
+    with table.writer(shard, first.rows.schema, footer) as write:
+        for part in chain([first], parts):
+            write(part.rows)
+            rejects += part.rejects
+            for name, number in zip(counts, (part.num_input, part.num_kept, len(part.rejects)), strict=True):
+                counts[name] += number
+            for name, total in part.totals.items():
+                totals[name] = totals.get(name, 0.0) + total
+            told(part)
+        footer["counts"] = json.dumps(counts | {"totals": totals})
+        if rejects:  # before the shard is there: a shard that is there is complete
+            Table(table.run_dir, table.set, "rejects").write(f"{table.name}-{shard}", to_arrow(Reject, rejects))
+    return counts
+
+
+class ShardWriter:
+    """The actor: turns items into shards; makes the worker of a table when the first item of that table comes."""
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self.tasks = tasks
+        self.current = -1
+        self.worker: Worker | None = None
+        self.broken = False
+        tags = ("run", "stage", "set")
+        self.rows = Counter("salad_rows", "Rows that a stage has done, kept or not.", tags)
+        self.rejects = Counter("salad_rejects", "Rows that a stage has left out.", tags)
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        if self.broken:  # whatever failed here may have left it unusable: Ray starts another, which tries this item
+            os._exit(1)
+        task, shard = self.tasks[item["task"]], item["shard"]
+        result = {"task": item["task"], "shard": shard, "error": "", "failed": "", "row": "", "hopeless": False}
+        result |= {"num_input": 0, "num_kept": 0, "num_rejected": 0}
+        try:
+            worker = self._worker(item)
+            parts = worker(json.loads(item["payload"]))
+            return result | write_shard(task.table, shard, self._with_left_out(task, worker, parts), self._tell(task))
+        except Exception as error:  # noqa: BLE001 - told, and tried again
+            if (cause := user_error(error)) is not None:
+                return result | {"error": str(cause)}
+            self.broken = True
+            return result | self._note_failure(task, item, error)
+
+    def _worker(self, item: dict[str, Any]) -> Worker:
+        task = self.tasks[item["task"]]
+        if item["task"] != self.current:
+            self.worker = None  # the former one goes first
+            self.worker, self.current = task.make_worker(), item["task"]
+        assert self.worker is not None
+        if isinstance(self.worker, WindowWorker):
+            self.worker.careful = f"{task.failures(item['shard'])}.json" if item["careful"] else None
+        return self.worker
+
+    def _with_left_out(self, task: Task, worker: Worker, parts: Iterator[ShardPart]) -> Iterator[ShardPart]:
+        """The parts, and last the rows that are left out since they made it fail."""
+        for part in parts:
+            yield part
+        if isinstance(worker, WindowWorker) and worker.left_out:
+            rejects = [Reject(task.stage, row_id, reason) for row_id, reason in worker.left_out.items()]
+            yield ShardPart(part.rows.slice(0, 0), len(rejects), 0, rejects)
+
+    def _tell(self, task: Task) -> Callable[[ShardPart], None]:
+        tags = {"run": task.table.run_dir, "stage": task.stage, "set": task.table.set or "-"}
+
+        def tell(part: ShardPart) -> None:
+            if part.num_input:
+                self.rows.inc(part.num_input, tags)
+            if part.rejects:
+                self.rejects.inc(len(part.rejects), tags)
+
+        return tell
+
+    def _note_failure(self, task: Task, item: dict[str, Any], error: Exception) -> dict[str, Any]:
+        """Leave the traceback in a file, and in a careful try the reason in the note; both for whoever tries next."""
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        write_bytes(f"{task.failures(item['shard'])}.log", traceback.format_exc().encode())
+        if not (isinstance(self.worker, WindowWorker) and self.worker.careful):
+            return {"failed": reason, "hopeless": item["careful"]}
+        note = read_json(self.worker.careful) or {"at": ""}
+        write_json(self.worker.careful, note | {"reason": reason})
+        # Not one row has gone well, though another one that failed was left out already.
+        hopeless = not note["at"] or (self.worker.num_passed == 0 and bool(self.worker.left_out))
+        return {"failed": reason, "row": note["at"], "hopeless": hopeless}
+
+
+@dataclass
+class Shortfall:
+    """A shard that is not there yet."""
+
+    tries: int = 0
+    reason: str = "its process died"
+    hopeless: bool = False
+
+
+class Counts:
+    """What the items of a pass have come to so far; raises `StageError` where the error is systematic."""
+
+    def __init__(self, config: Config, label: str, total: int) -> None:
+        self.config, self.label, self.total = config, label, total
+        self.num_done = self.num_failed = self.num_input = self.num_rejected = 0
+
+    def add(self, result: dict[str, Any], table: Table) -> None:
+        if result["error"]:
+            raise StageError(result["error"])
+        if result["failed"]:
+            self.num_failed += 1
+            at = f" at {result['row']}" if result["row"] else ""
+            say(
+                f"{self.label}: {result['shard']} failed{at} ({result['failed']}); its process is replaced, and it is "
+                "tried again",
+                shard=result["shard"],
+                row=result["row"],
+            )
+        else:
+            self.num_done += 1
+            self.num_input += result["num_input"]
+            self.num_rejected += result["num_rejected"]
+        self._check(result, table)
+
+    def _check(self, result: dict[str, Any], table: Table) -> None:
+        if self.num_failed >= MIN_FAILURES and self.num_failed > self.num_done:
+            raise StageError(
+                f"{self.label}: {self.num_failed} shards failed and {self.num_done} went well, so this is no single "
+                f"row's fault; the last one: {result['failed']} ({table.url}/failures/{result['shard']}.log)"
+            )
+        limit = max(MAX_EARLY_REJECTED, self.config.ingest.max_rejected_share)
+        early = MIN_FAILURES <= self.num_done < self.total
+        if early and result["num_rejected"] and self.num_rejected > limit * self.num_input:
+            first = table.rejects.read(f"{table.name}-{result['shard']}").to_pylist()[0]
+            raise StageError(
+                f"{self.label}: {self.num_rejected:,} of the first {self.num_input:,} rows were rejected, so the rest "
+                f"was not begun; {first['key']}: {first['reason']}. Mend the input and run the stage with --redo, or "
+                "raise ingest.max_rejected_share to 1"
+            )
+
+
+class Pace:
+    """Notes beside each table how far it is, for `salad status`, and what Ray's dashboard and Prometheus show."""
+
+    def __init__(self, tasks: Sequence[Task], num_actors: int) -> None:
+        self.tasks, self.num_actors = tasks, num_actors
+        self.started = self.noted = time.monotonic()
+        self.done = [0] * len(tasks)
+        self.rows = [0] * len(tasks)
+        self.rejects = [0] * len(tasks)
+        self.waiting = Gauge("salad_shards_waiting", "Shards that a stage has yet to make.", ("run", "stage", "set"))
+
+    def add(self, result: dict[str, Any]) -> None:
+        number = result["task"]
+        self.done[number] += not result["failed"]
+        self.rows[number] += result["num_input"]
+        self.rejects[number] += result["num_rejected"]
+        if time.monotonic() - self.noted > NOTE_SECS:
+            self.note()
+
+    def note(self) -> None:
+        self.noted = time.monotonic()
+        secs = self.noted - self.started
+        for number, task in enumerate(self.tasks):
+            left = len(task.items) - self.done[number]
+            tags = {"run": task.table.run_dir, "stage": task.stage, "set": task.table.set or "-"}
+            self.waiting.set(left, tags)
+            if self.done[number]:
+                eta = secs / sum(self.done) * (sum(len(task.items) for task in self.tasks) - sum(self.done))
+                note = {
+                    "done": self.done[number],
+                    "total": len(task.items),
+                    "num_actors": self.num_actors,
+                    "num_input": self.rows[number],
+                    "num_rejected": self.rejects[number],
+                    "rows_per_sec": self.rows[number] / secs,
+                    "eta_secs": eta,
+                    "at": time.time(),
+                }
+                write_json(f"{task.table.url}/progress.json", note)
+
+
+def map_shards(config: Config, tasks: Sequence[Task], room: int, num_gpus: float) -> dict[str, float]:
+    """Make every item's shard, trying again what fails.
+
+    Args:
+        room: actors for which the cluster has room now; `ray.max_actors` says how far it may grow.
+        num_gpus: of each actor.
+
+    Returns:
+        What tells the start from the work: actors, items, and seconds until the first item was done.
+
+    Raises:
+        StageError: for what the user has to mend; for a systematic error; at the end for shards that cannot be made.
+    """
+    missing = {(number, shard): Shortfall() for number, task in enumerate(tasks) for shard in task.items}
+    pace: dict[str, float] = {}
+    hopeless: dict[tuple[int, str], Shortfall] = {}
+    while missing:
+        facts, missing = _pass(config, tasks, missing, room, num_gpus)
+        pace = pace or facts
+        last = WHOLE_TRIES if config.strict else WHOLE_TRIES + ROW_FAILURES * MAX_LEFT_OUT + 1
+        for item, shortfall in list(missing.items()):
+            if shortfall.hopeless or shortfall.tries >= last:
+                hopeless[item] = missing.pop(item)
+    if hopeless:
+        (number, shard), shortfall = next(iter(hopeless.items()))
+        task = tasks[number]
+        raise StageError(
+            f"{task.label}: {len(hopeless)} of {len(task.items)} shards cannot be made, {shard} first, after "
+            f"{shortfall.tries} tries: {shortfall.reason} ({task.failures(shard)}.log has the story). The others are "
+            "done; mend the cause and run the stage again"
+        )
+    return pace
+
+
+def _pass(
+    config: Config, tasks: Sequence[Task], items: dict[tuple[int, str], Shortfall], room: int, num_gpus: float
+) -> tuple[dict[str, float], dict[tuple[int, str], Shortfall]]:
+    """Do each item once; returns the pace, and what is missing still."""
+    started = time.monotonic()
+    label = tasks[0].label
+    rows = [
+        {
+            "task": number,
+            "shard": shard,
+            "payload": json.dumps(tasks[number].items[shard]),
+            "careful": shortfall.tries >= WHOLE_TRIES,
+        }
+        for (number, shard), shortfall in items.items()
+    ]
+    num_actors = max(1, min(config.ray.max_actors or room, len(rows)))
+    results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+        ShardWriter,
+        fn_constructor_args=(tasks,),
+        compute=ray.data.ActorPoolStrategy(min_size=max(1, min(room, num_actors)), max_size=num_actors),
+        num_cpus=1,
+        num_gpus=num_gpus or None,
+        max_task_retries=TASK_RETRIES,
+    )
+    results.context.max_errored_blocks = -1  # an item whose process keeps dying; it is still missing below
+    missing = {item: Shortfall(shortfall.tries + 1) for item, shortfall in items.items()}
+    counts, pace = Counts(config, label, len(rows)), Pace(tasks, num_actors)
+    first_secs = 0.0
+    with progress(label, len(rows), "shards") as advance:
+        for result in results.iter_rows():
+            counts.add(result, tasks[result["task"]].table)
+            pace.add(result)
+            item = (result["task"], result["shard"])
+            if result["failed"]:
+                missing[item] = Shortfall(missing[item].tries, result["failed"], result["hopeless"])
+            else:
+                del missing[item]
+            first_secs = first_secs or time.monotonic() - started
+            advance(1)
+    pace.note()
+    if lost := [shard for (_, shard), shortfall in missing.items() if shortfall.reason == Shortfall.reason]:
+        say(f"{label}: {len(lost)} shards were lost with their processes, {lost[0]} first; they are tried again")
+    return {"num_actors": num_actors, "num_made": len(rows), "first_secs": round(first_secs, 2)}, missing

@@ -1,0 +1,168 @@
+"""Rows, processes and machines that fail while shards are made, through real Ray actors."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from factories import small_world_config
+
+from salad_ray import pipeline
+from salad_ray.config import Config, parse_config
+from salad_ray.stages.common import Stage, run_shards
+from salad_ray.stages.shards import ShardPart, StageError, WindowWorker
+from salad_ray.tables import Passage, Reject, Table, to_arrow
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+NUM_SHARDS, ROWS_PER_SHARD = 12, 10
+
+
+class CopyShard(WindowWorker):
+    """Keeps every row of a shard, but does to some of them what `harm` does."""
+
+    def __init__(self, harm: Callable[[str], None]) -> None:
+        self.harm = harm
+
+    def __call__(self, shard: str) -> Iterator[ShardPart]:
+        rows = [Passage(passage_id=f"{shard}/{i}", doc_id="d", text="t") for i in range(ROWS_PER_SHARD)]
+        for window in self.windows(rows, lambda row: row.passage_id, 4):
+            for row in window:
+                self.harm(row.passage_id)
+            yield ShardPart(to_arrow(Passage, window), len(window), len(window))
+
+
+def fail_at(bad: str, row_id: str) -> None:
+    if row_id == bad:
+        raise RuntimeError(f"cannot do {row_id}")
+
+
+def fail_in(shards: str, row_id: str) -> None:
+    if row_id.startswith(shards):
+        raise RuntimeError("nothing works")
+
+
+def segfault_at(bad: str, row_id: str) -> None:
+    if row_id == bad:
+        ctypes.string_at(0)
+
+
+def break_process_once(marker: str, row_id: str) -> None:
+    """Like a GPU after an illegal access: from then on nothing works in this process, but in another it does."""
+    if row_id == "part-00002/5" and not Path(marker).exists():
+        Path(marker).write_text(str(os.getpid()))
+    if Path(marker).exists() and Path(marker).read_text() == str(os.getpid()):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def config_in(folder: Path, **changes: Any) -> Config:
+    return parse_config(small_world_config(folder) | {"ray": {"num_cpus": 2}} | changes)
+
+
+def make(config: Config, harm: Callable[[str], None]) -> Table:
+    table = Table(config.run_dir, "web", "copies")
+    items = {f"part-{i:05d}": f"part-{i:05d}" for i in range(NUM_SHARDS)}
+    run_shards(config, Stage("copy", table, {}, {}), items, partial(CopyShard, harm))
+    return table
+
+
+def ids(table: Table) -> list[str]:
+    return [row.passage_id for shard in table.shards() for row in table.read_rows(Passage, shard)]
+
+
+EVERY_ID = [f"part-{shard:05d}/{row}" for shard in range(NUM_SHARDS) for row in range(ROWS_PER_SHARD)]
+
+
+def harm_three_ways(marker: str, row_id: str) -> None:
+    fail_at("part-00003/5", row_id)
+    segfault_at("part-00007/0", row_id)
+    break_process_once(marker, row_id)
+
+
+def test_poisoned_rows_become_rejects_and_broken_processes_are_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, marker = config_in(tmp_path), tmp_path / "marker"
+    table = make(config, partial(harm_three_ways, str(marker)))
+    assert marker.exists()
+    bad = {
+        "part-00003/5": "RuntimeError: cannot do part-00003/5",
+        "part-00007/0": "its process died at this row, twice",
+    }
+    assert ids(table) == [row_id for row_id in EVERY_ID if row_id not in bad]
+    rejects = [row for shard in table.rejects.shards() for row in table.rejects.read_rows(Reject, shard)]
+    assert rejects == [Reject("copy", row_id, reason) for row_id, reason in bad.items()]
+    manifest = table.manifest()
+    assert manifest is not None
+    assert (manifest["num_input"], manifest["num_kept"], manifest["num_rejected"]) == (120, 118, 2)
+    told = capsys.readouterr().out
+    assert told.count("illegal memory access") == 1  # no other shard was tried in that process
+    assert "illegal memory access" in Path(table.url, "failures", "part-00002.log").read_text()
+    status = json.loads(Path(table.url, "progress.json").read_text())
+    assert status["total"] == NUM_SHARDS
+    rows = scraped("ray_salad_rows", config.run_dir)
+    assert 'stage="copy"' in rows
+    assert 'set="web"' in rows
+
+
+def scraped(name: str, run_dir: str) -> str:
+    """A metric of a run, as Prometheus reads it from Ray; "" when it does not appear within a minute."""
+    port = next(node["MetricsExportPort"] for node in ray.nodes() if node["Alive"])
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
+        for line in text.splitlines():
+            if line.startswith(name) and run_dir in line:
+                return line
+        time.sleep(1)
+    return ""
+
+
+def test_a_systematic_error_ends_the_stage_early_with_its_reason(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match=r"copy set=web: 3 shards failed and 0 went well.*RuntimeError: nothing works"):
+        make(config_in(tmp_path), partial(fail_in, "part"))
+
+
+def test_a_shard_that_cannot_be_made_is_named_when_the_others_are_done(tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    with pytest.raises(StageError, match=r"1 of 12 shards cannot be made, part-00001 first.*nothing works"):
+        make(config, partial(fail_in, "part-00001"))
+    table = make(config, partial(fail_at, "nobody"))  # the cause is mended
+    assert ids(table) == EVERY_ID
+
+
+def test_strict_leaves_no_row_out(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="part-00003 first, after 2 tries: RuntimeError: cannot do part-00003/5"):
+        make(config_in(tmp_path, strict=True), partial(fail_at, "part-00003/5"))
+
+
+def test_a_stage_that_keeps_nothing_ends_before_the_rest_is_begun(tmp_path: Path) -> None:
+    changes = {"synthesize": {"gates": {"max_chars_per_sec": 8.0}}}
+    config = config_in(tmp_path, **changes)
+    pipeline.run_stage(config, "ingest", "natural")
+    with pytest.raises(StageError, match=r"of the first .* rows were rejected, so the rest was not begun"):
+        pipeline.run_stage(config, "synthesize", "natural")
+
+
+def test_the_log_can_be_json_with_run_stage_and_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SALAD_LOG", "json")
+    config = config_in(tmp_path)
+    pipeline.run_stage(config, "ingest", "heldout")
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines
+    assert all(
+        (line["run"], line["stage"], line["set"]) == (config.run_dir, "ingest", "heldout") and line["message"]
+        for line in lines
+    )
