@@ -52,6 +52,23 @@ Overrides = Annotated[
 ]
 
 
+def load(path: Path, overrides: list[str] | None) -> Config:
+    """The resolved config. A Ray job works in a copy of the checkout that Ray deletes, so there a relative run_dir lies
+    at home instead."""
+    config, here = load_config(path, overrides or []), Path.cwd()
+    if here.parent.name != "working_dir_files":  # where Ray unpacks what `--working-dir` uploads
+        return config
+    runs = {name: place for name in ("run_dir", "base_run") if (place := getattr(config, name))}
+    moved = {
+        name: str(Path.home() / Path(place).relative_to(here))
+        for name, place in runs.items()
+        if Path(place).is_relative_to(here)
+    }
+    if "run_dir" in moved:
+        say(f"run_dir: {moved['run_dir']}, on the machine of the job's driver")
+    return config.model_copy(update=moved)
+
+
 def describe(model: type[BaseModel], prefix: str) -> Iterator[str]:
     """One line for each key of a section: name, default, meaning."""
     for name, field in model.model_fields.items():
@@ -76,7 +93,7 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Resolve and validate; show the config and stop.")] = False,
 ) -> None:
     """Run all stages, skipping what is done and continuing what was interrupted."""
-    resolved = load_config(config, overrides or [])
+    resolved = load(config, overrides)
     if dry_run:
         say(dump_config(resolved))
         say("stages: " + " → ".join(f"{step.stage} {step.set}".strip() for step in pipeline.steps(resolved)))
@@ -101,7 +118,7 @@ def sweep(
     redo: Annotated[bool, typer.Option("--redo", help="Delete the sweep's trainings first.")] = False,
 ) -> None:
     """Train over a grid of the config's keys and budgets, sharing what can be shared, and fit the misalignment law."""
-    pipeline.run_sweeps(load_config(config, overrides or []), only, redo)
+    pipeline.run_sweeps(load(config, overrides), only, redo)
 
 
 @app.command()
@@ -121,7 +138,7 @@ def plan(
     if show_rates:
         sys.stdout.write(RATES.read_text())
         return
-    pipeline.show_plan(load_config(config, overrides or []), rates, measured, calibrate)
+    pipeline.show_plan(load(config, overrides), rates, measured, calibrate)
 
 
 @app.command()
@@ -209,7 +226,7 @@ def add_stage(name: str, summary: str, sections: tuple[str, ...]) -> None:
         overrides: Overrides = None,
         redo: Annotated[bool, typer.Option("--redo", help="Delete this stage's output first.")] = False,
     ) -> None:
-        resolved = load_config(config, overrides or [])
+        resolved = load(config, overrides)
         if redo:
             pipeline.redo(resolved, name, resolved.set)
         pipeline.run_stage(resolved, name, resolved.set, anew=redo)

@@ -545,7 +545,8 @@ class DistillConfig(Section):
     precision: Literal["fp32", "bf16"] = "bf16"
     use_gpu: bool = True
     """Train on GPUs (one a worker), or on CPUs over gloo."""
-    cpus_per_worker: int = Field(1, ge=1)
+    cpus_per_worker: int = Field(1, ge=0)
+    """CPUs that Ray has to have free for each worker; 0 where the nodes meant for training offer none."""
     extra_resources: dict[str, float] = {}
     """Of each worker, such as {training: 1}: resources that only the nodes meant for training have."""
     activation_checkpointing: bool = False

@@ -16,6 +16,8 @@ USER_ERRORS = frozenset(["ConfigError", "StageError", "TableError", "ModelError"
 """What a user can mend; the message is one sentence for the user."""
 
 console = Console(highlight=False, soft_wrap=True)
+if not console.is_terminal and "COLUMNS" not in os.environ:
+    console.width = 160  # a job's log or a pipe, where rich would cut tables off at 80 columns
 
 log_facts: dict[str, str] = {}
 """What every line of a JSON log says besides: the run, and the stage and set at work."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.util import fillout_defaults, validate_config
 
 from salad_ray import pipeline
@@ -36,13 +36,19 @@ def pools() -> dict[str, dict[str, dict[str, Any]]]:
         for name, kind in cluster()["available_node_types"].items()
         if name != "head"
     }
-    groups = {}
-    for group in ray_job()["spec"]["rayClusterSpec"]["workerGroupSpecs"]:
-        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-        own = json.loads(json.loads(group["rayStartParams"].get("resources", '"{}"')))
-        resources = {"CPU": int(limits["cpu"]), "GPU": int(limits.get("nvidia.com/gpu", 0))} | own
-        groups[group["groupName"]] = {"resources": resources, "most": group["maxReplicas"]}
+    groups = {
+        name: {"resources": kind["resources"], "most": kind["max_workers"]}
+        for name, kind in as_rays_autoscaler_reads_it(ray_job())["available_node_types"].items()
+        if kind["max_workers"]
+    }
     return {"cluster.yaml": aws, "kuberay.yaml": groups}
+
+
+def as_rays_autoscaler_reads_it(job: dict[str, Any]) -> dict[str, Any]:
+    """What Ray's autoscaler on Kubernetes makes of a RayJob's cluster; it validates it, too."""
+    cluster = {"metadata": {"name": "salad", "namespace": "default"}, "spec": job["spec"]["rayClusterSpec"]}
+    config: dict[str, Any] = _derive_autoscaling_config_from_ray_cr(cluster)
+    return config
 
 
 def demands(config: Config) -> dict[str, tuple[dict[str, float], int]]:
@@ -60,7 +66,7 @@ def demands(config: Config) -> dict[str, tuple[dict[str, float], int]]:
 
 def room(pool: dict[str, Any], wanted: dict[str, float]) -> int:
     """How many such actors a pool holds when it is as large as it may be."""
-    each = min(math.floor(pool["resources"].get(name, 0) / number) for name, number in wanted.items())
+    each = min(math.floor(pool["resources"].get(name, 0) / number) for name, number in wanted.items() if number)
     return each * int(pool["most"])
 
 
@@ -89,6 +95,14 @@ def test_training_never_lands_on_spot_machines(name: str) -> None:
     assert spot["gpu_spot"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_nothing_but_training_lands_on_training_machines(name: str) -> None:
+    steps = demands(load_config(ROOT / "configs" / f"{name}.yaml"))
+    others = [wanted for step, (wanted, _) in steps.items() if step not in ("stage1", "stage2")]
+    for file, kinds in pools().items():  # not even when the other pools are full
+        assert not any(room(kinds["training"], wanted) for wanted in others), file
+
+
 def test_nothing_is_open_to_the_world() -> None:
     config = cluster()
     rules = config["provider"]["security_group"]["IpPermissions"]
@@ -109,8 +123,10 @@ def test_pools_begin_empty_and_the_head_computes_nothing() -> None:
     assert all(kind.get("min_workers", 0) == 0 for kind in config["available_node_types"].values())
     spec = ray_job()["spec"]["rayClusterSpec"]
     assert spec["enableInTreeAutoscaling"]
-    assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
-    assert all(group["minReplicas"] == 0 for group in spec["workerGroupSpecs"])
+    kinds = as_rays_autoscaler_reads_it(ray_job())
+    assert kinds["available_node_types"]["headgroup"]["resources"]["CPU"] == 0
+    assert all(kind["min_workers"] == 0 for kind in kinds["available_node_types"].values())
+    assert kinds["idle_timeout_minutes"] == config["idle_timeout_minutes"]
 
 
 def test_set_up_is_from_the_lock_and_the_versions_agree() -> None:

@@ -63,7 +63,7 @@ def fit(config: Config, embeddings: Table, shards: list[str]) -> None:
     start_ray(config)
     settings = config.cluster
     started = time.monotonic()
-    require_gpus("cluster", settings.num_gpus)
+    require_gpus(config, "cluster", settings.num_gpus)
     on_gpu = ray.remote(num_cpus=1, num_gpus=settings.num_gpus or None)(_fit)
     fitted, num_points = ray.get(on_gpu.remote(config, embeddings, shards))
     write_bytes(fitted_url(config), safetensors.numpy.save(fitted))

@@ -228,9 +228,11 @@ def _do(config: Config, works: Sequence[Work], num_gpus: float) -> dict[str, flo
         return {}
     start_ray(config)
     cluster = ray.cluster_resources()
-    if config.ray.max_actors is None:
-        require_gpus(tasks[0].label, num_gpus, "; if it grows on demand, say by ray.max_actors how far")
-    room = int(cluster.get("GPU", 0) / num_gpus) if num_gpus else int(cluster.get("CPU", 1))
+    room = int(cluster.get("GPU", 0) / num_gpus) if num_gpus else int(cluster.get("CPU", 0))
+    label = tasks[0].label
+    require_gpus(config, label, num_gpus)
+    if not room and config.ray.max_actors is None:
+        say(f"{label}: this Ray cluster has no CPUs now; one actor waits for one, more if ray.max_actors says how many")
     return map_shards(config, tasks, room, num_gpus)
 
 
@@ -368,14 +370,19 @@ def start_ray(config: Config) -> None:
         address = config.ray.address or os.environ.get("RAY_ADDRESS")  # set where a job was submitted
         local = {"num_cpus": config.ray.num_cpus, "include_dashboard": True, "dashboard_host": "127.0.0.1"}
         ray.init(address=address or "local", logging_level=logging.ERROR, **({} if address else local))
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_no_progress_timeout_s = -1  # spot machines can take longer than its half hour, and so can a shard
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
-def require_gpus(label: str, num_gpus: float, remedy: str = "") -> None:
-    """Refuse what would wait for ever: GPUs on a cluster that has none."""
-    if num_gpus > ray.cluster_resources().get("GPU", 0):
-        raise StageError(f"{label} asks for {num_gpus:g} GPUs an actor, but this Ray cluster has none now{remedy}")
+def require_gpus(config: Config, label: str, num_gpus: float) -> None:
+    """Refuse what would wait for ever: GPUs on a cluster that has none, unless `ray.max_actors` says that it grows."""
+    if config.ray.max_actors is None and num_gpus > ray.cluster_resources().get("GPU", 0):
+        raise StageError(
+            f"{label} asks for {num_gpus:g} GPUs an actor, but this Ray cluster has none now; if it grows on demand, "
+            "say by ray.max_actors how far"
+        )
 
 
 def check_strict(config: Config, stage: Stage) -> None:

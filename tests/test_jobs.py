@@ -1,0 +1,142 @@
+"""`ray job submit --working-dir . -- python jobs/…` against a head with its job server and token authentication."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from clusters import Head, head, wait_for
+from factories import small_world_config
+
+pytestmark = pytest.mark.timeout(3600)  # two minutes, but for machines that are busy with other things
+MOST_UPLOADED = 8 * 2**20
+WHOSE_CODE = """
+import os, ray, salad_ray
+ray.init()
+in_worker = ray.remote(lambda: __import__("salad_ray").__file__).remote()
+print("code:", os.getcwd(), salad_ray.__file__, ray.get(in_worker))
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    with head("--num-cpus=2", HOME=str(tmp_path_factory.mktemp("home"))) as each:
+        yield each
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small world whose training takes long enough to be stopped in the middle."""
+    folder = tmp_path_factory.mktemp("jobs")
+    content: dict[str, Any] = small_world_config(folder)
+    del content["stage2"]
+    content["distill"]["num_steps"] = 120
+    file = folder / "tiny.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+def submit(cluster: Head, *command: str) -> subprocess.CompletedProcess[str]:
+    return cluster.ray("job", "submit", "--working-dir", ".", "--", "python", *command)
+
+
+def of_job(output: str) -> str:
+    """What the job itself has written, of what `ray job submit` prints."""
+    return output.split("Running entrypoint for job", 1)[1].split("Status message:")[0]
+
+
+def test_driver_and_workers_run_the_uploaded_code_and_little_is_uploaded(cluster: Head) -> None:
+    done = submit(cluster, "-c", WHOSE_CODE)
+    assert done.returncode == 0, done.stdout
+    found = re.search(r"^code: (\S+) (\S+) (\S+)$", done.stdout, re.MULTILINE)
+    assert found, done.stdout
+    uploaded = Path(found[1])
+    assert uploaded.parent.name == "working_dir_files"
+    assert set(found.groups()[1:]) == {str(uploaded / "salad_ray/__init__.py")}
+    files = {file.relative_to(uploaded) for file in uploaded.rglob("*") if file.is_file()}
+    assert sum((uploaded / file).stat().st_size for file in files) < MOST_UPLOADED
+    assert not {".git", ".venv", "runs"} & {file.parts[0] for file in files}
+    [job] = [job for job in jobs(cluster) if job["submission_id"] in done.stdout]
+    assert set(job["runtime_env"]) <= {"working_dir", "_ray_commit"}  # nothing is installed
+
+
+def test_only_who_has_the_token_is_served(cluster: Head, tmp_path: Path) -> None:
+    nobody = {"RAY_AUTH_MODE": None, "RAY_AUTH_TOKEN_PATH": None, "HOME": str(tmp_path)}
+    for changes, refusal in ((nobody, "Missing authentication token"), ({"RAY_AUTH_TOKEN": "0" * 64}, "Invalid")):
+        refused = cluster.ray("job", "submit", "--", "python", "-c", "print('served')", **changes)
+        assert refused.returncode != 0
+        assert refusal in refused.stdout
+        assert "Running entrypoint" not in refused.stdout
+
+
+def test_a_relative_run_dir_lies_at_home_and_not_in_the_jobs_copy(cluster: Head) -> None:
+    done = submit(cluster, "jobs/run.py", "--dry-run", "seed=3")
+    assert done.returncode == 0, done.stdout
+    shown = re.search(r"^run_dir: (\S+), on the machine", done.stdout, re.MULTILINE)
+    assert shown, done.stdout
+    assert shown[1].endswith("/runs/quickstart")
+    assert "working_dir_files" not in shown[1]
+    assert "\nseed: 3\n" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("job", "sentence"),
+    [
+        ("stage2.py", r"^salad: .*stage2: the config has no such section.*$"),
+        ("sweep.py", r"^salad: the config has no sweeps; .*$"),
+    ],
+)
+def test_a_failing_job_says_why_in_a_sentence_and_exits_1(cluster: Head, config: Path, job: str, sentence: str) -> None:
+    done = submit(cluster, f"jobs/{job}", "--config", str(config))
+    assert done.returncode == 1
+    log = of_job(done.stdout)
+    assert re.search(sentence, log, re.MULTILINE), log
+    assert "Traceback" not in log
+
+
+def test_a_run_that_is_stopped_continues_where_it_was(cluster: Head, config: Path) -> None:
+    run = config.parent / "run"
+    first = submit(cluster, "jobs/stage.py", "ingest", "--config", str(config), "set=web")
+    assert first.returncode == 0, first.stdout
+    assert re.search(r"^ingest set=web: \d+ kept in \S+ s → ", first.stdout, re.MULTILINE)
+
+    started = cluster.ray(
+        "job", "submit", "--no-wait", "--submission-id=whole", "--working-dir", ".", "--",
+        *("python", "jobs/run.py", "--config", str(config)),
+    )  # fmt: skip
+    assert started.returncode == 0, started.stdout
+    wait_for(lambda: list(run.glob("stage1/checkpoints/*/manifest.json")) or ended(cluster, "whole"), "a checkpoint")
+    cluster.request("jobs/whole/stop", "POST")  # what `ray job stop` does, at once
+    wait_for(lambda: ended(cluster, "whole"), "the job's end")
+    log = cluster.request("jobs/whole/logs")["logs"]
+    assert ended(cluster, "whole") == "STOPPED", log
+    assert not (run / "stage1/manifest.json").exists()
+    assert "ingest set=web: done already" in log
+    assert re.search(r"^\[\d+/\d+, [\d:]+\] synthesize natural$", log, re.MULTILINE)
+
+    again = submit(cluster, "jobs/stage1.py", "--config", str(config))
+    assert again.returncode == 0, again.stdout
+    log = of_job(again.stdout)
+    assert re.search(r"stage1: continuing after step \d+, from ", log), log
+    assert "Traceback" not in log
+    assert not {"━", "\r", "…"} & set(log)  # lines; no bars, nothing cut off
+    starts = json.loads((run / "stage1/manifest.json").read_text())["starts"]
+    assert len(starts) == 2
+    assert starts[1]["step"] > 0
+
+
+def ended(cluster: Head, job: str) -> str:
+    """How a job has ended; "" while it runs."""
+    status = cluster.request(f"jobs/{job}")["status"]
+    return status if status in ("SUCCEEDED", "FAILED", "STOPPED") else ""
+
+
+def jobs(cluster: Head) -> list[dict[str, Any]]:
+    listed: list[dict[str, Any]] = cluster.request("jobs/")
+    return listed
