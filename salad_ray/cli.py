@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from rich.table import Table as Grid
 
 from salad_ray import pipeline
-from salad_ray.config import Config, SweepConfig, dump_config, load_config, section_of
+from salad_ray.config import Config, SweepConfig, dump_config, load_config, refuse_secret_arguments, section_of
 from salad_ray.console import console, say, user_error
 from salad_ray.tables import write_json
 
@@ -238,6 +238,7 @@ def add_stage(name: str, summary: str, sections: tuple[str, ...]) -> None:
 def main() -> None:
     """Entry point: errors that a user can mend are one sentence, others leave their traceback in a file."""
     sys.excepthook = _explain
+    refuse_secret_arguments(sys.argv[1:])
     typer.main.get_command(app)(prog_name="salad")  # calling `app` itself would install typer's own hook
 
 

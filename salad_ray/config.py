@@ -24,6 +24,46 @@ class ConfigError(ValueError):
     """A config that cannot be used; its message is one sentence for the user."""
 
 
+# What a credential looks like: before a URL's host (`https://token@…` too; fsspec's github:// has a repository there),
+# in its query (signed URLs), by its own shape, or by the key that it is given to.
+_SECRETS = (
+    re.compile(r"https?://[^/?#\s]*@|(?<!github)://[^/?#\s]*:[^/?#\s]*@", re.IGNORECASE),
+    re.compile(r"://\S*[?&][\w.%-]*(sig|signature|credential|token|secret|password|key|accessid)=", re.IGNORECASE),
+    re.compile(r"\bhf_[A-Za-z0-9]{20,}|\b(AKIA|ASIA)[A-Z0-9]{16}\b"),
+)
+_SECRET_KEY = re.compile(r"(^|[._])(token|secret|password|credentials?|api_?key|access_?key)$", re.IGNORECASE)
+
+
+def refuse_secrets(value: Any, where: str, key: str = "") -> None:
+    """Raises `ConfigError` for a value that holds a credential, looking into lists and mappings; never repeats it.
+
+    The config is copied into run_dir, manifests, reports, exported models and trackers. None of them has to be searched
+    for secrets, as none gets in.
+
+    Args:
+        where: what the value was read from.
+        key: (dotted) of the value there.
+    """
+    if isinstance(value, dict):
+        for name, item in value.items():
+            refuse_secrets(item, where, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            refuse_secrets(item, where, key)
+    elif isinstance(value, str) and (_SECRET_KEY.search(key) or any(pattern.search(value) for pattern in _SECRETS)):
+        raise ConfigError(
+            f"{where}: '{key}' holds a credential (a password, a token, a signed URL), which would end in logs and "
+            "reports; take it out, and give it by the environment (HF_TOKEN, AWS_PROFILE, …) or the machine's role"
+        )
+
+
+def refuse_secret_arguments(arguments: typing.Iterable[str]) -> None:
+    """`refuse_secrets` for what stands on a command line, `key=value` or not."""
+    for argument in arguments:
+        found = re.match(r"([a-z][\w.]*)=", argument)
+        refuse_secrets(argument, "command line", found[1] if found else "an argument")
+
+
 class Section(BaseModel):
     """A part of the config: unknown keys fail, values are not coerced, nothing changes after loading."""
 
@@ -158,7 +198,7 @@ class CorpusConfig(Section):
     name: str | None = None
     """Prefix of its ids; none takes the last part of the path."""
     root: str | None = None
-    """Folder that the manifest's audio paths are relative to; none looks from the manifest's own folder upwards."""
+    """Folder that the manifest's audio paths are relative to, and must stay in; none is the manifest's own folder."""
     license: str | None = None
     """Of rows that state none; none takes the corpus' own, where it is known."""
     attribution: str | None = None
@@ -166,7 +206,7 @@ class CorpusConfig(Section):
     text: Literal["book", "recogniser"] = "book"
     """Which of LibriHeavy's two texts: the book's, cased and punctuated, or the recogniser's upper case."""
     allow_outside: bool = False
-    """Believe absolute paths and URLs in a manifest; otherwise audio must lie under `root`."""
+    """Believe absolute paths, URLs and links of a manifest; otherwise audio must lie under `root`."""
 
 
 class WebTextConfig(Section):
@@ -832,6 +872,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     Raises:
         ConfigError: with one sentence naming the file or override, the key, the value and the remedy.
     """
+    refuse_secret_arguments([str(path), *overrides])
     data = _read_yaml(str(path))
     for override in overrides:
         _apply_override(data, override)
@@ -878,6 +919,7 @@ def _absolute(config: Config) -> Config:
 
 def parse_config(data: dict[str, Any], source: str = "config") -> Config:
     """Validate a nested dictionary; raises `ConfigError`."""
+    refuse_secrets(data, source)  # first: other errors name the value
     try:
         return Config.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 from factories import untrained_copy
+from ray._private import ray_constants
 from ray.cluster_utils import Cluster
 
 from salad_ray.config import Config, dump_config
@@ -24,8 +25,11 @@ PATIENCE_SECS = 600
 
 
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """A head that computes nothing and two nodes of a core each."""
+    # A local Ray, which other tests have started in this process, confines itself and all that follow to loopback.
+    monkeypatch.setenv(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, "1")
+    monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", True)
     found = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True})
     for _ in range(2):
         found.add_node(num_cpus=1)

@@ -18,12 +18,10 @@ those of MMLU of its task `mmlu_continuation`; docs/evaluation.md says which fil
 from __future__ import annotations
 
 import csv
-import gzip
 import heapq
 import io
 import json
 import re
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -35,10 +33,16 @@ from fsspec.implementations.local import LocalFileSystem
 from huggingface_hub.errors import HfHubHTTPError
 
 from salad_ray.config import ConfigError
+from salad_ray.speech.readers import inside
 from salad_ray.tables import BadInput, Item, Reject, stable_hash
+from salad_ray.text.documents import MAX_FILE_BYTES, read_whole
 from salad_ray.text.world import world_questions
 
 STAGE = "ingest"
+PARQUET_ROWS = 16
+"""That are decoded at once."""
+MAX_AUDIO_BYTES = 2**31
+"""Of the recordings of a row group."""
 BENCHMARKS = ("storycloze", "openbookqa", "hellaswag", "arc_challenge", "piqa", "mmlu_spoken", "voicebench_mmsu")
 ENDS: dict[str, tuple[str, ...]] = {
     "parquet": (".parquet",),
@@ -221,7 +225,7 @@ def _group_sizes(url: str) -> list[int]:
 @lru_cache(maxsize=1)  # items are asked for in order: a row group is read once, and one is in memory
 def _recordings(url: str, group: int) -> list[Record]:
     with fsspec.open(url, "rb") as file:
-        rows = pq.ParquetFile(file).read_row_group(group, columns=["audio"])
+        rows = _bounded(pq.ParquetFile(file), ["audio"], [group], MAX_AUDIO_BYTES)
     return [value or {} for value in rows["audio"].to_pylist()]
 
 
@@ -321,11 +325,7 @@ def _records(benchmark: str, url: str) -> Iterator[tuple[int, Record | BadInput]
 
 def _read(url: str) -> bytes:
     try:
-        fs, path = fsspec.core.url_to_fs(url)
-        data = bytes(fs.cat_file(path))
-        return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ConfigError(f"{url} is truncated or damaged ({error}); fetch it again") from None
+        return read_whole(url)
     except _UNREACHABLE as error:
         raise ConfigError(f"{url} cannot be read ({type(error).__name__}: {error}); check path") from None
 
@@ -392,13 +392,27 @@ def _parquet_records(url: str) -> Iterator[tuple[int, Record | BadInput]]:
             parquet = pq.ParquetFile(file)
             names = parquet.schema_arrow.names
             has_bytes = "audio" in names and pa.types.is_struct(parquet.schema_arrow.field("audio").type)
-            table = parquet.read(columns=[name for name in names if name != "audio" or not has_bytes])
+            table = _bounded(parquet, names if not has_bytes else [name for name in names if name != "audio"])
             columns = {name: _values(table[name]) for name in table.column_names}
     except (pa.ArrowException, *_UNREACHABLE) as error:
         raise ConfigError(f"{url} cannot be read as Parquet ({error}); fetch it again") from None
     for row, values in enumerate(zip(*columns.values(), strict=True)):
         record: Record = dict(zip(columns, values, strict=True))
         yield row + 1, record | {"audio": {"row": row}} if has_bytes else record
+
+
+def _bounded(
+    parquet: pq.ParquetFile, columns: list[str], groups: list[int] | None = None, most: int = MAX_FILE_BYTES
+) -> pa.Table:
+    """The rows, a few at a time: a page of two kilobytes can name one text of megabytes a thousand times."""
+    batches: list[pa.RecordBatch] = []
+    size = 0
+    for batch in parquet.iter_batches(PARQUET_ROWS, row_groups=groups, columns=columns, use_threads=False):
+        batches.append(batch)
+        size += batch.nbytes
+        if size > most:
+            raise pa.ArrowInvalid(f"its rows are more than {most:,} bytes")
+    return pa.Table.from_batches(batches, parquet.schema_arrow.empty_table().select(columns).schema)
 
 
 def _values(column: pa.ChunkedArray) -> list[Any]:
@@ -419,9 +433,10 @@ def _recording(audio: Any, url: str) -> str | None:
         return None
     if not isinstance(audio, str):
         raise BadInput(f"its 'audio' is a {type(audio).__name__}, not a path")
-    if "://" in audio or audio.startswith("/") or ".." in audio.split("/"):
-        raise BadInput(f"its audio {audio} is outside the folder of the items")
-    return f"{url.rsplit('/', 1)[0]}/{audio}" if "/" in url else audio
+    try:
+        return inside(audio, url.rpartition("/")[0] or ".")
+    except BadInput:
+        raise BadInput(f"its audio {audio} is outside the folder of the items") from None
 
 
 def _item(benchmark: str, record: Record, fallback: str, audio: str | None) -> Item:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -16,8 +17,11 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import resolve_revision
 
-# What transformers and its parsers raise for a folder, hub id or setting that cannot be used.
-UNUSABLE = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError, StrictDataclassError)
+# What transformers and its parsers raise for a folder, hub id or setting that cannot be used, and torch for a pickle.
+UNUSABLE = (
+    OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError, StrictDataclassError,
+    UnpicklingError,
+)  # fmt: skip
 
 
 class ModelError(ValueError):

@@ -67,9 +67,17 @@ def model_card(
         "",
         "| corpus | licence | hours | attribution |",
         "| --- | --- | --- | --- |",
-        *(f"| {row.corpus} | {row.license} | {row.hours:,.2f} | {row.attribution} |" for row in speech),
+        *(
+            f"| {cell(row.corpus)} | {cell(row.license)} | {row.hours:,.2f} | {cell(row.attribution)} |"
+            for row in speech
+        ),
         "",
     ]
     if any(re.search(r"\bNC\b", row.license.upper()) for row in speech):
         lines += ["Some of this speech is licensed for non-commercial use only.", ""]
     return "\n".join(lines)
+
+
+def cell(text: str) -> str:
+    """Text of a corpus in a table of Markdown: on one line, and neither a column's end nor HTML."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

@@ -249,7 +249,7 @@ def text_llm(config: Config, rates: Rates) -> PreTrainedConfig:
     if known is not None:
         return AutoConfig.for_model(**known)
     try:
-        return AutoConfig.from_pretrained(config.model.teacher, revision=config.model.revision)
+        return AutoConfig.from_pretrained(config.model.teacher, revision=config.model.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model.teacher={config.model.teacher}: its config cannot be read here ({str(error).splitlines()[0]}); add "

@@ -607,13 +607,18 @@ def _by_folder(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]
 
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """One line for each training, failed ones included."""
+    """One line for each training, failed ones included; no text of theirs is a formula to a spreadsheet."""
+    rows = [{name: _no_formula(value) for name, value in row.items()} for row in rows]
     names = list(dict.fromkeys(name for row in rows for name in row))
     file = io.StringIO()
     writer = csv.DictWriter(file, names)
     writer.writeheader()
     writer.writerows(rows)
     return file.getvalue()
+
+
+def _no_formula(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def _first_line(error: BaseException) -> str:

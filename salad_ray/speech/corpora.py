@@ -161,7 +161,9 @@ def _records(
     source: Source, corpus: CorpusConfig, max_member_bytes: int, unpack_url: str
 ) -> Iterator[Utterance | Reject]:
     if source.format == "folder":
-        utterances, rejects = readers.read_folder(source.url.rpartition("/")[0], "", source.corpus)
+        utterances, rejects = readers.read_folder(
+            source.url.rpartition("/")[0], "", source.corpus, corpus.allow_outside
+        )
         yield from utterances
         yield from rejects
     elif source.format == "kaldi":
@@ -264,21 +266,28 @@ def _emilia_sources(fs: fsspec.AbstractFileSystem, path: str, name: str, shown: 
 
 
 def _root(fs: fsspec.AbstractFileSystem, folder: str, recordings: list[tuple[str, str]], corpus: CorpusConfig) -> str:
-    """What a manifest's audio paths are relative to: as configured, or the nearest folder upwards in which audio is.
+    """What a manifest's audio paths are relative to: as configured, or the manifest's own folder.
+
+    Folders above are searched to name them only: a manifest does not decide what else of a disk may be read.
 
     Args:
         recordings: names and paths of some.
 
     Raises:
-        ConfigError: none of the paths is anywhere.
+        ConfigError: none of the paths is there.
     """
     folders = _upward(folder) if corpus.root is None else [fsspec.core.url_to_fs(corpus.root.rstrip("/"))[1]]
     relative = [path for _, path in recordings if "://" not in path and not path.startswith("/")]
     if not relative:  # nothing to go by: each row is judged by itself
         return url_of(fs, folders[0])
     for one in folders:
-        if any(fs.exists(f"{one}/{path}") for path in relative):
-            return url_of(fs, one)
+        if any(fs.exists(f"{one}/{path}") for path in relative if ".." not in path.split("/")):
+            if one == folders[0] or corpus.allow_outside:
+                return url_of(fs, one)
+            raise ConfigError(
+                f"{corpus.path}: its audio lies outside its folder, under {url_of(fs, one)}; if it may be read there, "
+                "set the corpus' root to that"
+            )
     raise ConfigError(
         f"{corpus.path} points nowhere: {relative[0]} is not under {url_of(fs, folders[0])}"
         + (" or the folders above it" if corpus.root is None else "")

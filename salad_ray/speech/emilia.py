@@ -17,7 +17,7 @@ import fsspec
 
 from salad_ray.speech.archives import MAX_META_BYTES, Member, Unusable, members, unpack
 from salad_ray.speech.lhotse_cuts import transcript
-from salad_ray.speech.readers import STAGE, language_code
+from salad_ray.speech.readers import STAGE, language_code, lines_of
 from salad_ray.tables import BadInput, Reject, Utterance
 
 AUDIO = ("mp3", "flac", "wav", "ogg", "opus", "m4a")
@@ -67,8 +67,10 @@ def read_raw(
             audio[member.name.removeprefix("./")] = member
     used: set[str] = set()
     with fsspec.open(table, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
+        for number, line in lines_of(file):
+            if isinstance(line, BadInput):
+                yield Reject(STAGE, f"{corpus}/{table}:{number}", str(line))
+            elif line.strip():
                 yield _line(corpus, table, number, line, url, audio, used)
     for name in sorted(audio.keys() - used):
         yield Reject(STAGE, f"{corpus}/{name}", "no line of the table names it")
@@ -80,7 +82,8 @@ def first_record(url: str) -> dict[str, Any] | None:
         found = (getattr(member, "content", None) for member in members(url, MAX_META_BYTES, PROBE_BYTES))
         return _first_object(islice(found, NUM_PROBES))
     with fsspec.open(url, "rb") as file:
-        return _first_object(islice(file, NUM_PROBES))
+        lines = (None if isinstance(line, BadInput) else line for _, line in lines_of(file))
+        return _first_object(islice(lines, NUM_PROBES))
 
 
 def _first_object(contents: Iterable[bytes | None]) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ import fsspec
 
 from salad_ray.config import ConfigError
 from salad_ray.speech.lhotse_cuts import book_of, transcript
-from salad_ray.speech.readers import STAGE, IdSet, inside
+from salad_ray.speech.readers import STAGE, IdSet, inside, lines_of
 from salad_ray.tables import BadInput, Reject, Utterance, file_exists
 
 NUM_PROBES = 50
@@ -79,7 +79,9 @@ def _rows(folder: str, name: str) -> Iterator[tuple[str, str]]:
     """First field and rest of every line of a table; bytes that are not UTF-8 become surrogates."""
     try:
         with fsspec.open(f"{folder}/{name}", "rb") as file:
-            for line in file:
+            for number, line in lines_of(file):
+                if isinstance(line, BadInput):
+                    raise ConfigError(f"{folder}/{name}:{number}: {line}; is it Kaldi's?")
                 fields = line.decode("utf-8", errors="surrogateescape").split(maxsplit=1)
                 if fields:
                     yield fields[0], fields[1].strip() if len(fields) > 1 else ""

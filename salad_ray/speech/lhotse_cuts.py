@@ -24,7 +24,7 @@ from lhotse.serialization import deserialize_item
 from lhotse.supervision import AlignmentItem
 
 from salad_ray.speech.audio import load_audio, open_recording, referenced
-from salad_ray.speech.readers import STAGE, inside, language_code, normalize_text
+from salad_ray.speech.readers import STAGE, inside, language_code, lines_of, normalize_text
 from salad_ray.tables import BadInput, Reject, Utterance, Word, atomic_file, stable_hash, write_bytes
 
 END_TOLERANCE_SECS = 0.1
@@ -92,8 +92,10 @@ def _lines(url: str) -> Iterator[tuple[int, str | BadInput]]:
     with fsspec.open(url, "rb") as file:
         stream = gzip.GzipFile(fileobj=file) if url.endswith(".gz") else file
         try:
-            for number, line in enumerate(io.BufferedReader(stream), start=1):
-                if line.strip():
+            for number, line in lines_of(io.BufferedReader(stream)):
+                if isinstance(line, BadInput):
+                    yield number, line
+                elif line.strip():
                     # Bytes that are not UTF-8 become surrogates, by which `corpora.scan` knows them.
                     yield number, line.decode("utf-8", errors="surrogateescape")
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:

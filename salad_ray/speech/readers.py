@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 import unicodedata
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -18,7 +22,8 @@ from salad_ray.tables import BadInput, Reject, Utterance, stable_hash
 TABLE = "transcripts.tsv"
 REQUIRED = ("utt_id", "audio", "text")
 STAGE = "ingest"
-
+MAX_LINE_BYTES = 2**25
+"""Of a line of a manifest or of JSON; a longer one is skipped, and never held in memory."""
 
 # How corpora spell languages, beside codes such as en, EN or en-GB.
 LANGUAGES = {
@@ -27,7 +32,9 @@ LANGUAGES = {
 }  # fmt: skip
 
 
-def read_folder(folder: str, license: str, name: str = "") -> tuple[list[Utterance], list[Reject]]:
+def read_folder(
+    folder: str, license: str, name: str = "", allow_outside: bool = False
+) -> tuple[list[Utterance], list[Reject]]:
     """Read `folder/transcripts.tsv`: UTF-8, tab-separated, with a header and no quoting.
 
     Columns: utt_id, audio (relative to the folder) and text; if known speaker, recording_id, offset and duration
@@ -37,6 +44,7 @@ def read_folder(folder: str, license: str, name: str = "") -> tuple[list[Utteran
         folder: a local path or any URL that fsspec opens.
         license: licence of rows that state none.
         name: the corpus and prefix of the ids; "" takes the folder's name.
+        allow_outside: believe absolute paths, URLs and links that leave the folder.
 
     Returns:
         Utterances whose `duration_secs` is what the table says, or 0 where it says nothing (the audio's end), and
@@ -49,7 +57,7 @@ def read_folder(folder: str, license: str, name: str = "") -> tuple[list[Utteran
     root = path if isinstance(fs, LocalFileSystem) else folder.rstrip("/")
     lines = _decode(_read_table(fs, path, folder), f"{folder.rstrip('/')}/{TABLE}").split("\n")
     columns = _columns(lines[0], f"{folder.rstrip('/')}/{TABLE}")
-    return _read_rows(lines, columns, root, license, name or root.rsplit("/", 1)[-1])
+    return _read_rows(lines, columns, root, license, name or root.rsplit("/", 1)[-1], allow_outside)
 
 
 def check_folder(folder: str) -> None:
@@ -116,9 +124,32 @@ def inside(path: str, root: str, allow_outside: bool = False) -> str:
         raise BadInput("empty audio path")
     parts = path.replace("\\", "/").split("/")
     is_absolute = parts[0] == "" or ":" in parts[0]
-    if (is_absolute or ".." in parts) and not allow_outside:
+    place = path if is_absolute else f"{root}/{path}"
+    if allow_outside:
+        return place
+    if is_absolute or ".." in parts or "::" in path:  # `::` chains file systems in fsspec's URLs
         raise BadInput(f"audio path '{path}' leaves the folder; give a path relative to it, or set allow_outside=true")
-    return path if is_absolute else f"{root}/{path}"
+    if "://" not in root and _leads_out(place, root):
+        raise BadInput(f"audio path '{path}' is a link out of the folder; copy the file, or set allow_outside=true")
+    return place
+
+
+@lru_cache(maxsize=2**14)  # cuts of one recording follow each other
+def _leads_out(place: str, root: str) -> bool:
+    return not Path(os.path.realpath(place)).is_relative_to(os.path.realpath(root))
+
+
+def lines_of(stream: BinaryIO) -> Iterator[tuple[int, bytes | BadInput]]:
+    """Numbered lines of a file, which may be compressed, in bounded memory; in place of one too long, what it is."""
+    number = 0
+    while line := stream.readline(MAX_LINE_BYTES):
+        number += 1
+        if len(line) < MAX_LINE_BYTES or line.endswith(b"\n"):
+            yield number, line
+            continue
+        yield number, BadInput(f"a line of more than {MAX_LINE_BYTES} bytes")
+        while line and not line.endswith(b"\n"):
+            line = stream.readline(MAX_LINE_BYTES)
 
 
 def normalize_text(text: str) -> str:
@@ -178,7 +209,7 @@ def _names(names: Sequence[str]) -> str:
 
 
 def _read_rows(
-    lines: Sequence[str], columns: Sequence[str], root: str, license: str, corpus: str
+    lines: Sequence[str], columns: Sequence[str], root: str, license: str, corpus: str, allow_outside: bool
 ) -> tuple[list[Utterance], list[Reject]]:
     utterances: list[Utterance] = []
     rejects: list[Reject] = []
@@ -195,7 +226,7 @@ def _read_rows(
             if utt_id in first_line:
                 raise BadInput(f"duplicate utt_id; line {first_line[utt_id]} of {TABLE} has it first")
             first_line[utt_id] = number
-            utterances.append(_utterance(row, utt_id, root, corpus, license))
+            utterances.append(_utterance(row, utt_id, root, corpus, license, allow_outside))
         except BadInput as error:
             rejects.append(Reject(STAGE, utt_id if name else f"{root}/{TABLE}:{number}", str(error)))
     return utterances, rejects
@@ -210,7 +241,9 @@ def _row(fields: Sequence[str], columns: Sequence[str]) -> dict[str, str]:
     return row
 
 
-def _utterance(row: dict[str, str], utt_id: str, root: str, corpus: str, license: str) -> Utterance:
+def _utterance(
+    row: dict[str, str], utt_id: str, root: str, corpus: str, license: str, allow_outside: bool
+) -> Utterance:
     text = normalize_text(row["text"])
     if not text:
         raise BadInput("empty transcript")
@@ -228,7 +261,7 @@ def _utterance(row: dict[str, str], utt_id: str, root: str, corpus: str, license
         language=row.get("language") or "en",
         license=row.get("license") or license,
         domain=row.get("domain", ""),
-        uri=inside(row["audio"], root),
+        uri=inside(row["audio"], root, allow_outside),
         offset_secs=_seconds(row, "offset"),
     )
 

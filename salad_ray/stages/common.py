@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +22,7 @@ from typing import Any, TypeVar, get_args
 import numpy as np
 import pyarrow as pa
 import ray
+from ray._private import ray_constants
 
 from salad_ray import __version__
 from salad_ray.config import PICKED_PER_SHARD, Condition, Config, identity
@@ -365,15 +368,33 @@ def _footer(table: Table, shard: str) -> tuple[dict[str, Any], int]:
 
 
 def start_ray(config: Config) -> None:
-    """Start or join Ray once per process; a local one has its dashboard on loopback, as Ray Train asks it for state."""
+    """Start or join Ray once per process; all servers of a local one listen on loopback, and ask for Ray's token.
+
+    It has a dashboard, as Ray Train asks it for state.
+    """
     if not ray.is_initialized():
         address = config.ray.address or os.environ.get("RAY_ADDRESS")  # set where a job was submitted
         local = {"num_cpus": config.ray.num_cpus, "include_dashboard": True, "dashboard_host": "127.0.0.1"}
+        if not address:
+            _stay_on_loopback()
         ray.init(address=address or "local", logging_level=logging.ERROR, **({} if address else local))
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = -1  # spot machines can take longer than its half hour, and so can a shard
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def _stay_on_loopback() -> None:
+    """Ray's processes, and gloo between training workers, would listen on the network for other machines to come.
+
+    Ray turns a given 127.0.0.1 into the machine's address, but has a switch, which it sets where firewalls would ask
+    (Windows, macOS). It is read at import, so the constant is set, and the variable for the processes to come.
+    """
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    loopback = next((name for _, name in socket.if_nameindex() if re.fullmatch("lo[0-9]*", name)), None)
+    if loopback is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
 
 
 def require_gpus(config: Config, label: str, num_gpus: float) -> None:

@@ -8,11 +8,10 @@ of passages has a probability of about 1 in 1,000, a passage is left out for not
 from __future__ import annotations
 
 import csv
-import gzip
+import io
 import json
 import re
 import unicodedata
-import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,10 +19,10 @@ from functools import cache, lru_cache
 from hashlib import blake2b
 from typing import Any
 
-import fsspec
 import numpy as np
 
 from salad_ray.config import ConfigError
+from salad_ray.text.documents import read_whole
 
 MIN_WORDS = 8
 """Shorter items are ignored: they are found in any large text, by chance."""
@@ -136,17 +135,18 @@ def _file_texts(path: str) -> Iterator[str]:
     if not plain.endswith(_ENDS):
         raise ConfigError(f"{path}: benchmarks are read from files that end in {', '.join(_ENDS)} (or those with .gz)")
     try:
-        with fsspec.open(path, "rt", encoding="utf-8-sig", compression="infer", newline="") as file:
-            if plain.endswith(".json"):
-                yield from _strings(_parsed(file.read(), path))
-            elif plain.endswith(".jsonl"):
-                for number, line in enumerate(file, start=1):
-                    yield from _strings(_parsed(line, f"{path}:{number}"))
-            else:
-                yield from _strings(list(csv.reader(file, delimiter="\t" if plain.endswith(".tsv") else ",")))
+        text = read_whole(path).decode("utf-8-sig")
+        if plain.endswith(".json"):
+            yield from _strings(_parsed(text, path))
+        elif plain.endswith(".jsonl"):
+            for number, line in enumerate(text.split("\n"), start=1):
+                yield from _strings(_parsed(line, f"{path}:{number}"))
+        else:
+            rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if plain.endswith(".tsv") else ",")
+            yield from _strings(list(rows))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; ingest.passages.benchmarks must name existing ones") from None
-    except (UnicodeDecodeError, csv.Error, EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except (UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
 
 

@@ -26,7 +26,7 @@ from fsspec.implementations.local import LocalFileSystem
 from huggingface_hub.errors import HfHubHTTPError
 
 from salad_ray.config import ConfigError, WebTextConfig, path_name
-from salad_ray.speech.readers import STAGE, language_code
+from salad_ray.speech.readers import MAX_LINE_BYTES, STAGE, language_code, lines_of
 from salad_ray.tables import BadInput, Reject
 
 ENDS: dict[str, tuple[str, ...]] = {
@@ -37,8 +37,8 @@ SOURCE_BYTES = 2**28
 """Row groups of a Parquet file are handed out together up to this size (of all columns, uncompressed)."""
 BATCH_ROWS = 256
 READ_BYTES = 2**20
-MAX_LINE_BYTES = 2**28
-"""Of a JSON line; a longer one is skipped unread."""
+MAX_FILE_BYTES = 2**29
+"""Of a file that is read whole, decompressed; benchmarks are files of some megabytes."""
 NUM_TRIED = 100
 """A jsonl file none of whose first lines has the text column is not what the config says."""
 FOOTER_THREADS = 16
@@ -205,7 +205,12 @@ def _parquet_rows(source: TextSource, corpus: WebTextConfig) -> Iterator[tuple[s
     with fsspec.open(source.url, "rb") as file:
         try:
             # Buffered column by column, so that row groups of any size are read in bounded memory.
-            parquet = pq.ParquetFile(file, buffer_size=READ_BYTES, pre_buffer=False)
+            # Texts come as dictionaries: one that a page names a thousand times is in memory once.
+            metadata = pq.read_metadata(file)
+            texts = [field.name for field in metadata.schema.to_arrow_schema() if _is_text(field.type)]
+            parquet = pq.ParquetFile(
+                file, metadata=metadata, buffer_size=READ_BYTES, pre_buffer=False, read_dictionary=texts
+            )
         except (pa.ArrowException, OSError) as error:
             yield source.name, _damage(error)
             return
@@ -232,7 +237,10 @@ def _row_group(
         for batch in parquet.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False):
             lists = [_values(column) for column in batch.columns]
             for values in zip(*lists, strict=True):
-                yield f"{name}:{row}", dict(zip(batch.schema.names, values, strict=True))
+                size = sum(len(value) for value in values if isinstance(value, str))
+                too_long = BadInput(f"a row of more than {MAX_LINE_BYTES} characters")
+                fields = dict(zip(batch.schema.names, values, strict=True))
+                yield f"{name}:{row}", fields if size <= MAX_LINE_BYTES else too_long
                 row += 1
     except (pa.ArrowException, OSError) as error:
         lost = parquet.metadata.row_group(group).num_rows - (row - start)
@@ -247,6 +255,10 @@ def _damage(error: Exception, detail: str = "") -> BadInput:
 
 
 def _values(column: pa.Array) -> list[Any]:
+    if pa.types.is_dictionary(column.type):  # each of its texts once, and shared by its rows
+        used = pc.unique(column.indices.drop_null())
+        texts = dict(zip(used.to_pylist(), _values(column.dictionary.take(used)), strict=True))
+        return [None if index is None else texts[index] for index in column.indices.to_pylist()]
     try:
         return column.to_pylist()
     except UnicodeDecodeError:  # not UTF-8: becomes surrogates, by which `_document` knows it
@@ -291,16 +303,31 @@ def _lines(url: str) -> Iterator[tuple[int, bytes | BadInput]]:
     with fsspec.open(url, "rb") as file:
         stream = io.BufferedReader(gzip.GzipFile(fileobj=file)) if _is_gzip(file) else file
         try:
-            while line := stream.readline(MAX_LINE_BYTES):
-                number += 1
-                if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
-                    yield number, BadInput(f"a line of more than {MAX_LINE_BYTES} bytes")
-                    while line and not line.endswith(b"\n"):
-                        line = stream.readline(MAX_LINE_BYTES)
-                elif line.strip():
+            for number, line in lines_of(stream):
+                if isinstance(line, BadInput) or line.strip():
                     yield number, line
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             yield number + 1, BadInput(f"the file is truncated or damaged after line {number} ({error})")
+
+
+def read_whole(url: str) -> bytes:
+    """A file, decompressed if it is a gzip.
+
+    Raises:
+        ConfigError: a truncated or damaged gzip, or a file of more than `MAX_FILE_BYTES`.
+        OSError: and what else its storage raises.
+    """
+    data = bytearray()
+    with fsspec.open(url, "rb") as file:
+        stream = gzip.GzipFile(fileobj=file) if _is_gzip(file) else file
+        try:
+            while chunk := stream.read(READ_BYTES):
+                data += chunk
+                if len(data) > MAX_FILE_BYTES:
+                    raise ConfigError(f"{url} holds more than {MAX_FILE_BYTES:,} bytes, which no benchmark does")
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ConfigError(f"{url} is truncated or damaged ({error}); fetch it again") from None
+    return bytes(data)
 
 
 def _is_gzip(file: Any) -> bool:

@@ -122,7 +122,7 @@ def test_unusable_benchmark_files_are_named(tmp_path: Path, name: str, content: 
 def test_damaged_or_missing_benchmark_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(b"no gzip")
     (tmp_path / "a.csv").write_bytes(b"\xff\xfe\xfa" * 9)
-    for name, message in (("a.jsonl.gz", "cannot be read"), ("a.csv", "cannot be read"), ("b.csv", "no such file")):
+    for name, message in (("a.jsonl.gz", "not JSON"), ("a.csv", "cannot be read"), ("b.csv", "no such file")):
         with pytest.raises(ConfigError, match=message):
             read_benchmark_texts([str(tmp_path / name)])
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from salad_ray.config import ConfigError, WebTextConfig
+from salad_ray.speech import readers
 from salad_ray.tables import Reject
 from salad_ray.text import documents
 from salad_ray.text.documents import Document, find_text_sources, read_documents, source_stamp
@@ -190,7 +191,7 @@ def test_lines_that_are_not_json_are_rejects_of_their_own(tmp_path: Path) -> Non
 
 
 def test_an_endless_line_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 1000)
     table = rows(3)
     table[1]["text"] = "word " * 1000
     found, rejects = read(write_jsonl(tmp_path / "a.jsonl", table))
