@@ -13,9 +13,10 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import fsspec
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from salad_ray.store import open_file
 
 SetName = Literal["web", "natural", "heldout", "probe", "active", "benchmark"]
 
@@ -884,7 +885,7 @@ def _absolute(config: Config) -> Config:
     """Local paths made absolute: workers on this machine may start in another folder."""
 
     def resolve(path: str) -> str:
-        return path if "://" in path else str(Path(path).resolve())
+        return path.rstrip("/") if "://" in path else str(Path(path).resolve())  # a store takes a//b for another name
 
     def if_there(name: str | None) -> str | None:
         return resolve(name) if name and Path(name).exists() else name  # otherwise it is a hub id
@@ -977,7 +978,7 @@ def identity(config: Config, *keys: str) -> dict[str, Any]:
 
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        with fsspec.open(path, "r", encoding="utf-8") as file:
+        with open_file(path, "r", encoding="utf-8") as file:
             data = yaml.load(file.read(), Loader=_Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file; configs/quickstart.yaml is the one to start from") from None

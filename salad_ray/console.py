@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-USER_ERRORS = frozenset(["ConfigError", "StageError", "TableError", "ModelError", "BadInput"])
+USER_ERRORS = frozenset(["ConfigError", "StageError", "TableError", "ModelError", "BadInput", "StoreError"])
 """What a user can mend; the message is one sentence for the user."""
 
 console = Console(highlight=False, soft_wrap=True)

@@ -254,7 +254,8 @@ def export_cuts(run_dir: str, set_name: str, target: str) -> int:
 
 def config_of(run_dir: str) -> Config:
     """The config of a run, which may have been moved since."""
-    return load_config(f"{run_dir}/config.yaml").model_copy(update={"run_dir": run_dir.rstrip("/")})
+    place = run_dir.rstrip("/")
+    return load_config(f"{place}/config.yaml").model_copy(update={"run_dir": place})
 
 
 def status(config: Config) -> list[dict[str, str]]:

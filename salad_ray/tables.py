@@ -14,16 +14,17 @@ import json
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec.spec import AbstractBufferedFile
+
+from salad_ray.store import filesystem, is_local, list_folder
 
 SCHEMA_VERSION = 3
 
@@ -363,9 +364,7 @@ class Table:
 
     def shards(self) -> list[str]:
         """Names of the finished shards, sorted."""
-        fs, path = _filesystem(self.url)
-        names = (entry.rsplit("/", 1)[-1] for entry in (fs.ls(path, detail=False) if fs.isdir(path) else []))
-        return sorted(name.removesuffix(".parquet") for name in names if name.endswith(".parquet"))
+        return sorted(name.removesuffix(".parquet") for name in list_folder(self.url) if name.endswith(".parquet"))
 
     def read(self, shard: str, columns: Sequence[str] | None = None) -> pa.Table:
         """One shard as an Arrow table; raises `TableError` naming the file when it is missing or damaged."""
@@ -375,7 +374,7 @@ class Table:
     @contextmanager
     def _open(self, shard: str) -> Iterator[Any]:
         url = f"{self.url}/{shard}.parquet"
-        fs, path = _filesystem(url)
+        fs, path = filesystem(url)
         try:
             with fs.open(path, "rb") as file:
                 yield file
@@ -440,29 +439,23 @@ class Table:
     def delete(self) -> None:
         """Remove the table; whose it is (`begun.json`) goes last, so half a removal is not mistaken for data."""
         self.unlink()
-        fs, path = _filesystem(self.url)
-        if not fs.exists(path):
-            return
-        begun = read_json(f"{self.url}/begun.json")
-        if fs.exists(f"{path}/manifest.json"):
-            fs.rm(f"{path}/manifest.json")
-        for entry in fs.ls(path, detail=False):
-            if not entry.endswith("/begun.json"):
-                fs.rm(entry, recursive=True)
-        if begun is not None:
-            fs.rm(f"{path}/begun.json")
-        if fs.isdir(path):
-            fs.rm(path, recursive=True)
+        url = self.url
+        fs, path = filesystem(url)
+        delete_file(f"{url}/manifest.json")
+        for name in list_folder(url):
+            if name != "begun.json":
+                fs.rm(f"{path}/{name}", recursive=True)
+        delete_file(f"{url}/begun.json")
+        delete_folder(url)
 
     def clear_temporaries(self) -> None:
         """Remove what writers left that were killed; none may be at work."""
-        fs, path = _filesystem(self.url)
-        for entry in fs.ls(path, detail=False) if fs.isdir(path) else []:
-            if entry.endswith(".tmp"):
-                fs.rm(entry)
+        for name in list_folder(self.url):
+            if name.endswith(".tmp"):
+                delete_file(f"{self.url}/{name}")
 
     def delete_shards(self, prefix: str) -> None:
-        fs, path = _filesystem(self.url)
+        fs, path = filesystem(self.url)
         for name in self.shards():
             if name.startswith(prefix):
                 fs.rm(f"{path}/{name}.parquet")
@@ -485,39 +478,41 @@ def stable_hash(*parts: object) -> int:
 
 
 def file_exists(url: str) -> bool:
-    fs, path = _filesystem(url)
+    fs, path = filesystem(url)
     return bool(fs.exists(path))
 
 
 def delete_file(url: str) -> None:
-    fs, path = _filesystem(url)
-    if fs.exists(path):
-        fs.rm(path)
+    """Delete a file, if it is there."""
+    fs, path = filesystem(url)
+    with suppress(FileNotFoundError):
+        fs.rm_file(path)
 
 
 def delete_folder(url: str) -> None:
     """Delete a folder and all in it, if it is there."""
-    fs, path = _filesystem(url)
+    fs, path = filesystem(url)
     if fs.isdir(path):
         fs.rm(path, recursive=True)
 
 
 def digest(url: str) -> str:
     """A hash of a file's bytes: notices an input that was edited under the same name."""
-    fs, path = _filesystem(url)
+    fs, path = filesystem(url)
     return hashlib.blake2b(fs.cat_file(path), digest_size=8).hexdigest()
 
 
 def read_json(url: str) -> dict[str, Any] | None:
     """A JSON file, or None when there is none."""
-    fs, path = _filesystem(url)
-    if not fs.exists(path):
+    fs, path = filesystem(url)
+    try:
+        return json.loads(fs.cat_file(path))
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return json.loads(fs.cat_file(path))
 
 
 def read_bytes(url: str) -> bytes:
-    fs, path = _filesystem(url)
+    fs, path = filesystem(url)
     return bytes(fs.cat_file(path))
 
 
@@ -527,8 +522,8 @@ def write_json(url: str, content: Mapping[str, Any]) -> None:
 
 def write_bytes(url: str, data: bytes) -> None:
     """Write a file that appears whole or not at all."""
-    fs, path = _filesystem(url)
-    if not _is_local(fs):
+    fs, path = filesystem(url)
+    if not is_local(fs):
         fs.pipe_file(path, data)
         return
     with atomic_file(url) as file:
@@ -539,19 +534,21 @@ def write_bytes(url: str, data: bytes) -> None:
 def atomic_file(url: str) -> Iterator[Any]:
     """A file open for writing that appears, whole, when the block ends without an error.
 
-    Locally it is renamed into place. On an object store the parts of an upload become an object only when it is closed.
+    Locally it is renamed into place. On an object store the parts of an upload become an object only when it is closed;
+    after an error the upload is aborted.
     """
-    fs, path = _filesystem(url)
-    if not _is_local(fs):
+    fs, path = filesystem(url)
+    if not is_local(fs):
         file = fs.open(path, "wb")
         try:
             yield file
+            file.close()
         except BaseException:
             if isinstance(file, AbstractBufferedFile):
-                file.discard()
-                file.closed = True  # where discarding does nothing, closing at the end of its life would upload it
+                file.closed = True  # first: closing at the end of its life would upload what there is
+                with suppress(OSError):  # what failed before is what is told
+                    file.discard()
             raise
-        file.close()
         return
     fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
@@ -566,7 +563,7 @@ def atomic_file(url: str) -> Iterator[Any]:
 
 def put_folder(local: str, url: str) -> None:
     """Copy a folder of finished files to a local path or object store, replacing what was there."""
-    fs, path = _filesystem(url)
+    fs, path = filesystem(url)
     if fs.exists(path):
         fs.rm(path, recursive=True)
     fs.put(local.rstrip("/") + "/", path + "/", recursive=True)
@@ -576,20 +573,7 @@ def local_folder(url: str) -> str:
     """A local path with the contents of a folder: a copy of what a URL names, anything else (a hub id too) as it is."""
     if "://" not in url:
         return url
-    fs, path = _filesystem(url)
+    fs, path = filesystem(url)
     copy = tempfile.mkdtemp(prefix="salad-")
     fs.get(path.rstrip("/") + "/", copy, recursive=True)
     return copy
-
-
-def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a URL and the path in it.
-
-    Without a cache of listings: other processes write what this one looks for.
-    """
-    fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
-    return fs, path
-
-
-def _is_local(fs: fsspec.AbstractFileSystem) -> bool:
-    return "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))

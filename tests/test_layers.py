@@ -1,4 +1,4 @@
-"""Who may import whom: config, tables, console ← pure rooms ← stages, trainer ← pipeline, cli ← jobs."""
+"""Who may import whom: config, tables, store, console ← pure rooms ← stages, trainer ← pipeline, cli ← jobs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-BASE = {"config", "tables", "console", "__init__"}
+BASE = {"config", "tables", "store", "s3", "console", "__init__"}
 ON_RAY = {"distill.trainer", "distill.worker", "scaling.sweep"}
 TOP = {"pipeline", "cli"}
 HEAVY = {"ray", "deepspeed"}
@@ -90,3 +90,12 @@ def test_nothing_reads_pickles_or_runs_remote_code() -> None:
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                 settings = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
                 assert settings.get("weights_only") == "True", path
+
+
+def test_urls_are_opened_in_one_place() -> None:
+    for path in (ROOT / "salad_ray").rglob("*.py"):
+        calls = (ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+        found = {call for call in calls if call.startswith("fsspec.")}
+        assert not found or path.name == "store.py", (
+            f"{path} calls {found}; take salad_ray.store.filesystem or open_file"
+        )

@@ -20,15 +20,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import fsspec
 import torch
 from torch import Tensor
 
-from salad_ray.tables import TableError, atomic_file, read_json, write_json
+from salad_ray.store import list_folder, read_range
+from salad_ray.tables import TableError, atomic_file, delete_file, delete_folder, read_json, write_json
 
 PARTS = ("weight", "exp_avg", "exp_avg_sq")
 """Of every element: the fp32 weight and Adam's two moments."""
 POLL_SECS = 0.5
+WRITE_BYTES = 16 * 2**20
+"""Handed on at once: an object store's client keeps what it was handed until a part is full."""
 PATIENCE_SECS = 3600.0
 """How long rank 0 waits for the other workers' files; a worker that died ends the wait by ending the run."""
 
@@ -128,10 +130,7 @@ def _wait_for_files(folder: str, world_size: int) -> dict[str, int]:
 
 
 def _files(folder: str) -> dict[str, int]:
-    fs, path = fsspec.core.url_to_fs(folder)
-    fs.invalidate_cache(path)
-    entries = fs.ls(path, detail=True) if fs.isdir(path) else []
-    return {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in entries}
+    return {name: entry["size"] for name, entry in list_folder(folder).items()}
 
 
 @dataclass(frozen=True)
@@ -193,10 +192,7 @@ def _examine(folder: str) -> Checkpoint | str:
 
 def _folders(url: str) -> list[str]:
     """Names of the checkpoints' folders, the newest first."""
-    fs, path = fsspec.core.url_to_fs(url)
-    fs.invalidate_cache(path)
-    names = (entry.rstrip("/").rsplit("/", 1)[-1] for entry in (fs.ls(path, detail=False) if fs.isdir(path) else []))
-    return sorted((name for name in names if re.fullmatch(r"step-\d+-\w+", name)), reverse=True)
+    return sorted((name for name in list_folder(url) if re.fullmatch(r"step-\d+-\w+", name)), reverse=True)
 
 
 def prune(url: str, keep: int) -> None:
@@ -217,10 +213,8 @@ def prune(url: str, keep: int) -> None:
 
 
 def _delete(url: str) -> None:
-    fs, path = fsspec.core.url_to_fs(url)
-    if fs.exists(f"{path}/manifest.json"):  # first: half a deletion must not look whole
-        fs.rm(f"{path}/manifest.json")
-    fs.rm(path, recursive=True)
+    delete_file(f"{url}/manifest.json")  # first: half a deletion must not look whole
+    delete_folder(url)
 
 
 class CheckpointReader:
@@ -275,14 +269,15 @@ def write_tensors(url: str, tensors: Mapping[str, Tensor]) -> None:
     with atomic_file(url) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors.values():
-            file.write(tensor.contiguous().numpy().data.cast("B"))
+            data = tensor.contiguous().numpy().data.cast("B")
+            for start in range(0, len(data), WRITE_BYTES):
+                file.write(data[start : start + WRITE_BYTES])
 
 
 def read_header(url: str) -> dict[str, Any]:
     """The header of a safetensors file, with `data_offsets` from the beginning of the file."""
-    fs, path = fsspec.core.url_to_fs(url)
-    [length] = struct.unpack("<Q", fs.cat_file(path, 0, 8))
-    header = json.loads(fs.cat_file(path, 8, 8 + length))
+    [length] = struct.unpack("<Q", read_range(url, 0, 8))
+    header = json.loads(read_range(url, 8, 8 + length))
     header.pop("__metadata__", None)
     for tensor in header.values():
         tensor["data_offsets"] = [8 + length + offset for offset in tensor["data_offsets"]]
@@ -290,8 +285,7 @@ def read_header(url: str) -> dict[str, Any]:
 
 
 def _read_floats(url: str, begin: int, number: int) -> Tensor:
-    fs, path = fsspec.core.url_to_fs(url)
-    data = fs.cat_file(path, begin, begin + 4 * number)
+    data = read_range(url, begin, begin + 4 * number)
     if len(data) != 4 * number:
         raise TableError(f"{url} ends in the middle of a tensor; delete its folder to resume from an earlier one")
     return torch.frombuffer(bytearray(data), dtype=torch.float32)

@@ -20,9 +20,9 @@ class Logger:
     def __init__(self, config: Config, name: str, num_steps: int) -> None:
         self.url = f"{config.run_dir}/{name}"
         self.name, self.num_steps = name, num_steps
-        # TensorBoard's writer appends, which no object store can: there the curve is in progress.json and the manifest.
-        folder = tempfile.mkdtemp() if "://" in config.run_dir else f"{self.url}/tensorboard"
-        self.tensorboard = SummaryWriter(folder)
+        self.tensorboard = SummaryWriter(
+            f"{self.url}/tensorboard" if keeps_tensorboard(self.url) else tempfile.mkdtemp()
+        )
         self.wandb = self.mlflow = None
         if config.distill.wandb_project:
             self.wandb = optional("wandb", "distill.wandb_project").init(
@@ -63,6 +63,16 @@ class Logger:
             return 0.0
         first, then = self.started
         return (now - then) / max(step - first, 1) * (self.num_steps - step)
+
+
+def keeps_tensorboard(url: str) -> bool:
+    """Whether TensorBoard's files are kept beside the model: its writer appends, which no object store can."""
+    return "://" not in url
+
+
+def where_curves_are(url: str) -> str:
+    """What to look at while a stage trains into this folder."""
+    return f"`tensorboard --logdir {url}/tensorboard`" if keeps_tensorboard(url) else f"{url}/progress.json"
 
 
 def optional(package: str, key: str) -> ModuleType:

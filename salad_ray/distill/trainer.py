@@ -69,6 +69,7 @@ from salad_ray.model.speech_lm import (
 )
 from salad_ray.sequences.batch import Batch, without_labels
 from salad_ray.sequences.loader import ActiveMix, LaneReader
+from salad_ray.store import StoreError, for_ray
 from salad_ray.tables import Table, TableError, delete_file, local_folder, put_folder, read_json, write_json
 
 MENDABLE = (ConfigError, ModelError, TableError)
@@ -143,7 +144,7 @@ def train(job: Job) -> dict[str, Any]:
         ),
         run_config=RunConfig(
             name=job.name,
-            storage_path=job.config.run_dir,
+            **for_ray(job.config.run_dir),
             failure_config=FailureConfig(max_failures=settings.max_failures),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
@@ -196,7 +197,7 @@ def _result_url(job: Job) -> str:
 def _first_cause(error: WorkerGroupError) -> Exception:
     """What a user can mend, if any worker failed for that; else the error as it is."""
     causes = (getattr(failure, "cause", None) or failure for failure in error.worker_failures.values())
-    return next((cause for cause in causes if isinstance(cause, MENDABLE)), error)
+    return next((cause for cause in causes if isinstance(cause, (*MENDABLE, StoreError))), error)
 
 
 def deepspeed_config(settings: DistillConfig, num_micro_batches: int, num_parameters: int) -> dict[str, Any]:

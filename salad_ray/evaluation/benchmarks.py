@@ -26,7 +26,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
@@ -34,6 +33,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from salad_ray.config import ConfigError
 from salad_ray.speech.readers import inside
+from salad_ray.store import StoreError, filesystem, open_file
 from salad_ray.tables import BadInput, Item, Reject, stable_hash
 from salad_ray.text.documents import MAX_FILE_BYTES, read_whole
 from salad_ray.text.world import world_questions
@@ -106,7 +106,7 @@ def find_files(benchmark: str, path: str, revision: str | None = None) -> list[s
         raise ConfigError(f"benchmark '{benchmark}' is unknown; name one of {', '.join(BENCHMARKS)}")
     url = _resolve(path, revision)
     try:
-        fs, root = fsspec.core.url_to_fs(url)
+        fs, root = filesystem(url)
         files = fs.glob(root) if "*" in root else fs.find(root)
     except FileNotFoundError:
         files = []
@@ -195,10 +195,12 @@ def read_recording(audio: str) -> bytes:
     found = _ROW.fullmatch(audio)
     try:
         if found is None:
-            fs, path = fsspec.core.url_to_fs(audio)
+            fs, path = filesystem(audio)
             return bytes(fs.cat_file(path))
         group, row = _row_group(found[1], int(found[2]))
         data = _recordings(found[1], group)[row].get("bytes")
+    except StoreError:  # says nothing of this recording
+        raise
     except (OSError, ValueError, LookupError, AttributeError, pa.ArrowException) as error:
         raise BadInput(f"its recording {audio} cannot be read ({type(error).__name__}: {error})") from None
     if not data:
@@ -217,14 +219,14 @@ def _row_group(url: str, row: int) -> tuple[int, int]:
 
 @lru_cache(maxsize=64)
 def _group_sizes(url: str) -> list[int]:
-    with fsspec.open(url, "rb") as file:
+    with open_file(url) as file:
         metadata = pq.ParquetFile(file).metadata
         return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
 
 @lru_cache(maxsize=1)  # items are asked for in order: a row group is read once, and one is in memory
 def _recordings(url: str, group: int) -> list[Record]:
-    with fsspec.open(url, "rb") as file:
+    with open_file(url) as file:
         rows = _bounded(pq.ParquetFile(file), ["audio"], [group], MAX_AUDIO_BYTES)
     return [value or {} for value in rows["audio"].to_pylist()]
 
@@ -234,7 +236,7 @@ def _resolve(path: str, revision: str | None) -> str:
     if "://" in path:
         found = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)((?:/.*)?)", path)
     else:
-        fs, local = fsspec.core.url_to_fs(path)
+        fs, local = filesystem(path)
         is_file = _kind(path) is not None and path.count("/") < 2  # no data set is called a/b.jsonl
         is_local = is_file or fs.exists(local) or bool(fs.glob(local))
         found = None if is_local else re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)((?:/.*)?)", path)
@@ -350,7 +352,7 @@ def _labelled(records: Iterator[tuple[int, Record | BadInput]], url: str) -> Ite
     missing = [record for _, record in rows if isinstance(record, dict) and record.get("label") is None]
     folder, _, name = url.rpartition("/")
     beside = f"{folder or '.'}/{_stem(name)}-labels.lst"
-    fs, path = fsspec.core.url_to_fs(beside)
+    fs, path = filesystem(beside)
     if missing and fs.exists(path):
         labels = _read(beside).decode("utf-8", "replace").split()
         if len(labels) != len(rows):
@@ -388,7 +390,7 @@ def _csv_records(data: bytes, mmlu_stem: str | None) -> Iterator[tuple[int, Reco
 def _parquet_records(url: str) -> Iterator[tuple[int, Record | BadInput]]:
     """Without the bytes of recordings: of these `audio` keeps its place, {"row": …}."""
     try:
-        with fsspec.open(url, "rb") as file:
+        with open_file(url) as file:
             parquet = pq.ParquetFile(file)
             names = parquet.schema_arrow.names
             has_bytes = "audio" in names and pa.types.is_struct(parquet.schema_arrow.field("audio").type)

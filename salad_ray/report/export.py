@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import torch
 import yaml
 
@@ -26,6 +25,7 @@ from salad_ray.model.speech_lm import SpeechLM
 from salad_ray.report.card import SpeechData, model_card, speech_of_run
 from salad_ray.report.metrics import NAMES
 from salad_ray.speech.readers import language_code
+from salad_ray.store import list_folder
 from salad_ray.tables import Table, TableError, file_exists, local_folder, read_bytes, read_json
 
 LINEAGE = "salad_ray.lineage/1"
@@ -250,9 +250,7 @@ def _is_table(table: Table) -> bool:
 
 
 def _folders(url: str) -> list[str]:
-    fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
-    entries = fs.ls(path, detail=True)
-    return sorted(entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == "directory")
+    return sorted(name for name, entry in list_folder(url).items() if entry["type"] == "directory")
 
 
 def _led_to(labels: Sequence[str], tables: dict[str, dict[str, Any]]) -> tuple[list[str], dict[str, str]]:

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import fsspec
 import numpy as np
 import soundfile
 import yaml
 
 from salad_ray.distill.checkpoints import latest
 from salad_ray.speech.audio import load_utterance
+from salad_ray.store import list_folder
 from salad_ray.tables import BadInput, Reject, Table, TableError, Utterance, file_exists, read_bytes, read_json
 
 TRAINED = ("stage1", "stage2", "control")
@@ -192,11 +192,7 @@ def collect(run_dir: str, clip_bytes: int = 5_500_000) -> RunFacts:
 
 
 def _sweeps(run_dir: str) -> list[dict[str, Any]]:
-    fs, path = fsspec.core.url_to_fs(f"{run_dir}/sweeps", use_listings_cache=False)
-    folders = (
-        sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False)) if fs.isdir(path) else []
-    )
-    found = (_json(f"{run_dir}/sweeps/{name}/results.json") for name in folders)
+    found = (_json(f"{run_dir}/sweeps/{name}/results.json") for name in sorted(list_folder(f"{run_dir}/sweeps")))
     return [result for result in found if result]
 
 

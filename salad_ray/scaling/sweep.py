@@ -45,6 +45,7 @@ from salad_ray.stages.common import PickPassages, Stage, finished, picked_shards
 from salad_ray.stages.pack import steps_of
 from salad_ray.stages.select import draw_selection
 from salad_ray.stages.shards import StageError
+from salad_ray.store import for_ray
 from salad_ray.tables import Table, fingerprint, read_json, write_bytes, write_json
 
 SELECTION = "select."
@@ -438,7 +439,7 @@ def _tune(
         ),
         run_config=tune.RunConfig(
             name=f"tune-{kind}",
-            storage_path=f"{config.run_dir}/sweeps/{name}",
+            **for_ray(f"{config.run_dir}/sweeps/{name}"),
             failure_config=tune.FailureConfig(max_failures=sweep.max_failures),
             verbose=0,
             callbacks=[_Progress(f"sweep {name}", len(trials))],

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
-import fsspec
-
+from salad_ray.store import filesystem
 from salad_ray.tables import BadInput, atomic_file, file_exists, stable_hash
 
 BLOCK_BYTES = 2**23
@@ -74,7 +73,7 @@ def members(url: str, max_member_bytes: int, block_bytes: int = BLOCK_BYTES) -> 
     Args:
         block_bytes: read at once on object stores.
     """
-    fs, path = fsspec.core.url_to_fs(url)
+    fs, path = filesystem(url)
     size = fs.info(path)["size"]
     with fs.open(path, "rb", block_size=block_bytes) as file:
         end = 0
@@ -136,7 +135,7 @@ def unpack(archive: str, target: str) -> str:
     Raises:
         BadInput: not a gzip, or one that grows more than audio can.
     """
-    fs, path = fsspec.core.url_to_fs(archive)
+    fs, path = filesystem(archive)
     info = fs.info(path)
     state = stable_hash(info["size"], info.get("ETag") or info.get("mtime") or "")
     target = f"{target.removesuffix('.tar')}-{state:016x}.tar"

@@ -16,13 +16,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import BinaryIO
 
-import fsspec
 import numpy as np
 import soundfile
 import soxr
-from fsspec.implementations.local import LocalFileSystem
 
 from salad_ray.config import QualityConfig, RecordedQualityConfig, SpeechGates
+from salad_ray.store import StoreError, filesystem, is_local, read_range
 from salad_ray.tables import BadInput, Utterance
 
 FORMATS = ("WAV", "WAVEX", "FLAC", "MP3", "OGG")
@@ -109,17 +108,18 @@ def referenced(row: Utterance) -> str | bytes | None:
     """
     if row.audio is not None or row.uri is None:
         return row.audio
-    fs, path = fsspec.core.url_to_fs(row.uri)
     try:
         if row.byte_start is not None and row.num_bytes is not None:
-            data = fs.cat_file(path, row.byte_start, row.byte_start + row.num_bytes)
+            data = read_range(row.uri, row.byte_start, row.byte_start + row.num_bytes)
             if len(data) != row.num_bytes:
                 raise BadInput(f"truncated: {row.uri} ends {row.num_bytes - len(data):,} bytes before the audio does")
             return data
-        fetched = None if isinstance(fs, LocalFileSystem) else _fetched(row.uri)
+        fetched = None if is_local(filesystem(row.uri)[0]) else _fetched(row.uri)
         return row.uri if fetched is None else fetched
     except FileNotFoundError:
         raise BadInput(f"no such audio file: {row.uri}") from None
+    except StoreError:  # says nothing of this recording
+        raise
     except OSError as error:
         raise BadInput(f"audio file {row.uri} cannot be read ({error})") from None
 
@@ -127,7 +127,7 @@ def referenced(row: Utterance) -> str | bytes | None:
 @lru_cache(maxsize=2)
 def _fetched(uri: str) -> bytes | None:
     """A remote file, or None for one that is too large; the look at its size is kept, too, as it costs a request."""
-    fs, path = fsspec.core.url_to_fs(uri)
+    fs, path = filesystem(uri)
     return bytes(fs.cat_file(path)) if fs.size(path) <= CACHE_BYTES else None
 
 
@@ -284,11 +284,13 @@ def _open_binary(source: str | bytes | None) -> Iterator[BinaryIO]:
     if isinstance(source, bytes):
         yield io.BytesIO(source)
         return
-    fs, path = fsspec.core.url_to_fs(source)
+    fs, path = filesystem(source)
     try:
         file = fs.open(path, "rb")
     except FileNotFoundError:
         raise BadInput(f"no such audio file: {source}") from None
+    except StoreError:
+        raise
     except OSError as error:
         raise BadInput(f"audio file {source} cannot be read ({error})") from None
     with file:

@@ -15,6 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from salad_ray.config import ConfigError, CorpusConfig, path_name
 from salad_ray.speech import emilia, kaldi, lhotse_cuts, readers
+from salad_ray.store import filesystem
 from salad_ray.tables import Reject, Utterance, digest
 
 DIGEST_BYTES = 2**26
@@ -77,7 +78,7 @@ def find_sources(corpus: CorpusConfig) -> list[Source]:
     Raises:
         ConfigError: nothing is there, nothing that is known, or a manifest whose audio is nowhere.
     """
-    fs, path = fsspec.core.url_to_fs(corpus.path.rstrip("/") or corpus.path)
+    fs, path = filesystem(corpus.path.rstrip("/") or corpus.path)
     if "*" not in path and not fs.exists(path):
         raise ConfigError(_nothing_there(fs, corpus.path, path))
     kind = corpus.format if corpus.format != "auto" else _guess(fs, path, corpus.path)
@@ -111,7 +112,7 @@ def source_stamp(source: Source) -> str:
 
 
 def _stamp(url: str) -> str:
-    fs, path = fsspec.core.url_to_fs(url)
+    fs, path = filesystem(url)
     if not fs.exists(path):
         return "none"
     info = fs.info(path)
@@ -276,7 +277,7 @@ def _root(fs: fsspec.AbstractFileSystem, folder: str, recordings: list[tuple[str
     Raises:
         ConfigError: none of the paths is there.
     """
-    folders = _upward(folder) if corpus.root is None else [fsspec.core.url_to_fs(corpus.root.rstrip("/"))[1]]
+    folders = _upward(folder) if corpus.root is None else [filesystem(corpus.root.rstrip("/"))[1]]
     relative = [path for _, path in recordings if "://" not in path and not path.startswith("/")]
     if not relative:  # nothing to go by: each row is judged by itself
         return url_of(fs, folders[0])

@@ -13,11 +13,10 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-import fsspec
-
 from salad_ray.speech.archives import MAX_META_BYTES, Member, Unusable, members, unpack
 from salad_ray.speech.lhotse_cuts import transcript
 from salad_ray.speech.readers import STAGE, language_code, lines_of
+from salad_ray.store import open_file
 from salad_ray.tables import BadInput, Reject, Utterance
 
 AUDIO = ("mp3", "flac", "wav", "ogg", "opus", "m4a")
@@ -66,7 +65,7 @@ def read_raw(
         else:
             audio[member.name.removeprefix("./")] = member
     used: set[str] = set()
-    with fsspec.open(table, "rb") as file:
+    with open_file(table) as file:
         for number, line in lines_of(file):
             if isinstance(line, BadInput):
                 yield Reject(STAGE, f"{corpus}/{table}:{number}", str(line))
@@ -81,7 +80,7 @@ def first_record(url: str) -> dict[str, Any] | None:
     if url.endswith(".tar"):
         found = (getattr(member, "content", None) for member in members(url, MAX_META_BYTES, PROBE_BYTES))
         return _first_object(islice(found, NUM_PROBES))
-    with fsspec.open(url, "rb") as file:
+    with open_file(url) as file:
         lines = (None if isinstance(line, BadInput) else line for _, line in lines_of(file))
         return _first_object(islice(lines, NUM_PROBES))
 

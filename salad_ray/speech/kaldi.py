@@ -6,11 +6,10 @@ import math
 from collections.abc import Iterator
 from itertools import islice
 
-import fsspec
-
 from salad_ray.config import ConfigError
 from salad_ray.speech.lhotse_cuts import book_of, transcript
 from salad_ray.speech.readers import STAGE, IdSet, inside, lines_of
+from salad_ray.store import open_file
 from salad_ray.tables import BadInput, Reject, Utterance, file_exists
 
 NUM_PROBES = 50
@@ -78,7 +77,7 @@ class _SideBySide:
 def _rows(folder: str, name: str) -> Iterator[tuple[str, str]]:
     """First field and rest of every line of a table; bytes that are not UTF-8 become surrogates."""
     try:
-        with fsspec.open(f"{folder}/{name}", "rb") as file:
+        with open_file(f"{folder}/{name}") as file:
             for number, line in lines_of(file):
                 if isinstance(line, BadInput):
                     raise ConfigError(f"{folder}/{name}:{number}: {line}; is it Kaldi's?")

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Literal
 
-import fsspec
 import soundfile
 from lhotse import AudioSource, MonoCut, Recording, SupervisionSegment
 from lhotse.serialization import deserialize_item
@@ -25,6 +24,7 @@ from lhotse.supervision import AlignmentItem
 
 from salad_ray.speech.audio import load_audio, open_recording, referenced
 from salad_ray.speech.readers import STAGE, inside, language_code, lines_of, normalize_text
+from salad_ray.store import open_file
 from salad_ray.tables import BadInput, Reject, Utterance, Word, atomic_file, stable_hash, write_bytes
 
 END_TOLERANCE_SECS = 0.1
@@ -89,7 +89,7 @@ def transcript(text: Any) -> str:
 def _lines(url: str) -> Iterator[tuple[int, str | BadInput]]:
     """Numbered lines; a file that breaks off ends with what is wrong with it."""
     number = 0
-    with fsspec.open(url, "rb") as file:
+    with open_file(url) as file:
         stream = gzip.GzipFile(fileobj=file) if url.endswith(".gz") else file
         try:
             for number, line in lines_of(io.BufferedReader(stream)):

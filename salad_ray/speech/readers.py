@@ -17,6 +17,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from salad_ray.config import ConfigError
+from salad_ray.store import filesystem
 from salad_ray.tables import BadInput, Reject, Utterance, stable_hash
 
 TABLE = "transcripts.tsv"
@@ -53,7 +54,7 @@ def read_folder(
     Raises:
         ConfigError: no such folder or table, not UTF-8, or a required column is missing.
     """
-    fs, path = fsspec.core.url_to_fs(folder.rstrip("/") or folder)
+    fs, path = filesystem(folder.rstrip("/") or folder)
     root = path if isinstance(fs, LocalFileSystem) else folder.rstrip("/")
     lines = _decode(_read_table(fs, path, folder), f"{folder.rstrip('/')}/{TABLE}").split("\n")
     columns = _columns(lines[0], f"{folder.rstrip('/')}/{TABLE}")
@@ -62,7 +63,7 @@ def read_folder(
 
 def check_folder(folder: str) -> None:
     """Raises `ConfigError` for a folder without a table that can be read."""
-    fs, path = fsspec.core.url_to_fs(folder.rstrip("/") or folder)
+    fs, path = filesystem(folder.rstrip("/") or folder)
     table = f"{folder.rstrip('/')}/{TABLE}"
     _columns(_decode(_read_table(fs, path, folder), table).split("\n", 1)[0], table)
 

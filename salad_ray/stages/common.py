@@ -28,6 +28,7 @@ from salad_ray import __version__
 from salad_ray.config import PICKED_PER_SHARD, Condition, Config, identity
 from salad_ray.console import progress, say
 from salad_ray.stages.shards import ShardPart, StageError, Task, Worker, map_shards
+from salad_ray.store import aws_settings
 from salad_ray.tables import (
     SCHEMA_VERSION,
     Passage,
@@ -377,11 +378,22 @@ def start_ray(config: Config) -> None:
         local = {"num_cpus": config.ray.num_cpus, "include_dashboard": True, "dashboard_host": "127.0.0.1"}
         if not address:
             _stay_on_loopback()
-        ray.init(address=address or "local", logging_level=logging.ERROR, **({} if address else local))
+        settings = {"runtime_env": {"env_vars": worker_settings()}} if address else local
+        ray.init(address=address or "local", logging_level=logging.ERROR, **settings)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = -1  # spot machines can take longer than its half hour, and so can a shard
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def worker_settings() -> dict[str, str]:
+    """What workers on other machines have to be told: the store's endpoint and region (never keys), the log's format.
+
+    Ray refuses a variable that the submitted job's own environment sets, too.
+    """
+    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env") or {}
+    known = aws_settings() | {name: os.environ[name] for name in ("SALAD_LOG",) if name in os.environ}
+    return {name: value for name, value in known.items() if name not in submitted.get("env_vars", {})}
 
 
 def _stay_on_loopback() -> None:

@@ -6,6 +6,7 @@ import time
 
 from salad_ray.config import Config, identity
 from salad_ray.console import clock, say
+from salad_ray.distill.logger import where_curves_are
 from salad_ray.distill.step import decay_start
 from salad_ray.distill.trainer import Job, TrainingStopped, train
 from salad_ray.model.speech_lm import EncoderSpec
@@ -35,7 +36,7 @@ def run(config: Config) -> None:
     started = time.monotonic()
     stage.begin()
     start_ray(config)
-    say(f"stage1: training {plan['num_steps']:,} steps; curves: `tensorboard --logdir {stage.table.url}/tensorboard`")
+    say(f"stage1: training {plan['num_steps']:,} steps; curves: {where_curves_are(stage.table.url)}")
     card = model_card("stage1", teacher, features["encoder"], speech_data(config, ("natural",)), config.distill.alpha)
     encoder = EncoderSpec(**features["encoder"])
     trunk = decay_start(plan["num_steps"], config.distill.decay_share)  # Stage II goes on from there

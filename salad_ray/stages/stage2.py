@@ -8,6 +8,7 @@ from typing import Any
 from salad_ray.config import Config, identity
 from salad_ray.console import clock, say
 from salad_ray.distill.checkpoints import checkpoint_at
+from salad_ray.distill.logger import where_curves_are
 from salad_ray.distill.step import decay_start
 from salad_ray.distill.trainer import Job, TrainingStopped, train
 from salad_ray.model.speech_lm import EncoderSpec
@@ -42,10 +43,7 @@ def _train(config: Config, name: str, sets: tuple[str, ...]) -> None:
     start_ray(config)
     job = _job(config, name, sets, inputs)
     share = f"{job.active_share:.1%} of the rows active speech" if job.active_share else "natural speech alone"
-    say(
-        f"{name}: training {job.num_steps:,} steps, {share}; "
-        f"curves: `tensorboard --logdir {stage.table.url}/tensorboard`"
-    )
+    say(f"{name}: training {job.num_steps:,} steps, {share}; curves: {where_curves_are(stage.table.url)}")
     try:
         facts = train(job)
     except TrainingStopped as error:

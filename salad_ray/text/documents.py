@@ -27,6 +27,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from salad_ray.config import ConfigError, WebTextConfig, path_name
 from salad_ray.speech.readers import MAX_LINE_BYTES, STAGE, language_code, lines_of
+from salad_ray.store import filesystem, open_file
 from salad_ray.tables import BadInput, Reject
 
 ENDS: dict[str, tuple[str, ...]] = {
@@ -94,7 +95,7 @@ def find_text_sources(corpus: WebTextConfig) -> list[TextSource]:
     """
     url = _resolve(corpus)
     try:
-        fs, path = fsspec.core.url_to_fs(url)
+        fs, path = filesystem(url)
         files = _list(fs, path.rstrip("/") or path)
     except ImportError as error:
         raise ConfigError(f"{corpus.path}: its protocol needs a package that is not installed ({error})") from None
@@ -202,7 +203,7 @@ def _check_columns(url: str, columns: list[str], corpus: WebTextConfig) -> None:
 
 def _parquet_rows(source: TextSource, corpus: WebTextConfig) -> Iterator[tuple[str, dict[str, Any] | BadInput]]:
     """(file:row, row); damage is told once for a row group."""
-    with fsspec.open(source.url, "rb") as file:
+    with open_file(source.url) as file:
         try:
             # Buffered column by column, so that row groups of any size are read in bounded memory.
             # Texts come as dictionaries: one that a page names a thousand times is in memory once.
@@ -300,7 +301,7 @@ def _record(line: bytes | BadInput) -> dict[str, Any] | BadInput:
 def _lines(url: str) -> Iterator[tuple[int, bytes | BadInput]]:
     """Numbered lines that are not blank; a file that breaks off ends with what is wrong with it."""
     number = 0
-    with fsspec.open(url, "rb") as file:
+    with open_file(url) as file:
         stream = io.BufferedReader(gzip.GzipFile(fileobj=file)) if _is_gzip(file) else file
         try:
             for number, line in lines_of(stream):
@@ -318,7 +319,7 @@ def read_whole(url: str) -> bytes:
         OSError: and what else its storage raises.
     """
     data = bytearray()
-    with fsspec.open(url, "rb") as file:
+    with open_file(url) as file:
         stream = gzip.GzipFile(fileobj=file) if _is_gzip(file) else file
         try:
             while chunk := stream.read(READ_BYTES):
@@ -354,7 +355,7 @@ def _resolve(corpus: WebTextConfig) -> str:
     """The path as a URL: a hub id, which is no local path, becomes hf://datasets/<id>@<revision>/…"""
     path = corpus.path
     if "://" not in path:
-        fs, local = fsspec.core.url_to_fs(path)
+        fs, local = filesystem(path)
         found = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)((?:/.*)?)", path)
         if found is None or fs.exists(local) or fs.glob(local):
             return _unpinned(path, corpus)
@@ -409,7 +410,7 @@ def _divided(source: TextSource) -> list[TextSource]:
     if source.kind != "parquet":
         return [source]
     try:
-        with fsspec.open(source.url, "rb") as file:
+        with open_file(source.url) as file:
             metadata = pq.ParquetFile(file).metadata
     except (pa.ArrowException, OSError) as error:
         _damage(error)

@@ -1,0 +1,84 @@
+"""Where files lie: local paths and URLs behind one function, so that all of them are opened alike.
+
+An object store is read without a cache of its listings, since other processes write what this one looks for. One that
+answers errors for a while, or not at all, is asked again for a minute and a half; one that refuses is a `StoreError`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import fsspec
+
+AWS_SETTINGS = (
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_ENDPOINT_URL",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_PROFILE",
+    "AWS_REQUEST_CHECKSUM_CALCULATION",
+    "AWS_RESPONSE_CHECKSUM_VALIDATION",
+)
+"""What other machines have to be told of a store, if it is set. Keys are no part of it: they have their own roles."""
+
+
+class StoreError(OSError):
+    """An object store that refuses or cannot be reached; the message names the object and says what to do."""
+
+
+def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a path or URL, and the path in it; raises `ImportError` where a protocol's package lacks."""
+    if url.startswith(("s3://", "s3a://")):
+        from salad_ray.s3 import open_s3  # late: whoever has no S3 does not wait for its client
+
+        return open_s3(), url.split("://", 1)[1]
+    fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
+    return fs, path
+
+
+def open_file(url: str, mode: str = "rb", **kwargs: Any) -> Any:
+    """A file open for reading; keywords are those of fsspec's `open`."""
+    fs, path = filesystem(url)
+    return fs.open(path, mode, **kwargs)
+
+
+def list_folder(url: str) -> dict[str, dict[str, Any]]:
+    """What lies directly in a folder: name → what the file system knows of it; nothing where there is no folder.
+
+    Asking first whether it is there would not help: an object store's folder goes with its last file.
+    """
+    fs, path = filesystem(url)
+    try:
+        found = fs.ls(path, detail=True)
+    except FileNotFoundError:
+        return {}
+    entries = {entry["name"].rstrip("/"): entry for entry in found}
+    return {name.rsplit("/", 1)[-1]: entry for name, entry in entries.items() if name != path.rstrip("/")}
+
+
+def read_range(url: str, begin: int, end: int) -> bytes:
+    """Bytes [begin, end) of a file; fewer where it ends sooner."""
+    fs, path = filesystem(url)
+    return bytes(fs.cat_file(path, start=begin, end=end))  # by name: s3fs has the version of an object before them
+
+
+def is_local(fs: fsspec.AbstractFileSystem) -> bool:
+    return "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
+
+
+def aws_settings() -> dict[str, str]:
+    """Those of `AWS_SETTINGS` that are set for this process."""
+    return {name: os.environ[name] for name in AWS_SETTINGS if os.environ.get(name)}
+
+
+def for_ray(url: str) -> dict[str, Any]:
+    """A folder as Ray's run configs take it. A URL goes through this module's file system: Arrow's own would ask other
+    variables and profiles for the endpoint and the credentials, and give up sooner.
+    """
+    if "://" not in url:
+        return {"storage_path": url}
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    fs, path = filesystem(url)
+    return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(fs))}
