@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -348,6 +349,7 @@ def test_the_endpoint_is_that_of_the_usual_variables(
 @pytest.mark.slow
 def test_workers_of_a_running_cluster_hear_of_the_store(server: Server, tmp_path: Path) -> None:
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "RAY_ADDRESS"))}
+    plain |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     head = subprocess.Popen(
         [sys.executable, "-c", HEAD], env=plain, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -361,6 +363,7 @@ def test_workers_of_a_running_cluster_hear_of_the_store(server: Server, tmp_path
     finally:
         head.stdin.close()  # ends it
         head.wait()
+    assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == {
         name: server.environment[name] for name in ("AWS_ENDPOINT_URL_S3", "AWS_REGION")
     }

@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from clusters import free_ports
 from factories import untrained_copy
 from ray._private import ray_constants
 from ray.cluster_utils import Cluster
@@ -22,6 +24,7 @@ from salad_ray.config import Config, dump_config
 from salad_ray.tables import Table
 
 PATIENCE_SECS = 600
+STORE_BYTES = 100 * 2**20
 
 
 @pytest.fixture
@@ -30,11 +33,21 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     # A local Ray, which other tests have started in this process, confines itself and all that follow to loopback.
     monkeypatch.setenv(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, "1")
     monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", True)
-    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True})
-    for _ in range(2):
-        found.add_node(num_cpus=1)
-    yield found
-    found.shutdown()
+    with nodes(2) as found:
+        yield found
+
+
+@contextmanager
+def nodes(number: int) -> Iterator[Cluster]:
+    [port] = free_ports(1)
+    head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": port, "object_store_memory": STORE_BYTES}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        for _ in range(number):
+            cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+        yield cluster
+    finally:
+        cluster.shutdown()
 
 
 class Driver:
@@ -49,7 +62,9 @@ class Driver:
                 [sys.executable, "-m", "salad_ray.cli", command[0], str(path), *command[1:]],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"RAY_ADDRESS": cluster.address},
+                # The second, since Ray Train would look at all Rays of this machine.
+                env=os.environ
+                | {"RAY_ADDRESS": cluster.address, "RAY_API_SERVER_ADDRESS": f"http://{cluster.head_node.webui_url}"},
             )
 
     def wait(self) -> None:
@@ -95,6 +110,17 @@ def processes_of(node: Any) -> list[str]:
     return [" ".join(child.cmdline()) for child in psutil.Process(raylet).children(recursive=True)]
 
 
+SPOKEN = "natural/utterances"
+
+
+def speaking(finished_run: Config, cluster: Cluster, folder: Path) -> tuple[Config, Driver]:
+    """A run whose speech is being made again, the first of it being there."""
+    config = copied(finished_run, folder, SPOKEN)
+    driver = Driver(cluster, config, "synthesize", "set=natural")
+    wait_for(lambda: list(Path(config.run_dir, SPOKEN).glob("**/*.parquet")), driver)
+    return config, driver
+
+
 STAGES = {
     "ingest": "natural/passages",
     "synthesize": "natural/utterances",
@@ -137,43 +163,30 @@ def losses(config: Config) -> list[tuple[float, float]]:
 
 @pytest.mark.slow
 def test_a_killed_driver_leaves_nothing_double(finished_run: Config, cluster: Cluster, tmp_path: Path) -> None:
-    place = "natural/utterances"
-    config = copied(finished_run, tmp_path, place)
-    driver = Driver(cluster, config, "synthesize", "set=natural")
-    wait_for(lambda: list(Path(config.run_dir, place).glob("**/*.parquet")), driver)
+    config, driver = speaking(finished_run, cluster, tmp_path)
     driver.process.kill()
     driver.process.wait()
     Driver(cluster, config, "synthesize", "set=natural").wait()
-    assert content(config, place) == content(finished_run, place)
+    assert content(config, SPOKEN) == content(finished_run, SPOKEN)
 
 
 @pytest.mark.slow
 def test_a_head_that_dies_and_comes_back_costs_a_second_submission(
     finished_run: Config, cluster: Cluster, tmp_path: Path
 ) -> None:
-    place = "natural/utterances"
-    config = copied(finished_run, tmp_path, place)
-    driver = Driver(cluster, config, "synthesize", "set=natural")
-    wait_for(lambda: list(Path(config.run_dir, place).glob("**/*.parquet")), driver)
+    config, driver = speaking(finished_run, cluster, tmp_path)
     cluster.shutdown()
     assert driver.process.wait(PATIENCE_SECS) != 0
-    again = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True})
-    try:
-        again.add_node(num_cpus=2)
+    with nodes(2) as again:
         Driver(again, config, "synthesize", "set=natural").wait()
-    finally:
-        again.shutdown()
-    assert content(config, place) == content(finished_run, place)
+    assert content(config, SPOKEN) == content(finished_run, SPOKEN)
 
 
 @pytest.mark.slow
 def test_a_machine_that_is_taken_away_with_notice_costs_nothing(
     finished_run: Config, cluster: Cluster, tmp_path: Path
 ) -> None:
-    place = "natural/utterances"
-    config = copied(finished_run, tmp_path, place)
-    driver = Driver(cluster, config, "synthesize", "set=natural")
-    wait_for(lambda: list(Path(config.run_dir, place).glob("**/*.parquet")), driver)
+    config, driver = speaking(finished_run, cluster, tmp_path)
     node = next(node for node in cluster.worker_nodes if any("MapWorker" in name for name in processes_of(node)))
     notice = ["--node-id", node.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
     limits = ["--deadline-remaining-seconds", "5", "--address", cluster.address]
@@ -181,7 +194,7 @@ def test_a_machine_that_is_taken_away_with_notice_costs_nothing(
     time.sleep(5)
     cluster.remove_node(node, allow_graceful=False)
     driver.wait()
-    assert content(config, place) == content(finished_run, place)
+    assert content(config, SPOKEN) == content(finished_run, SPOKEN)
 
 
 @pytest.mark.slow
