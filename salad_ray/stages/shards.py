@@ -15,6 +15,7 @@ import json
 import os
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -388,14 +389,16 @@ def _pass(
         for (number, shard), shortfall in items.items()
     ]
     num_actors = max(1, min(config.ray.max_actors or room, len(rows)))
-    results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        ShardWriter,
-        fn_constructor_args=(tasks,),
-        compute=ray.data.ActorPoolStrategy(min_size=max(1, min(room, num_actors)), max_size=num_actors),
-        num_cpus=1,
-        num_gpus=num_gpus or None,
-        max_task_retries=TASK_RETRIES,
-    )
+    with warnings.catch_warnings():  # no other way yet to say how often a task is retried whose process died
+        warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+        results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+            ShardWriter,
+            fn_constructor_args=(tasks,),
+            compute=ray.data.ActorPoolStrategy(min_size=max(1, min(room, num_actors)), max_size=num_actors),
+            num_cpus=1,
+            num_gpus=num_gpus or None,
+            max_task_retries=TASK_RETRIES,
+        )
     results.context.max_errored_blocks = -1  # an item whose process keeps dying; it is still missing below
     missing = {item: Shortfall(shortfall.tries + 1) for item, shortfall in items.items()}
     counts, pace = Counts(config, label, len(rows)), Pace(tasks, num_actors)
