@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import math
+import os
 import time
 from dataclasses import dataclass
 from types import ModuleType
@@ -161,14 +161,10 @@ def run_sweeps(config: Config, only: str | None = None, redo: bool = False) -> N
 SILENT_SECS = 300
 """After so long without a note of progress, `salad status` says that there was none."""
 CALIBRATION = {
-    "world.num_natural": 320,
-    "world.num_heldout": 64,
-    "world.num_web": 960,
     "world.num_questions": 64,
     "ingest.corpora": [],
     "ingest.web": [],
     "cluster.num_clusters": 12,
-    "cluster.sample_passages": 960,
     "probe.passages_per_cluster": 6,
     "select.budget_hours": None,
     "select.budget_percent": 20,
@@ -179,6 +175,10 @@ CALIBRATION = {
     "sweeps": {},
 }
 """A run of minutes on the embedded world with the config's own models: what `salad plan --calibrate` measures."""
+CALIBRATION_ROWS = {"num_natural": 150, "num_heldout": 12, "num_web": 250}
+"""Of each shard: about as many as shards have, since a shard costs something however few rows it holds."""
+CALIBRATION_WAVES = 4
+"""Shards for each actor; fewer do not tell its start from its work."""
 
 
 def show_plan(config: Config, rates_file: str | None, measured: str | None, calibrate: bool) -> None:
@@ -206,7 +206,7 @@ def calibration(config: Config) -> Config:
     changes = dict(CALIBRATION) | {"run_dir": f"{config.run_dir}/plan/calibration", "base_run": None}
     if config.stage2 is not None:
         changes |= {"stage2.num_steps": 30, "stage2.num_positions": None, "stage2.control": False}
-    lanes = config.distill.most_workers
+    lanes = config.pack.num_lanes
     if config.distill.use_gpu:
         lanes = 1
         changes |= {
@@ -214,9 +214,10 @@ def calibration(config: Config) -> Config:
             "pack.num_lanes": 1,
             "pack.rows_per_lane": config.distill.micro_batch_rows,
         }
-    else:
-        lanes = config.pack.num_lanes
-    return replaced(config, changes | {"ingest.num_shards": 16 * lanes // math.gcd(16, lanes)}, "calibration")
+    num_shards = CALIBRATION_WAVES * (config.ray.num_cpus or os.cpu_count() or 1)
+    num_shards = -(-num_shards // lanes) * lanes
+    changes |= {f"world.{name}": rows * num_shards for name, rows in CALIBRATION_ROWS.items()}
+    return replaced(config, changes | {"ingest.num_shards": num_shards}, "calibration")
 
 
 def redo(config: Config, stage: str, set_name: str) -> None:
