@@ -17,7 +17,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -393,7 +393,7 @@ def _pass(
         warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
         results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
             ShardWriter,
-            fn_constructor_args=(tasks,),
+            fn_constructor_args=([replace(task, items={}) for task in tasks],),
             compute=ray.data.ActorPoolStrategy(min_size=max(1, min(room, num_actors)), max_size=num_actors),
             num_cpus=1,
             num_gpus=num_gpus or None,
