@@ -59,6 +59,30 @@ class Head:
         return rows
 
 
+@dataclass(frozen=True)
+class Node:
+    """A machine of a cluster: a running `ray start --address`, and all that it has started."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    mark: str
+
+    def kill(self) -> None:
+        """Everything at once, as when a machine is switched off."""
+        for each in _marked(self.mark):
+            with contextlib.suppress(psutil.Error):
+                each.kill()
+        self.process.wait(30)
+
+    def runs(self, name: str) -> bool:
+        """Whether a process whose command line contains this is at work there."""
+        for each in _marked(self.mark):
+            with contextlib.suppress(psutil.Error):
+                if name in " ".join(each.cmdline()):
+                    return True
+        return False
+
+
 CAPTURED = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
 
 
@@ -110,6 +134,31 @@ def head(*options: str, port: int | None = None, **env: str) -> Iterator[Head]:
         process.wait(30)
         shutil.rmtree(folder, ignore_errors=True)
     assert not _marked(mark), "the cluster left processes behind"
+
+
+@contextlib.contextmanager
+def node(cluster: Head, *options: str) -> Iterator[Node]:
+    """Start another machine of a cluster; at the end all that descends from it is gone."""
+    agent, metrics = free_ports(2)
+    name, mark = f"node-{secrets.token_hex(4)}", secrets.token_hex(8)
+    command = [
+        *(*RAY, "start", "--block", SMALL, f"--address=127.0.0.1:{cluster.port}", f"--node-name={name}"),
+        *("--node-ip-address=127.0.0.1", f"--dashboard-agent-listen-port={agent}"),
+        *(f"--metrics-export-port={metrics}", *options),
+    ]
+    with open(cluster.folder / f"{name}.log", "w") as log:
+        process = subprocess.Popen(command, env=cluster.env | {MARK: mark}, stdout=log, stderr=log)
+    started = Node(name, process, mark)
+    try:
+        wait_for(lambda: process.poll() is not None or _is_alive(cluster, name), f"{name} in the cluster")
+        assert process.poll() is None, (cluster.folder / f"{name}.log").read_text()
+        yield started
+    finally:
+        started.kill()
+
+
+def _is_alive(cluster: Head, name: str) -> bool:
+    return any(row["node_name"] == name and row["state"] == "ALIVE" for row in cluster.state("nodes"))
 
 
 def wait_for(happened: Callable[[], object], what: str, secs: float = 600.0) -> None:

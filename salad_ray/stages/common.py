@@ -384,6 +384,19 @@ def start_ray(config: Config) -> None:
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = -1  # spot machines can take longer than its half hour, and so can a shard
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data._internal.execution.streaming_executor_state").addFilter(_lost_in_a_line)
+
+
+def _lost_in_a_line(record: logging.LogRecord) -> bool:
+    """What Ray Data logs of a lost process, without the error itself.
+
+    Its traceback holds the actor, hence its CPU and GPU, for as long as some handler keeps the record.
+    """
+    if record.exc_info and record.exc_info[1] is not None:
+        first = (str(record.exc_info[1]).strip().splitlines() or [""])[0]
+        record.msg, record.args = f"A process was lost: {first}", ()
+        record.exc_info = None
+    return True
 
 
 def worker_settings() -> dict[str, str]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
 import os
 import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from functools import partial
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +92,14 @@ def harm_three_ways(marker: str, row_id: str) -> None:
 
 
 def test_poisoned_rows_become_rejects_and_broken_processes_are_replaced(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, marker = config_in(tmp_path), tmp_path / "marker"
+    keeping = BufferingHandler(10**6)  # keeps what it is given, as pytest's own and error trackers do
+    monkeypatch.setattr(logging.getLogger("ray.data"), "handlers", [keeping])
     table = make(config, partial(harm_three_ways, str(marker)))
     assert marker.exists()
+    assert {record.getMessage().split(":")[0] for record in keeping.buffer} == {"A process was lost"}
     bad = {
         "part-00003/5": "RuntimeError: cannot do part-00003/5",
         "part-00007/0": "its process died at this row, twice",
