@@ -369,22 +369,28 @@ def _footer(table: Table, shard: str) -> tuple[dict[str, Any], int]:
 
 
 def start_ray(config: Config) -> None:
-    """Start or join Ray once per process; all servers of a local one listen on loopback, and ask for Ray's token.
-
-    It has a dashboard, as Ray Train asks it for state.
-    """
+    """Start or join Ray once per process; all servers of a local one listen on loopback, and ask for Ray's token."""
     if not ray.is_initialized():
         address = config.ray.address or os.environ.get("RAY_ADDRESS")  # set where a job was submitted
-        local = {"num_cpus": config.ray.num_cpus, "include_dashboard": True, "dashboard_host": "127.0.0.1"}
-        if not address:
-            _stay_on_loopback()
-        settings = {"runtime_env": {"env_vars": worker_settings()}} if address else local
+        settings = {"runtime_env": {"env_vars": worker_settings()}} if address else _local_settings(config)
         ray.init(address=address or "local", logging_level=logging.ERROR, **settings)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = -1  # spot machines can take longer than its half hour, and so can a shard
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     logging.getLogger("ray.data._internal.execution.streaming_executor_state").addFilter(_lost_in_a_line)
+
+
+def _local_settings(config: Config) -> dict[str, Any]:
+    _stay_on_loopback()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # For Ray Train, which asks the dashboard for state: else it would look for a Ray of this machine, and may find
+    # another, or a note that one has left which is gone.
+    os.environ[ray_constants.RAY_API_SERVER_ADDRESS_ENVIRONMENT_VARIABLE] = f"http://127.0.0.1:{port}"
+    dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": port}
+    return {"num_cpus": config.ray.num_cpus} | dashboard
 
 
 def _lost_in_a_line(record: logging.LogRecord) -> bool:

@@ -1,0 +1,226 @@
+"""Faults on a cluster of several nodes on this machine: afterwards the tables are those of an undisturbed run.
+
+Each test prints how long after the fault the work was done again (`pytest -s`), for docs/reliability.md.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from clusters import Head, Node, head, node
+from factories import untrained_copy
+
+from salad_ray.config import Config, dump_config
+from salad_ray.tables import Table
+
+pytestmark = pytest.mark.timeout(3600)  # a minute a test, but for machines that are busy with other things
+PATIENCE_SECS = 1200
+SPOKEN = "natural/utterances"
+STAGES = {"ingest": "natural/passages", "synthesize": SPOKEN, "encode": "natural/features"}
+ACTOR = "MapWorker"
+
+
+class Cluster:
+    """A head that computes nothing, and nodes of a core each."""
+
+    def __init__(self, num_nodes: int, **options: Any) -> None:
+        self.stack = ExitStack()
+        self.head: Head = self.stack.enter_context(head("--num-cpus=0", **options))
+        self.nodes: list[Node] = []
+        for _ in range(num_nodes):
+            self.add_node()
+
+    def add_node(self) -> None:
+        self.nodes.append(self.stack.enter_context(node(self.head, "--num-cpus=1")))
+
+    def node_with(self, process: str) -> Node:
+        return next(each for each in self.nodes if each.runs(process))
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    each = Cluster(2)
+    with each.stack:
+        yield each
+
+
+class Driver:
+    """`salad COMMAND CONFIG` in a process of its own, on a cluster."""
+
+    def __init__(self, cluster: Head, config: Config, *command: str) -> None:
+        path = Path(config.run_dir).parent / "config.yaml"
+        path.write_text(dump_config(config))
+        self.log = Path(config.run_dir).parent / "log"
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "salad_ray.cli", command[0], str(path), *command[1:]],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=cluster.env | {"RAY_ADDRESS": f"127.0.0.1:{cluster.port}"},
+            )
+
+    def wait(self) -> None:
+        assert self.process.wait(PATIENCE_SECS) == 0, self.told()
+
+    def told(self) -> str:
+        return self.log.read_text()[-4000:]
+
+    def wait_for(self, what: Callable[[], Any]) -> None:
+        """While it runs."""
+        deadline = time.monotonic() + PATIENCE_SECS
+        while not what():
+            assert self.process.poll() is None, self.told()
+            assert time.monotonic() < deadline, self.told()
+            time.sleep(0.02)
+
+
+def copied(finished_run: Config, folder: Path, *tables: str) -> Config:
+    """A finished run without some of its tables, to be made again."""
+    shutil.copytree(finished_run.run_dir, folder / "run")
+    for table in tables:
+        shutil.rmtree(folder / "run" / table)
+    return finished_run.model_copy(update={"run_dir": str(folder / "run")})
+
+
+def content(config: Config, place: str) -> dict[str, Any]:
+    """Every shard of a table with its rows."""
+    set_name, name = place.split("/")
+    table = Table(config.run_dir, set_name, name)
+    return {shard: table.read(shard).to_pylist() for shard in table.shards()}
+
+
+def losses(config: Config) -> list[tuple[float, float]]:
+    log = json.loads(Path(config.run_dir, "stage1", "result.json").read_text())["log"]
+    return [(row["step"], row["loss"]) for row in log]
+
+
+def begun(finished_run: Config, cluster: Head, folder: Path, stage: str = "synthesize") -> tuple[Config, Driver]:
+    """A run of which a table is being made again, the first of it being there."""
+    config = copied(finished_run, folder, STAGES[stage])
+    driver = Driver(cluster, config, stage, "set=natural")
+    driver.wait_for(lambda: list(Path(config.run_dir, STAGES[stage]).glob("**/*.parquet")))
+    return config, driver
+
+
+def tell(fault: str, since: float) -> None:
+    print(f"{fault}: done {time.monotonic() - since:.1f} s after it")  # noqa: T201 - what `pytest -s` is for
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        pytest.param("ingest", marks=pytest.mark.slow),
+        "synthesize",
+        pytest.param("encode", marks=pytest.mark.slow),
+    ],
+)
+def test_a_node_that_dies_while_shards_are_made_costs_nothing(
+    finished_run: Config, cluster: Cluster, tmp_path: Path, stage: str
+) -> None:
+    config, driver = begun(finished_run, cluster.head, tmp_path, stage)
+    cluster.node_with(ACTOR).kill()
+    since = time.monotonic()
+    driver.wait()
+    tell(f"a node dies in {stage}", since)
+    assert content(config, STAGES[stage]) == content(finished_run, STAGES[stage])
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_in_training_is_replaced_and_the_losses_are_the_same(
+    undisturbed: Config, cluster: Cluster, tmp_path: Path
+) -> None:
+    config = untrained_copy(undisturbed, tmp_path / "run", max_failures=3)
+    driver = Driver(cluster.head, config, "stage1")
+    driver.wait_for(lambda: list(Path(config.run_dir, "stage1/checkpoints").glob("*/manifest.json")))
+    cluster.node_with("RayTrainWorker").kill()
+    since = time.monotonic()
+    cluster.add_node()  # as an autoscaler does for a spot machine that was taken away
+    starts = Path(config.run_dir, "stage1", "starts.json")
+    driver.wait_for(lambda: len(json.loads(starts.read_text())["starts"]) == 2)
+    tell("a node dies in training, its workers' next start", since)
+    driver.wait()
+    assert losses(config) == losses(undisturbed)
+    assert json.loads(starts.read_text())["starts"][1]["step"] >= 5
+
+
+@pytest.mark.slow
+def test_a_killed_driver_leaves_nothing_double(finished_run: Config, cluster: Cluster, tmp_path: Path) -> None:
+    config, driver = begun(finished_run, cluster.head, tmp_path)
+    driver.process.kill()
+    driver.process.wait()
+    since = time.monotonic()
+    Driver(cluster.head, config, "synthesize", "set=natural").wait()
+    tell("the driver dies", since)
+    assert content(config, SPOKEN) == content(finished_run, SPOKEN)
+
+
+@pytest.mark.slow
+def test_a_head_that_dies_and_comes_back_costs_a_second_submission(
+    finished_run: Config, cluster: Cluster, tmp_path: Path
+) -> None:
+    config, driver = begun(finished_run, cluster.head, tmp_path)
+    cluster.stack.close()
+    since = time.monotonic()
+    assert driver.process.wait(PATIENCE_SECS) != 0
+    assert "Traceback" not in driver.told().split("salad: ")[-1]
+    tell("the head dies, the driver's end", since)
+    again = Cluster(2)
+    with again.stack:
+        Driver(again.head, config, "synthesize", "set=natural").wait()
+    tell("the head dies", since)
+    assert content(config, SPOKEN) == content(finished_run, SPOKEN)
+
+
+@pytest.mark.slow
+def test_a_machine_that_is_taken_away_with_notice_costs_nothing(
+    finished_run: Config, cluster: Cluster, tmp_path: Path
+) -> None:
+    config, driver = begun(finished_run, cluster.head, tmp_path, "encode")
+    leaving = cluster.node_with(ACTOR)
+    [row] = [row for row in cluster.head.state("nodes") if row["node_name"] == leaving.name]
+    notice = ["--node-id", row["node_id"], "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+    limits = ["--deadline-remaining-seconds", "1", "--address", f"127.0.0.1:{cluster.head.port}"]
+    noticed = cluster.head.ray("drain-node", *notice, *limits)
+    assert noticed.returncode == 0, noticed.stdout
+    since = time.monotonic()
+    time.sleep(1)
+    assert driver.process.poll() is None
+    leaving.kill()
+    driver.wait()
+    tell("1 s of notice, then the node is gone", since)
+    assert content(config, STAGES["encode"]) == content(finished_run, STAGES["encode"])
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_the_stage_with_a_sentence_and_costs_nothing(
+    finished_run: Config, cluster: Cluster, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1g", "none", str(disk)], check=False).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        place = STAGES["encode"]
+        config = copied(finished_run, disk, place)
+        ballast = disk / "ballast"
+        ballast.write_bytes(bytes(shutil.disk_usage(disk).free - 200_000))
+        driver = Driver(cluster.head, config, "encode", "set=natural")
+        assert driver.process.wait(PATIENCE_SECS) == 1
+        assert "No space left on device" in driver.told()
+        assert "Traceback" not in driver.told().splitlines()[-1]
+        ballast.unlink()
+        since = time.monotonic()
+        Driver(cluster.head, config, "encode", "set=natural").wait()
+        tell("a full disk, from the second submission on", since)
+        assert content(config, place) == content(finished_run, place)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
