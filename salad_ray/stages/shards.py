@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, TypeVar
@@ -43,6 +45,8 @@ MIN_FAILURES = 3
 """Shards that fail, more than are done: a systematic error."""
 MAX_EARLY_REJECTED = 0.95
 """Share of the rows of the first shards; beyond it the rest is not even begun."""
+WAIT_SECS = 120.0
+"""Without a first shard, before it is said that no machine has what a stage asks for."""
 NOTE_SECS = 5.0
 """Between two notes of how far a stage is."""
 
@@ -403,8 +407,9 @@ def _pass(
     missing = {item: Shortfall(shortfall.tries + 1) for item, shortfall in items.items()}
     counts, pace = Counts(config, label, len(rows)), Pace(tasks, num_actors)
     first_secs = 0.0
-    with progress(label, len(rows), "shards") as advance:
+    with progress(label, len(rows), "shards") as advance, _told_while_waiting(label, num_gpus) as waiting:
         for result in results.iter_rows():
+            waiting.cancel()
             counts.add(result, tasks[result["task"]].table)
             pace.add(result)
             item = (result["task"], result["shard"])
@@ -418,3 +423,26 @@ def _pass(
     if lost := [shard for (_, shard), shortfall in missing.items() if shortfall.reason == Shortfall.reason]:
         say(f"{label}: {len(lost)} shards were lost with their processes, {lost[0]} first; they are tried again")
     return {"num_actors": num_actors, "num_made": len(rows), "first_secs": round(first_secs, 2)}, missing
+
+
+@contextmanager
+def _told_while_waiting(label: str, num_gpus: float) -> Iterator[threading.Timer]:
+    """Say so if after a while no machine has what the stage asks for; whoever has the first shard cancels it."""
+    needs = {"CPU": 1.0, "GPU": num_gpus}
+
+    def tell() -> None:
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if not any(all(machine.get(name, 0.0) >= number for name, number in needs.items()) for machine in machines):
+            wanted = " and ".join(f"{number:g} {name}" for name, number in needs.items() if number)
+            say(
+                f"{label}: waiting for a machine with {wanted}, as this Ray cluster has none; is there a pool of such "
+                "machines (`ray status`)? The wait can be interrupted, and the stage run again"
+            )
+
+    waiting = threading.Timer(WAIT_SECS, tell)
+    waiting.daemon = True
+    waiting.start()
+    try:
+        yield waiting
+    finally:
+        waiting.cancel()

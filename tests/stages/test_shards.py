@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import json
 import logging
@@ -21,6 +22,7 @@ from factories import small_world_config
 
 from salad_ray import pipeline
 from salad_ray.config import Config, parse_config
+from salad_ray.stages import shards
 from salad_ray.stages.common import Stage, run_shards
 from salad_ray.stages.shards import ShardPart, StageError, WindowWorker
 from salad_ray.tables import Passage, Reject, Table, to_arrow
@@ -49,8 +51,8 @@ def fail_at(bad: str, row_id: str) -> None:
         raise RuntimeError(f"cannot do {row_id}")
 
 
-def fail_in(shards: str, row_id: str) -> None:
-    if row_id.startswith(shards):
+def fail_in(prefix: str, row_id: str) -> None:
+    if row_id.startswith(prefix):
         raise RuntimeError("nothing works")
 
 
@@ -71,10 +73,10 @@ def config_in(folder: Path, **changes: Any) -> Config:
     return parse_config(small_world_config(folder) | {"ray": {"num_cpus": 2}} | changes)
 
 
-def make(config: Config, harm: Callable[[str], None]) -> Table:
+def make(config: Config, harm: Callable[[str], None], num_gpus: float = 0.0) -> Table:
     table = Table(config.run_dir, "web", "copies")
     items = {f"part-{i:05d}": f"part-{i:05d}" for i in range(NUM_SHARDS)}
-    run_shards(config, Stage("copy", table, {}, {}), items, partial(CopyShard, harm))
+    run_shards(config, Stage("copy", table, {}, {}), items, partial(CopyShard, harm), num_gpus)
     return table
 
 
@@ -131,6 +133,24 @@ def scraped(name: str, run_dir: str) -> str:
                 return line
         time.sleep(1)
     return ""
+
+
+def test_waiting_for_a_machine_that_no_cluster_has_is_told_and_can_be_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    def interrupt(line: str) -> None:
+        told.append(line)
+        _thread.interrupt_main()
+
+    monkeypatch.setattr(shards, "WAIT_SECS", 1.0)
+    monkeypatch.setattr(shards, "say", interrupt)
+    config = config_in(tmp_path, ray={"num_cpus": 2, "max_actors": 1})
+    with pytest.raises(KeyboardInterrupt):
+        make(config, partial(fail_at, "nobody"), num_gpus=1.0)
+    assert [line for line in told if "waiting for a machine with 1 CPU and 1 GPU" in line] == told
+    assert ids(make(config_in(tmp_path), partial(fail_at, "nobody"))) == EVERY_ID
 
 
 def test_a_systematic_error_ends_the_stage_early_with_its_reason(tmp_path: Path) -> None:

@@ -1,0 +1,103 @@
+"""Synthesis and embedding on one node and on two, each of one core; the driver's memory at 1 k and 100 k passages.
+
+    python -m benchmarks.nodes
+
+The nodes are Ray's own (raylet, object store, workers) and share this machine, so that two of them need both of its
+cores, and what else Ray does comes on top. Each actor computes with one thread. Rates are of the shards after the
+first, since every node starts its processes once; the efficiency is the rate of two over twice the rate of one. What
+the object stores spill to disk is summed over the nodes, each of which has a store of 100 MiB.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import tempfile
+from typing import Any
+
+import ray
+from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+from ray.cluster_utils import Cluster
+
+from benchmarks.side_by_side import PAIRS, in_subprocess, one_thread_each, ratio_row, take_turns
+from salad_ray import pipeline
+from salad_ray.config import parse_config
+from salad_ray.tables import Table
+
+SPOKEN, EMBEDDED = 1200, 24_000
+SIZES = (1_000, 100_000)
+STAGES = {"synthesize": ("natural", "utterances"), "embed": ("web", "embeddings")}
+STORE_BYTES = 100 * 2**20
+
+
+def run(pairs: int = PAIRS) -> list[dict[str, Any]]:
+    """Rows/s of a node among two beside those of one alone; then memory at the larger size beside the smaller."""
+    with one_thread_each():
+        nodes = take_turns(lambda _: on_nodes(2, SPOKEN, EMBEDDED), lambda _: on_nodes(1, SPOKEN, EMBEDDED), pairs)
+        small, large = (on_nodes(2, 0, size) for size in SIZES)
+    of_stages = [
+        ratio_row(
+            f"{stage}: a node of two, one alone",
+            "rows/s",
+            [two[stage] / 2 for two, _ in nodes],
+            [one[stage] for _, one in nodes],
+        )
+        for stage in STAGES
+    ]
+    sizes = f"{SIZES[1]:,} passages, {SIZES[0]:,}"
+    driver = ratio_row(f"driver: {sizes}", "MiB", [large["driver"]], [small["driver"]])
+    spilled = {"ours": large["spilled"], "bare": small["spilled"], "ours/bare": None, "min": None, "max": None}
+    return [*of_stages, driver, driver | {"name": f"spilled: {sizes}"} | spilled]
+
+
+def on_nodes(*settings: int) -> dict[str, float]:
+    """`measure` in a process of its own, whose memory starts from nothing."""
+    facts: dict[str, float] = in_subprocess("benchmarks.nodes", *map(str, settings))
+    return facts
+
+
+def measure(num_nodes: int, num_spoken: int, num_web: int) -> dict[str, float]:
+    """Rows/s of each stage; the driver's largest resident set and what was spilled, in MiB."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": STORE_BYTES})
+    for _ in range(num_nodes):
+        cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+    facts: dict[str, float] = {}
+    try:
+        with tempfile.TemporaryDirectory(prefix="salad-bench-") as folder:
+            config = parse_config(
+                {
+                    "run_dir": folder,
+                    "ray": {"address": cluster.address},
+                    "world": {"num_natural": max(num_spoken, 1), "num_heldout": 1, "num_web": num_web},
+                    "ingest": {"num_shards": 24},
+                    "embed": {"dim": 64},
+                }
+            )
+            for stage, (set_name, table) in STAGES.items():
+                if set_name == "natural" and not num_spoken:
+                    continue
+                pipeline.run_stage(config, "ingest", set_name)
+                pipeline.run_stage(config, stage, set_name)
+                done = Table(config.run_dir, set_name, table).manifest() or {}
+                share = (done["num_made"] - done["num_actors"]) / done["num_made"]
+                facts[stage] = share * done["num_input"] / (done["seconds"] - done["first_secs"])
+            store = get_memory_info_reply(get_state_from_address(cluster.address)).store_stats
+            facts["spilled"] = store.spilled_bytes_total / 2**20
+            facts["driver"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    return facts
+
+
+def main() -> None:
+    if "--bare" in sys.argv:
+        print(json.dumps(measure(*map(int, sys.argv[2:]))))
+    else:
+        for row in run():
+            print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()
