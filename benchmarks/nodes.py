@@ -14,19 +14,22 @@ import json
 import resource
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 from ray.cluster_utils import Cluster
 
+from benchmarks.engine import write_text
 from benchmarks.side_by_side import PAIRS, in_subprocess, one_thread_each, ratio_row, take_turns
 from salad_ray import pipeline
-from salad_ray.config import parse_config
+from salad_ray.config import Config, parse_config
 from salad_ray.tables import Table
 
-SPOKEN, EMBEDDED = 1200, 24_000
+SPOKEN, EMBEDDED = 2_000, 24_000
 SIZES = (1_000, 100_000)
+ROWS_PER_SHARD = 250
 STAGES = {"synthesize": ("natural", "utterances"), "embed": ("web", "embeddings")}
 STORE_BYTES = 100 * 2**20
 
@@ -65,18 +68,11 @@ def measure(num_nodes: int, num_spoken: int, num_web: int) -> dict[str, float]:
     facts: dict[str, float] = {}
     try:
         with tempfile.TemporaryDirectory(prefix="salad-bench-") as folder:
-            config = parse_config(
-                {
-                    "run_dir": folder,
-                    "ray": {"address": cluster.address},
-                    "world": {"num_natural": max(num_spoken, 1), "num_heldout": 1, "num_web": num_web},
-                    "ingest": {"num_shards": 24},
-                    "embed": {"dim": 64},
-                }
-            )
             for stage, (set_name, table) in STAGES.items():
-                if set_name == "natural" and not num_spoken:
+                num_rows = num_spoken if set_name == "natural" else num_web
+                if not num_rows:
                     continue
+                config = config_of(cluster.address, Path(folder), num_spoken, num_web, num_rows)
                 pipeline.run_stage(config, "ingest", set_name)
                 pipeline.run_stage(config, stage, set_name)
                 done = Table(config.run_dir, set_name, table).manifest() or {}
@@ -89,6 +85,24 @@ def measure(num_nodes: int, num_spoken: int, num_web: int) -> dict[str, float]:
         ray.shutdown()
         cluster.shutdown()
     return facts
+
+
+def config_of(address: str, folder: Path, num_spoken: int, num_web: int, num_rows: int) -> Config:
+    """The world is spoken; web text is read from a file. The more rows, the more shards."""
+    web = folder / "web.parquet"
+    return parse_config(
+        {
+            "run_dir": str(folder / "run"),
+            "ray": {"address": address},
+            "world": {"num_natural": max(num_spoken, 1), "num_heldout": 1},
+            "ingest": {
+                "web": [str(web if web.exists() else write_text(web, num_web))],
+                "num_shards": max(2, num_rows // ROWS_PER_SHARD),
+                "passages": {"max_words": 40},
+            },
+            "embed": {"dim": 64},
+        }
+    )
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated
@@ -17,6 +18,7 @@ from rich.table import Table as Grid
 from salad_ray import pipeline
 from salad_ray.config import Config, SweepConfig, dump_config, load_config, refuse_secret_arguments, section_of
 from salad_ray.console import console, say, user_error
+from salad_ray.lease import only_driver
 from salad_ray.tables import write_json
 
 # What each stage does, and which sections of the config it reads.
@@ -98,7 +100,8 @@ def run(
         say(dump_config(resolved))
         say("stages: " + " → ".join(f"{step.stage} {step.set}".strip() for step in pipeline.steps(resolved)))
         return
-    pipeline.run_all(resolved)
+    with only_driver(resolved.run_dir):
+        pipeline.run_all(resolved)
 
 
 @app.command()
@@ -118,7 +121,9 @@ def sweep(
     redo: Annotated[bool, typer.Option("--redo", help="Delete the sweep's trainings first.")] = False,
 ) -> None:
     """Train over a grid of the config's keys and budgets, sharing what can be shared, and fit the misalignment law."""
-    pipeline.run_sweeps(load(config, overrides), only, redo)
+    resolved = load(config, overrides)
+    with only_driver(resolved.run_dir):  # its trainings lie in there
+        pipeline.run_sweeps(resolved, only, redo)
 
 
 @app.command()
@@ -138,7 +143,9 @@ def plan(
     if show_rates:
         sys.stdout.write(RATES.read_text())
         return
-    pipeline.show_plan(load(config, overrides), rates, measured, calibrate)
+    resolved = load(config, overrides)
+    with only_driver(pipeline.calibration(resolved).run_dir) if calibrate else nullcontext():
+        pipeline.show_plan(resolved, rates, measured, calibrate)
 
 
 @app.command()
@@ -227,9 +234,10 @@ def add_stage(name: str, summary: str, sections: tuple[str, ...]) -> None:
         redo: Annotated[bool, typer.Option("--redo", help="Delete this stage's output first.")] = False,
     ) -> None:
         resolved = load(config, overrides)
-        if redo:
-            pipeline.redo(resolved, name, resolved.set)
-        pipeline.run_stage(resolved, name, resolved.set, anew=redo)
+        with only_driver(resolved.run_dir):
+            if redo:
+                pipeline.redo(resolved, name, resolved.set)
+            pipeline.run_stage(resolved, name, resolved.set, anew=redo)
 
     keys = "\n\n".join(line for section in sections for line in describe(section_named(section), section))
     app.command(name=name, help=summary, epilog=keys)(command)

@@ -12,7 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-USER_ERRORS = frozenset(["ConfigError", "StageError", "TableError", "ModelError", "BadInput", "StoreError"])
+USER_ERRORS = frozenset(
+    ["ConfigError", "StageError", "TableError", "ModelError", "BadInput", "StoreError", "LeaseError"]
+)
 """What a user can mend; the message is one sentence for the user."""
 
 console = Console(highlight=False, soft_wrap=True)

@@ -569,11 +569,14 @@ def put_folder(local: str, url: str) -> None:
     fs.put(local.rstrip("/") + "/", path + "/", recursive=True)
 
 
-def local_folder(url: str) -> str:
-    """A local path with the contents of a folder: a copy of what a URL names, anything else (a hub id too) as it is."""
+@contextmanager
+def local_folder(url: str) -> Iterator[str]:
+    """A local path with the contents of a folder: of what a URL names a copy, which goes when the block ends, since
+    models fill disks; anything else (a hub id too) as it is."""
     if "://" not in url:
-        return url
+        yield url
+        return
     fs, path = filesystem(url)
-    copy = tempfile.mkdtemp(prefix="salad-")
-    fs.get(path.rstrip("/") + "/", copy, recursive=True)
-    return copy
+    with tempfile.TemporaryDirectory(prefix="salad-", ignore_cleanup_errors=True) as copy:
+        fs.get(path.rstrip("/") + "/", copy, recursive=True)
+        yield copy

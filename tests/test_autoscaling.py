@@ -170,7 +170,9 @@ def test_training_lands_on_training_machines_alone_and_others_elsewhere(grown: H
     file.write_text(yaml.safe_dump(config))
     run_job(grown, "-c", FLOW, str(file))
     assert pools_of(grown, "RayTrainWorker") == {"training"}
-    assert pools_of(grown, "MapWorker") <= {"cpu", "gpu_spot"}
+    elsewhere = pools_of(grown, "MapWorker")
+    assert elsewhere
+    assert elsewhere <= {"cpu", "gpu_spot"}
     begun = json.loads((tmp_path / "run/stage1/begun.json").read_text())["written_at"]
     begun_ms = 1000 * calendar.timegm(time.strptime(begun, "%Y-%m-%dT%H:%M:%SZ"))
     [machine] = [node for node in nodes(grown) if pool_of(node) == "training"]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 import yaml
+from botocore.client import BaseClient
+from ray.autoscaler._private.aws import config as rays_aws
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.util import fillout_defaults, validate_config
 
@@ -49,6 +53,28 @@ def as_rays_autoscaler_reads_it(job: dict[str, Any]) -> dict[str, Any]:
     cluster = {"metadata": {"name": "salad", "namespace": "default"}, "spec": job["spec"]["rayClusterSpec"]}
     config: dict[str, Any] = _derive_autoscaling_config_from_ray_cr(cluster)
     return config
+
+
+def security_groups(config: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    kinds = config["available_node_types"].items()
+    return {name: tuple(kind["node_config"].get("SecurityGroupIds", ())) for name, kind in kinds}
+
+
+def as_rays_launcher_starts_it(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What `ray up` makes of the file before it starts a machine; fails if Ray turns to AWS, as to make a group."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        pytest.fail("Ray turns to AWS")
+
+    for kind, name in ((boto3.Session, "client"), (boto3.Session, "resource"), (BaseClient, "_make_api_call")):
+        monkeypatch.setattr(kind, name, refuse)
+    monkeypatch.setattr(rays_aws, "_configure_subnet", lambda config: config)  # looks subnets up and makes nothing
+    config = fillout_defaults(config)
+    config["auth"]["ssh_private_key"] = "own.pem"  # else Ray would make a key pair
+    for kind in config["available_node_types"].values():
+        kind["node_config"]["KeyName"] = "own"
+    started: dict[str, Any] = rays_aws.bootstrap_aws(config)
+    return started
 
 
 def demands(config: Config) -> dict[str, tuple[dict[str, float], int]]:
@@ -103,11 +129,18 @@ def test_nothing_but_training_lands_on_training_machines(name: str) -> None:
         assert not any(room(kinds["training"], wanted) for wanted in others), file
 
 
-def test_nothing_is_open_to_the_world() -> None:
+def test_nothing_is_open_to_the_world(monkeypatch: pytest.MonkeyPatch) -> None:
     config = cluster()
-    rules = config["provider"]["security_group"]["IpPermissions"]
-    assert [(rule["FromPort"], rule["ToPort"]) for rule in rules] == [(22, 22)]
-    assert all(not address["CidrIp"].endswith("/0") for rule in rules for address in rule["IpRanges"])
+    named = security_groups(config)
+    assert security_groups(as_rays_launcher_starts_it(config, monkeypatch)) == named
+    assert len(set(named.values())) == 1  # the same for all: its machines reach each other
+    assert all(groups and all(group.startswith("sg-") for group in groups) for groups in named.values())
+    assert "security_group" not in config["provider"]  # Ray would pass over its rules
+    guide = (ROOT / "docs" / "cluster.md").read_text()
+    assert re.findall(r"authorize-security-group-ingress --group-id \$group (.+)", guide) == [
+        "--protocol tcp --port 22 --cidr 203.0.113.7/32",
+        "--protocol all --source-group $group",
+    ]
     starts = " ".join(config["head_start_ray_commands"] + config["worker_start_ray_commands"])
     assert "--dashboard-host=127.0.0.1" in starts
     assert "0.0.0.0" not in starts

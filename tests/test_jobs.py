@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from clusters import Head, head, wait_for
-from factories import small_world_config
+from factories import untrained_copy
+
+from salad_ray.config import Config, dump_config
 
 pytestmark = pytest.mark.timeout(3600)  # two minutes, but for machines that are busy with other things
 MOST_UPLOADED = 8 * 2**20
@@ -31,14 +33,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small world whose training takes long enough to be stopped in the middle."""
+def config(finished_run: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without its training, which takes long enough to be stopped in the middle, and without held-out speech."""
     folder = tmp_path_factory.mktemp("jobs")
-    content: dict[str, Any] = small_world_config(folder)
-    del content["stage2"]
-    content["distill"]["num_steps"] = 120
+    config = untrained_copy(finished_run, folder / "run", num_steps=120)
+    for gone in ("heldout", "natural/plan"):
+        shutil.rmtree(folder / "run" / gone)
     file = folder / "tiny.yaml"
-    file.write_text(yaml.safe_dump(content))
+    file.write_text(dump_config(config.model_copy(update={"stage2": None})))
     return file
 
 
@@ -102,9 +104,9 @@ def test_a_failing_job_says_why_in_a_sentence_and_exits_1(cluster: Head, config:
 
 def test_a_run_that_is_stopped_continues_where_it_was(cluster: Head, config: Path) -> None:
     run = config.parent / "run"
-    first = submit(cluster, "jobs/stage.py", "ingest", "--config", str(config), "set=web")
+    first = submit(cluster, "jobs/stage.py", "ingest", "--config", str(config), "set=heldout")
     assert first.returncode == 0, first.stdout
-    assert re.search(r"^ingest set=web: \d+ kept in \S+ s → ", first.stdout, re.MULTILINE)
+    assert re.search(r"^ingest set=heldout: \d+ kept in \S+ s → ", first.stdout, re.MULTILINE)
 
     started = cluster.ray(
         "job", "submit", "--no-wait", "--submission-id=whole", "--working-dir", ".", "--",
@@ -117,7 +119,7 @@ def test_a_run_that_is_stopped_continues_where_it_was(cluster: Head, config: Pat
     log = cluster.request("jobs/whole/logs")["logs"]
     assert ended(cluster, "whole") == "STOPPED", log
     assert not (run / "stage1/manifest.json").exists()
-    assert "ingest set=web: done already" in log
+    assert "ingest set=heldout: done already" in log
     assert re.search(r"^\[\d+/\d+, [\d:]+\] synthesize natural$", log, re.MULTILINE)
 
     again = submit(cluster, "jobs/stage1.py", "--config", str(config))

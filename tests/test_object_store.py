@@ -204,8 +204,8 @@ def test_folders_go_there_and_come_back(place: str, tmp_path: Path) -> None:
     (tmp_path / "model" / "llm" / "weights").write_bytes(b"abc")
     for _ in range(2):  # replaces
         put_folder(str(tmp_path / "model"), f"{place}/model")
-    back = Path(local_folder(f"{place}/model"))
-    files = sorted(str(path.relative_to(back)) for path in back.rglob("*") if path.is_file())
+    with local_folder(f"{place}/model") as back:
+        files = sorted(str(path.relative_to(back)) for path in Path(back).rglob("*") if path.is_file())
     assert files == ["config.json", "llm/weights"]
     delete_folder(place)
     assert not file_exists(f"{place}/model/config.json")
@@ -297,7 +297,8 @@ def test_an_answer_that_breaks_off_is_asked_for_again(faults: Faults) -> None:
     large = np.random.default_rng(0).bytes(2 * PART_BYTES)
     write_bytes(f"s3://{BUCKET}/broken/model/weights", large)
     faults.cut_bodies = 1
-    assert Path(local_folder(f"s3://{BUCKET}/broken/model"), "weights").read_bytes() == large
+    with local_folder(f"s3://{BUCKET}/broken/model") as back:
+        assert Path(back, "weights").read_bytes() == large
     assert faults.failed == 4
 
 
@@ -501,7 +502,7 @@ def test_a_command_ends_with_one_sentence(server: Server, tmp_path: Path) -> Non
         timeout=120,
     )
     assert done.returncode == 1
-    assert done.stderr.strip().startswith("salad: s3://no-such-bucket/run/config.yaml: there is no such bucket")
+    assert done.stderr.strip().startswith("salad: s3://no-such-bucket/run/driver.json: there is no such bucket")
     assert "\n" not in done.stderr.strip()
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +56,10 @@ def cluster() -> Iterator[Cluster]:
 class Driver:
     """`salad COMMAND CONFIG` in a process of its own, on a cluster."""
 
-    def __init__(self, cluster: Head, config: Config, *command: str) -> None:
-        path = Path(config.run_dir).parent / "config.yaml"
+    def __init__(self, cluster: Head, config: Config, *command: str, folder: Path | None = None) -> None:
+        folder = folder or Path(config.run_dir).parent
+        path, self.log = folder / "config.yaml", folder / "log"
         path.write_text(dump_config(config))
-        self.log = Path(config.run_dir).parent / "log"
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "salad_ray.cli", command[0], str(path), *command[1:]],
@@ -212,14 +212,16 @@ def test_a_full_disk_ends_the_stage_with_a_sentence_and_costs_nothing(
         place = STAGES["encode"]
         config = copied(finished_run, disk, place)
         ballast = disk / "ballast"
-        ballast.write_bytes(bytes(shutil.disk_usage(disk).free - 200_000))
-        driver = Driver(cluster.head, config, "encode", "set=natural")
+        with suppress(OSError), ballast.open("wb") as file:  # to the last byte
+            while True:
+                file.write(bytes(4096))
+        driver = Driver(cluster.head, config, "encode", "set=natural", folder=tmp_path)
         assert driver.process.wait(PATIENCE_SECS) == 1
         assert "No space left on device" in driver.told()
-        assert "Traceback" not in driver.told().splitlines()[-1]
+        assert "Traceback" not in driver.log.read_text()
         ballast.unlink()
         since = time.monotonic()
-        Driver(cluster.head, config, "encode", "set=natural").wait()
+        Driver(cluster.head, config, "encode", "set=natural", folder=tmp_path).wait()
         tell("a full disk, from the second submission on", since)
         assert content(config, place) == content(finished_run, place)
     finally:

@@ -108,16 +108,28 @@ def test_folders_go_to_a_store_and_come_back(tmp_path: Path) -> None:
     for url in (str(tmp_path / "copy"), "memory://store/copy"):
         put_folder(str(source), url)
         put_folder(str(source), url)  # replaces
-        back = Path(local_folder(url))
-        assert sorted(str(p.relative_to(back)) for p in back.rglob("*") if p.is_file()) == [
-            "config.json",
-            "llm/weights",
-        ]
+        with local_folder(url) as back:
+            files = sorted(str(path.relative_to(back)) for path in Path(back).rglob("*") if path.is_file())
+            assert files == ["config.json", "llm/weights"]
+        assert Path(back).exists() == ("://" not in url)  # only a copy goes
+
+
+def test_a_copy_goes_after_an_error_too(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    put_folder(str(tmp_path / "model"), "memory://store/kept")
+    with pytest.raises(ValueError, match="unusable"), local_folder("memory://store/kept") as back:
+        raise ValueError("unusable")
+    assert not Path(back).exists()
+    with local_folder("memory://store/kept") as back:
+        assert Path(back, "config.json").is_file()
 
 
 def test_a_hub_id_is_left_alone(tmp_path: Path) -> None:
-    assert local_folder("Qwen/Qwen2.5-3B") == "Qwen/Qwen2.5-3B"
-    assert local_folder(str(tmp_path)) == str(tmp_path)
+    for place in ("Qwen/Qwen2.5-3B", str(tmp_path)):
+        with local_folder(place) as same:
+            assert same == place
+    assert tmp_path.is_dir()
 
 
 def test_hashes_are_the_same_in_every_process() -> None:

@@ -16,7 +16,7 @@ import tempfile
 import time
 import warnings
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -244,11 +244,12 @@ class Distiller:
         self.job, self.config, self.settings = job, job.config, job.settings
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = ray.train.torch.get_device()
-        self.teacher_path = local_folder(job.teacher["path"])
         self.dtype = DTYPES[self.settings.precision]
-        self.teacher = self._load_teacher()
-        self.reader = self._open_reader()
-        self.engine = self._make_engine()
+        with local_folder(job.teacher["path"]) as path:
+            self.teacher = self._load_teacher(path)
+            self.reader = self._open_reader(path)
+            student = self._make_student(path)
+        self.engine = self._make_engine(student)
         self.progress = Progress()
         self.stalled = 0.0
 
@@ -275,17 +276,16 @@ class Distiller:
         self.checkpoints.wait()
         return asdict(self.progress) | {"skipped_steps": self._skipped_steps(), "num_workers": self.world_size}
 
-    def _load_teacher(self) -> torch.nn.Module:
-        teacher = load_text_lm(self.teacher_path, self.job.teacher["revision"], self.dtype, self.config.model.attention)
+    def _load_teacher(self, path: str) -> torch.nn.Module:
+        teacher = load_text_lm(path, self.job.teacher["revision"], self.dtype, self.config.model.attention)
         self.num_teacher = teacher.num_parameters()
         self.teacher_weights = weights_fingerprint(teacher)
         return teacher.requires_grad_(False).eval().to(self.device)
 
-    def _make_engine(self) -> Any:
-        """The student under DeepSpeed; its optimizer steps parameters of two groups, adapter and LLM."""
-        settings, model = self.settings, self.config.model
+    def _make_student(self, path: str) -> SpeechLM:
+        model = self.config.model
         student = SpeechLM.from_teacher(
-            self.teacher_path,
+            path,
             self.job.teacher["revision"],
             model.adapter,
             self.job.encoder,
@@ -293,6 +293,12 @@ class Distiller:
             self.dtype,
             model.attention,
         )
+        student.config = replace(student.config, teacher=self.job.teacher["path"])  # and not a copy, soon gone
+        return student
+
+    def _make_engine(self, student: SpeechLM) -> Any:
+        """The student under DeepSpeed; its optimizer steps parameters of two groups, adapter and LLM."""
+        settings = self.settings
         self.num_student = sum(parameter.numel() for parameter in student.parameters())
         self._verify_start(student)
         if settings.activation_checkpointing:
@@ -313,7 +319,7 @@ class Distiller:
             engine.compile()
         return engine
 
-    def _open_reader(self) -> LaneReader:
+    def _open_reader(self, path: str) -> LaneReader:
         run_dir, active = self.config.run_dir, None
         if self.job.active_share:
             tables = Table(run_dir, "active", "plan"), Table(run_dir, "active", "features")
@@ -321,7 +327,7 @@ class Distiller:
         return LaneReader(
             Table(run_dir, "natural", "plan"),
             Table(run_dir, "natural", "features"),
-            load_tokenizer(self.teacher_path, self.job.teacher["revision"]),
+            load_tokenizer(path, self.job.teacher["revision"]),
             self.config.pack,
             rank=self.rank,
             world_size=self.world_size,

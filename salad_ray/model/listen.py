@@ -10,8 +10,8 @@ Shape letters: T positions of the prompt, S speech frames, C encoder width, D mo
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -52,13 +52,9 @@ def load_listener(
             far as `lineage.json`, which `export` writes, knows), or do not fit the model.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    folder = _fetched(path)
-    try:
+    with _fetched(path) as folder:
         trained = (read_json(f"{folder}/lineage.json") or {}).get("encoder", {})
         model = _load_model(folder, path).to(device)
-    finally:
-        if folder != path:
-            shutil.rmtree(folder)
     spec = model.config.encoder
     backend = backend or trained.get("backend")
     encoder = _load_encoder(path, spec, encoder_path, backend, device)
@@ -112,7 +108,7 @@ def listen(
         waveform = _waveform(audio, sampling_rate, encoder.sampling_rate)
         _require_room(model, encoder, len(waveform), len(before) + len(after), max_tokens)
         frames = _frames(encoder, waveform)
-    except BadInput as error:
+    except (BadInput, OSError) as error:
         raise BadInput(str(error) if name in str(error) else f"{name}: {error}") from None
     embeddings = prompt_embeddings(model, before, frames, after)
     return _pieces(model.tokenizer, next_tokens(model, embeddings, max_tokens, temperature, seed))
@@ -296,8 +292,11 @@ def _load_model(folder: str, path: str) -> SpeechLM:
         raise ModelError(str(error).replace(folder, path)) from None
 
 
-def _fetched(path: str) -> str:
-    try:
-        return local_folder(path)
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"{path}: cannot be fetched ({type(error).__name__}: {error}); give a folder") from None
+@contextmanager
+def _fetched(path: str) -> Iterator[str]:
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(local_folder(path))
+        except (OSError, ValueError, ImportError) as error:
+            raise ModelError(f"{path}: cannot be fetched ({type(error).__name__}: {error}); give a folder") from None
+        yield folder

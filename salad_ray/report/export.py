@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -177,12 +176,8 @@ def _is_speech_lm(folder: Path) -> bool:
 
 
 def _load(url: str, dtype: torch.dtype | None) -> SpeechLM:
-    folder = local_folder(url)
-    try:
+    with local_folder(url) as folder:
         return SpeechLM.from_pretrained(folder, dtype)
-    finally:
-        if folder != url:
-            shutil.rmtree(folder)
 
 
 def _describe(run: _Run, model: SpeechLM, folder: Path) -> None:

@@ -338,7 +338,7 @@ def _add_clips(run_dir: str, clusters: list[ClusterFacts], clip_bytes: int, prob
         for row in _utterances(Table(run_dir, set_name, "utterances"), shard, set(wanted)):
             try:
                 clip = _clip(row, set_name, wanted[row.utt_id].cluster_id, losses.get(row.utt_id), longest)
-            except (BadInput, soundfile.LibsndfileError) as error:
+            except (BadInput, OSError, soundfile.LibsndfileError) as error:
                 problems.append(f"{set_name}/utterances: {row.utt_id}: {error}")
                 continue
             by_id[clip.cluster_id].clips.append(clip)

@@ -6,6 +6,7 @@ it were merely shorter, so what the container announces is looked up here (`_mis
 
 from __future__ import annotations
 
+import errno
 import io
 import re
 import struct
@@ -14,14 +15,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
 import soxr
 
 from salad_ray.config import QualityConfig, RecordedQualityConfig, SpeechGates
-from salad_ray.store import StoreError, filesystem, is_local, read_range
+from salad_ray.store import StoreError, filesystem, is_local, open_file, read_range
 from salad_ray.tables import BadInput, Utterance
 
 FORMATS = ("WAV", "WAVEX", "FLAC", "MP3", "OGG")
@@ -38,6 +39,9 @@ MAX_FOREIGN_SHARE = 0.2
 """Largest share of letters outside the language's script."""
 CACHE_BYTES = 2**28
 """Largest remote recording that is fetched whole."""
+LASTING = (IsADirectoryError, NotADirectoryError, PermissionError)
+LASTING_ERRNOS = (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)
+"""Errors of a file system that another try would meet again; of others (EIO, ESTALE, a timeout) nobody knows."""
 _UNKNOWN_FRAMES = 2**62
 _STREAMED_WAV_BYTES = 0x7FFFF000
 """Programs that write WAV to a pipe leave a data size at or above this."""
@@ -65,6 +69,7 @@ def load_audio(
 
     Raises:
         BadInput: missing, not audio, truncated, or shorter than the cut.
+        OSError: of the network or a disk, which says nothing of the recording.
     """
     with open_recording(source) as recording:
         samples = _read(recording, *_cut(recording, offset_secs, duration_secs or 0.0))
@@ -105,10 +110,11 @@ def referenced(row: Utterance) -> str | bytes | None:
 
     Raises:
         BadInput: missing, or an archive that ends before the member does.
+        OSError: as `load_audio`.
     """
     if row.audio is not None or row.uri is None:
         return row.audio
-    try:
+    with _named(row.uri):
         if row.byte_start is not None and row.num_bytes is not None:
             data = read_range(row.uri, row.byte_start, row.byte_start + row.num_bytes)
             if len(data) != row.num_bytes:
@@ -116,12 +122,22 @@ def referenced(row: Utterance) -> str | bytes | None:
             return data
         fetched = None if is_local(filesystem(row.uri)[0]) else _fetched(row.uri)
         return row.uri if fetched is None else fetched
-    except FileNotFoundError:
-        raise BadInput(f"no such audio file: {row.uri}") from None
-    except StoreError:  # says nothing of this recording
+
+
+@contextmanager
+def _named(source: str) -> Iterator[None]:
+    """Errors of a file system with the file's name: `BadInput` if they last, else an `OSError`, for another try."""
+    try:
+        yield
+    except StoreError:  # names it already
         raise
+    except FileNotFoundError:
+        raise BadInput(f"no such audio file: {source}") from None
     except OSError as error:
-        raise BadInput(f"audio file {row.uri} cannot be read ({error})") from None
+        text = f"audio file {source} cannot be read ({error})"
+        if isinstance(error, LASTING) or error.errno in LASTING_ERRNOS:
+            raise BadInput(text) from None
+        raise OSError(text) from error
 
 
 @lru_cache(maxsize=2)
@@ -139,6 +155,7 @@ def check_recording(utterance: Utterance, quality: RecordedQualityConfig) -> Utt
 
     Raises:
         BadInput: with the reason.
+        OSError: as `load_audio`.
     """
     check_transcript(utterance.text, utterance.language)
     if quality.min_dnsmos is not None and utterance.dnsmos is not None and utterance.dnsmos < quality.min_dnsmos:
@@ -264,8 +281,9 @@ def open_recording(source: str | bytes | None) -> Iterator[Recording]:
         if binary.read(4) == b"ftyp":
             raise BadInput("M4A or MP4 cannot be decoded here; convert it to FLAC or MP3")
         binary.seek(0)
+        watched = _Watched(binary)
         try:
-            with soundfile.SoundFile(binary) as file:
+            with soundfile.SoundFile(watched) as file:
                 if file.format not in FORMATS:
                     raise BadInput(f"format {file.format} is not supported; convert it to WAV or FLAC")
                 if file.frames >= _UNKNOWN_FRAMES:
@@ -275,6 +293,24 @@ def open_recording(source: str | bytes | None) -> Iterator[Recording]:
                 yield Recording(file, missing, slack)
         except soundfile.LibsndfileError as error:
             raise BadInput(_explain(error)) from None
+        finally:
+            if watched.error is not None:  # rather than that the recording is truncated
+                raise watched.error
+
+
+class _Watched:
+    """A file that remembers why it could not be read: libsndfile takes any error for the end of the file."""
+
+    def __init__(self, binary: Any) -> None:
+        self.binary, self.seek, self.tell = binary, binary.seek, binary.tell
+        self.error: OSError | None = None
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            return int(self.binary.readinto(buffer))
+        except OSError as error:
+            self.error = error
+            return 0
 
 
 @contextmanager
@@ -284,16 +320,7 @@ def _open_binary(source: str | bytes | None) -> Iterator[BinaryIO]:
     if isinstance(source, bytes):
         yield io.BytesIO(source)
         return
-    fs, path = filesystem(source)
-    try:
-        file = fs.open(path, "rb")
-    except FileNotFoundError:
-        raise BadInput(f"no such audio file: {source}") from None
-    except StoreError:
-        raise
-    except OSError as error:
-        raise BadInput(f"audio file {source} cannot be read ({error})") from None
-    with file:
+    with _named(source), open_file(source) as file:
         yield file
 
 

@@ -227,7 +227,8 @@ def _do(config: Config, works: Sequence[Work], num_gpus: float) -> dict[str, flo
             there = f"{len(work.items) - len(items)} of {len(work.items)} shards are there already"
             say(f"{work.stage.label}: continuing, {there}")
         if items:
-            tasks.append(Task(work.stage.label, work.stage.table, items, work.make_worker))
+            num_there = len(work.items) - len(items)
+            tasks.append(Task(work.stage.label, work.stage.table, items, work.make_worker, num_there))
     if not tasks:
         return {}
     start_ray(config)

@@ -84,15 +84,14 @@ class AskShard:
     def __init__(self, config: Config, system: str, teacher: dict[str, Any]) -> None:
         self.config, self.system = config, system
         device, dtype = "cuda" if config.evaluate.num_gpus else "cpu", DTYPES[config.distill.precision]
-        path, revision = local_folder(teacher["path"]), teacher["revision"]
-        if system in ("base", "cascade"):
-            self.model: Any = load_text_lm(path, revision, dtype).to(device)
-            self.tokenizer = load_tokenizer(path, revision)
-        else:
-            self.model = SpeechLM.from_pretrained(
-                local_folder(f"{Table(config.run_dir, '', system).url}/model"), dtype
-            ).to(device)
-            self.tokenizer = self.model.tokenizer
+        is_text = system in ("base", "cascade")
+        with local_folder(teacher["path"] if is_text else f"{Table(config.run_dir, '', system).url}/model") as path:
+            if is_text:
+                self.model: Any = load_text_lm(path, teacher["revision"], dtype).to(device)
+                self.tokenizer = load_tokenizer(path, teacher["revision"])
+            else:
+                self.model = SpeechLM.from_pretrained(path, dtype).to(device)
+                self.tokenizer = self.model.tokenizer
         reach = getattr(
             getattr(self.model, "llm", self.model).config.get_text_config(), "max_position_embeddings", None
         )

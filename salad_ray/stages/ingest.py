@@ -13,6 +13,8 @@ duplicates meet in one shard, and any shard is a fair sample of the whole.
 from __future__ import annotations
 
 import json
+import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +29,7 @@ import ray
 import ray.data
 
 from salad_ray.config import BenchmarkConfig, Config, ConfigError, CorpusConfig, WebTextConfig, identity
-from salad_ray.console import progress, say
+from salad_ray.console import progress, say, user_error
 from salad_ray.evaluation.benchmarks import prompt_of, read_items, world_items
 from salad_ray.selection.draw import priorities, probe_bounds
 from salad_ray.speech.audio import check_recording
@@ -46,17 +48,22 @@ from salad_ray.stages.common import (
     start_ray,
 )
 from salad_ray.stages.shards import ShardPart, StageError, WindowWorker, keep_or_reject, write_shard
+from salad_ray.store import filesystem, is_local, list_folder
 from salad_ray.tables import (
+    BadInput,
     Item,
     Passage,
     Reject,
     Table,
     Utterance,
+    delete_folder,
     fingerprint,
     from_arrow,
+    read_json,
     schema_of,
     stable_hash,
     to_arrow,
+    write_json,
 )
 from salad_ray.text.decontaminate import NGrams, benchmark_ngrams, contaminated, read_benchmark_texts
 from salad_ray.text.documents import Document, TextSource, find_text_sources, read_documents, text_corpus_name
@@ -68,6 +75,8 @@ SCAN_ROWS = 2000
 """Rows that a scan hands on at once."""
 CHECK_ROWS = 256
 ITEMS_PER_SHARD = 32
+MIN_FAILURES = 20
+"""Documents of a source at which something unforeseen fails, more than are cut: a systematic error."""
 DECONTAMINATE = "name those that will be evaluated in evaluate.benchmarks or ingest.passages.benchmarks"
 MAX_PARTITIONS = 2048
 """Of the exchange in which rows find their shards; a partition carries as many shards as it must."""
@@ -142,14 +151,37 @@ class CheckShard(WindowWorker):
     def __init__(self, config: Config) -> None:
         self.config = config
         self.catalog = Table(config.run_dir, "natural", "catalog")
+        self.corpora = {corpus_name(corpus): corpus for corpus in config.ingest.corpora}
 
     def __call__(self, shard: str) -> Iterator[ShardPart]:
-        quality, strict = self.config.ingest.quality, self.config.strict
         for rows in self.windows(self.catalog.iterate(Utterance, shard), lambda row: row.utt_id, CHECK_ROWS):
-            kept, rejects = keep_or_reject(
-                "ingest", rows, lambda row: row.utt_id, lambda row: check_recording(row, quality), strict
-            )
+            kept, rejects = keep_or_reject("ingest", rows, lambda row: row.utt_id, self._checked, self.config.strict)
             yield ShardPart(to_arrow(Utterance, kept), len(rows), len(kept), rejects, hours_by_licence(kept))
+
+    def _checked(self, row: Utterance) -> Utterance:
+        try:
+            return check_recording(row, self.config.ingest.quality)
+        except BadInput:
+            corpus = self.corpora.get(row.corpus)
+            if corpus is not None and row.uri is not None:
+                _require_folder(corpus, row.uri)
+            raise
+
+
+def _require_folder(corpus: CorpusConfig, uri: str) -> None:
+    """Raises `StageError` where a file is missing since this machine lacks its corpus: no fault of the recording."""
+    fs, root = filesystem(corpus.root or corpus.path)
+    if not (is_local(fs) and uri.startswith("/")) or os.path.exists(uri):
+        return
+    folder = os.path.commonpath([root, os.path.dirname(uri)])  # the path may be that of a manifest or an archive
+    if os.path.isdir(folder):
+        with os.scandir(folder) as entries:
+            if any(entries):  # an empty one is where nothing is mounted
+                return
+    raise StageError(
+        f"ingest: machine {socket.gethostname()} has nothing in {folder}, where corpus {corpus_name(corpus)} lies; "
+        "mount it there, as on the other machines, and run the stage again"
+    )
 
 
 def make_catalog(config: Config) -> dict[str, Any]:
@@ -181,8 +213,7 @@ def make_catalog(config: Config) -> dict[str, Any]:
         for source in sources
     ]
     write_group = partial(_write_group, config, stage.table)
-    _deal(config, "ingest: catalog", stage.table, items, partial(_scan, config), write_group, Utterance)
-    counts = checked_counts(config, stage, shard_names(config))
+    counts = _deal(config, "ingest: catalog", stage, items, partial(_scan, config), write_group, Utterance)
     seconds = round(time.monotonic() - started, 2)
     manifest = stage.finish(**counts, seconds=seconds, attributions=attributions(config.ingest.corpora))
     check_strict(config, stage)
@@ -199,18 +230,24 @@ def _stamp(sources: list[Source]) -> str:
 def _deal(
     config: Config,
     label: str,
-    table: Table,
+    stage: Stage,
     items: list[dict[str, Any]],
     scan: Callable[[dict[str, Any]], Iterator[pa.Table]],
     write_group: Callable[[pa.Table], dict[str, Any]],
     row_type: type,
-) -> None:
-    """Read the items on all machines and write the shards, which Ray Data groups."""
+) -> dict[str, Any]:
+    """Read the items on all machines and write the shards, which Ray Data groups; returns their counts.
+
+    Raises:
+        StageError: rows were lost between machines, or too much of them is unusable.
+    """
     start_ray(config)
+    scanned = f"{stage.table.url}/scanned"
+    delete_folder(scanned)  # of a run that was interrupted, perhaps of other sources
     names = shard_names(config)
     groups = (
         ray.data.from_items(items, override_num_blocks=len(items))
-        .map_batches(scan, batch_size=1, num_cpus=1)
+        .map_batches(partial(_counted, scan, scanned), batch_size=1, num_cpus=1)
         .groupby("shard", num_partitions=min(len(names), MAX_PARTITIONS))
         .map_groups(write_group, batch_format="pyarrow")
     )
@@ -220,7 +257,32 @@ def _deal(
             missing.discard(row["shard"])
             advance(1)
     for name in sorted(missing):  # nothing fell to it
-        write_shard(table, name, iter([ShardPart(to_arrow(row_type, []), 0, 0)]))
+        write_shard(stage.table, name, iter([ShardPart(to_arrow(row_type, []), 0, 0)]))
+    counts = checked_counts(config, stage, names)
+    if (num_scanned := _num_scanned(scanned)) != counts["num_input"]:
+        raise StageError(
+            f"{label}: rows were lost ({num_scanned:,} were read, {counts['num_input']:,} came to shards); please "
+            "report this as a bug"
+        )
+    return counts
+
+
+def _counted(
+    scan: Callable[[dict[str, Any]], Iterator[pa.Table]], scanned: str, item: dict[str, Any]
+) -> Iterator[pa.Table]:
+    """What a scan yields; how many rows that was goes to a file of the source's own, which a retry writes again."""
+    num_rows = 0
+    for piece in scan(item):
+        num_rows += len(piece)
+        yield piece
+    source, corpus = str(item["source"][0]), str(item["corpus"][0])
+    write_json(f"{scanned}/{stable_hash(source, corpus):016x}.json", {"source": source, "num_rows": num_rows})
+
+
+def _num_scanned(scanned: str) -> int:
+    with ThreadPoolExecutor(32) as threads:
+        notes = threads.map(read_json, [f"{scanned}/{name}" for name in list_folder(scanned) if name.endswith(".json")])
+        return sum(note["num_rows"] for note in notes if note is not None)
 
 
 def dealt_schema(row_type: type) -> pa.Schema:
@@ -400,8 +462,8 @@ def make_passages(config: Config) -> None:
     ngrams = benchmark_ngrams(texts, settings.passages.ngram)
     start_ray(config)
     scan = partial(_scan_text, config, ray.put(ngrams))
-    _deal(config, stage.label, stage.table, items, scan, partial(_write_passages, config, stage.table), Passage)
-    counts = checked_counts(config, stage, shard_names(config))
+    write_group = partial(_write_passages, config, stage.table)
+    counts = _deal(config, stage.label, stage, items, scan, write_group, Passage)
     stage.finish(**counts, seconds=round(time.monotonic() - started, 2))
     check_strict(config, stage)
     say(f"{stage.label}: {counts['num_kept']:,} passages in {time.monotonic() - started:.1f} s → {stage.table.url}")
@@ -437,6 +499,7 @@ class PassageCutter:
 
     def __init__(self, config: Config, ngrams: NGrams) -> None:
         self.config, self.ngrams = config, ngrams
+        self.num_cut = self.num_failed = 0
         settings, embed = config.ingest.passages, config.embed
         self.limits = Limits(settings.max_word_pieces, config.max_words, settings.min_words)
         self.count_pieces: Callable[[Sequence[str]], list[int]] = estimated_word_pieces
@@ -449,10 +512,33 @@ class PassageCutter:
     def __call__(
         self, document: Document | Reject, corpus: str
     ) -> Iterator[tuple[Passage | Reject, str] | tuple[Passage | Reject, str, str]]:
-        """The passages of a document or what is wrong with it; what each is to be hashed by; what was cut out."""
+        """The passages of a document or what is wrong with it; what each is to be hashed by; what was cut out.
+
+        What fails unforeseen costs its document only, unless that is the rule, or nothing may be left out.
+        """
         if isinstance(document, Reject):
             yield document, document.key
             return
+        try:
+            rows, cut = self._cut(document, corpus)
+            self.num_cut += 1
+        except Exception as error:  # noqa: BLE001 - told, and counted
+            yield self._failed(document, error), document.doc_id
+            return
+        yield *rows[0], json.dumps(cut)
+        yield from rows[1:]
+
+    def _failed(self, document: Document, error: Exception) -> Reject:
+        if isinstance(error, OSError | MemoryError) or user_error(error) is not None:
+            raise error
+        self.num_failed += 1
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        if self.config.strict or (self.num_failed >= MIN_FAILURES and self.num_failed > self.num_cut):
+            number = f"{self.num_failed:,} of {self.num_failed + self.num_cut:,} documents of its source failed so"
+            raise StageError(f"ingest: {document.doc_id}: {reason} ({number}); please report this as a bug") from error
+        return Reject("ingest", document.doc_id, reason)
+
+    def _cut(self, document: Document, corpus: str) -> tuple[list[tuple[Passage | Reject, str]], dict[str, int]]:
         passages, rejects, cut = cut_passages(document, self.limits, self.count_pieces)
         split = split_of(document.doc_id, self.config.ingest.heldout_share)
         rows: list[tuple[Passage | Reject, str]] = [(row, row.key) for row in rejects]
@@ -460,8 +546,7 @@ class PassageCutter:
             # A document's id may occur twice; with the text in it, equal ids meet in one shard, where they are seen.
             key = f"{row.passage_id}-{stable_hash(row.text) & 0xFFFFFF:06x}"
             rows.append(self._checked(replace(row, passage_id=key, source=corpus, split=split)))
-        yield *rows[0], json.dumps(cut)
-        yield from rows[1:]
+        return rows, cut
 
     def _checked(self, passage: Passage) -> tuple[Passage | Reject, str]:
         match = contaminated(passage.text, self.ngrams)

@@ -64,17 +64,16 @@ class MeasureShard:
         self.config, self.system = config, system
         self.device = "cuda" if config.measure.num_gpus else "cpu"
         self.dtype, attention = DTYPES[config.distill.precision], config.model.attention
-        path, revision = local_folder(teacher["path"]), teacher["revision"]
-        self.teacher = load_text_lm(path, revision, self.dtype, attention).to(self.device)
-        if system == "untrained":
-            encoder = EncoderSpec(**features["encoder"])
-            model = SpeechLM.from_teacher(
-                path, revision, config.model.adapter, encoder, config.seed, self.dtype, attention
-            )
-        else:
-            model = SpeechLM.from_pretrained(
-                local_folder(f"{Table(config.run_dir, '', system).url}/model"), self.dtype, attention
-            )
+        revision, encoder = teacher["revision"], EncoderSpec(**features["encoder"])
+        with local_folder(teacher["path"]) as path:
+            self.teacher = load_text_lm(path, revision, self.dtype, attention).to(self.device)
+            if system == "untrained":
+                model = SpeechLM.from_teacher(
+                    path, revision, config.model.adapter, encoder, config.seed, self.dtype, attention
+                )
+        if system != "untrained":
+            with local_folder(f"{Table(config.run_dir, '', system).url}/model") as path:
+                model = SpeechLM.from_pretrained(path, self.dtype, attention)
         self.student = model.eval().to(self.device)
 
     def __call__(self, shard: str) -> Iterator[ShardPart]:

@@ -98,7 +98,8 @@ class PackLane:
         self.config = config
         self.shards = shards
         self.features = Table(config.run_dir, config.set, "features")
-        self.tokenizer = load_tokenizer(local_folder(teacher["path"]), teacher["revision"])
+        with local_folder(teacher["path"]) as path:
+            self.tokenizer = load_tokenizer(path, teacher["revision"])
         self.selected = selected_passages(config) if config.set == "active" else None
 
     def __call__(self, item: dict[str, int]) -> Iterator[ShardPart]:

@@ -16,20 +16,22 @@ import os
 import threading
 import time
 import traceback
+import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, TypeVar
 
 import pyarrow as pa
 import ray
+from ray.exceptions import RayError
 from ray.util.metrics import Counter, Gauge
 
 from salad_ray.config import Config
 from salad_ray.console import progress, say, user_error
-from salad_ray.tables import BadInput, Reject, Table, read_json, to_arrow, write_bytes, write_json
+from salad_ray.tables import BadInput, Reject, Table, delete_file, read_json, to_arrow, write_bytes, write_json
 
 Row = TypeVar("Row")
 
@@ -42,7 +44,9 @@ MAX_LEFT_OUT = 3
 TASK_RETRIES = 2
 """Of an item whose process died, before it counts as a try."""
 MIN_FAILURES = 3
-"""Shards that fail, more than are done: a systematic error."""
+"""Shards that fail at their first try, more than are done: a systematic error."""
+MAX_LOST = 8
+"""Shards lost with their processes at which a pass is broken off to see whether that is systematic; doubles then."""
 MAX_EARLY_REJECTED = 0.95
 """Share of the rows of the first shards; beyond it the rest is not even begun."""
 WAIT_SECS = 120.0
@@ -76,10 +80,22 @@ class WindowWorker:
 
     careful: str | None = None
     """URL of the note that says at which row it is; None for whole windows."""
-    left_out: dict[str, str] = {}  # noqa: RUF012 - replaced, never changed
-    """Rows of the shard at hand that are left out, and why."""
+    by = ""
+    """Whose passes they are; what another driver noted, before something was mended perhaps, does not count."""
+    note: dict[str, Any] = {}  # noqa: RUF012 - replaced, never changed
+    """At which row it is, and of the shard's rows how often they failed, and which are left out and why."""
     num_passed = 0
     """Rows of it that went well."""
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        return self.note.get("left_out", {})
+
+    def at_row(self, row_id: str) -> None:
+        """Note which row will be to blame if this fails now; "" for none."""
+        if self.careful is not None:
+            self.note["at"] = row_id
+            write_json(self.careful, self.note)
 
     def windows(
         self,
@@ -89,7 +105,7 @@ class WindowWorker:
         size: Callable[[Row], float] = lambda _: 1.0,
     ) -> Iterator[list[Row]]:
         """Runs of rows whose sizes add up to about `limit`; at least one, if an empty one: a shard needs a part."""
-        self.left_out = {}
+        self.note, self.num_passed = {}, 0
         if self.careful is not None:
             yield from self._one_at_a_time(rows, key, self.careful)
             return
@@ -104,20 +120,27 @@ class WindowWorker:
         yield window
 
     def _one_at_a_time(self, rows: Iterable[Row], key: Callable[[Row], str], url: str) -> Iterator[list[Row]]:
-        note = read_json(url) or {"at": "", "reason": "", "failures": {}, "left_out": {}}
+        self._look_back(read_json(url))
+        yield []
+        for row in rows:
+            if key(row) not in self.left_out:
+                self.at_row(key(row))
+                yield [row]
+                self.num_passed += 1
+
+    def _look_back(self, note: dict[str, Any] | None) -> None:
+        """Charge the former try's failure to the row at which it was."""
+        if note is None or note.get("by") != self.by:
+            note = {"by": self.by, "at": "", "reason": "", "failures": {}, "left_out": {}}
         if row_id := note["at"]:
             note["failures"][row_id] = note["failures"].get(row_id, 0) + 1
             if note["failures"][row_id] >= ROW_FAILURES:
                 note["left_out"][row_id] = note["reason"] or "its process died at this row, twice"
-        self.left_out, self.num_passed = note["left_out"], 0
-        yield []
-        for row in rows:
-            if key(row) not in self.left_out:
-                note |= {"at": key(row), "reason": ""}
-                write_json(url, note)
-                yield [row]
-                self.num_passed += 1
-        write_json(url, note | {"at": ""})
+        self.note = note | {"reason": ""}
+        self.at_row("")
+        if len(self.left_out) > MAX_LEFT_OUT:
+            row_id, reason = list(self.left_out.items())[-1]
+            raise RuntimeError(f"more than {MAX_LEFT_OUT} of its rows fail, the last {row_id}: {reason}")
 
 
 @dataclass(frozen=True)
@@ -128,6 +151,8 @@ class Task:
     table: Table
     items: dict[str, Any]
     make_worker: Callable[[], Worker]
+    num_there: int = 0
+    """Shards of the table that are done already."""
 
     @property
     def stage(self) -> str:
@@ -153,9 +178,7 @@ def keep_or_reject(
     return kept, rejects
 
 
-def write_shard(
-    table: Table, shard: str, parts: Iterator[ShardPart], told: Callable[[ShardPart], None] = lambda _: None
-) -> dict[str, int]:
+def write_shard(table: Table, shard: str, parts: Iterator[ShardPart]) -> dict[str, int]:
     """Write a shard as its parts come, its counts into the footer, and what was left out into `rejects` beside it.
 
     Returns:
@@ -174,10 +197,12 @@ def write_shard(
                 counts[name] += number
             for name, total in part.totals.items():
                 totals[name] = totals.get(name, 0.0) + total
-            told(part)
         footer["counts"] = json.dumps(counts | {"totals": totals})
-        if rejects:  # before the shard is there: a shard that is there is complete
+        # Before the shard is there: a shard that is there is complete. A former try may have left others.
+        if rejects:
             Table(table.run_dir, table.set, "rejects").write(f"{table.name}-{shard}", to_arrow(Reject, rejects))
+        else:
+            delete_file(f"{Table(table.run_dir, table.set, 'rejects').url}/{table.name}-{shard}.parquet")
     return counts
 
 
@@ -201,13 +226,18 @@ class ShardWriter:
         result |= {"num_input": 0, "num_kept": 0, "num_rejected": 0}
         try:
             worker = self._worker(item)
-            parts = worker(json.loads(item["payload"]))
-            return result | write_shard(task.table, shard, self._with_left_out(task, worker, parts), self._tell(task))
+            parts = self._with_left_out(task, worker, worker(json.loads(item["payload"])))
+            counts = write_shard(task.table, shard, parts)
         except Exception as error:  # noqa: BLE001 - told, and tried again
             if (cause := user_error(error)) is not None:
                 return result | {"error": str(cause)}
             self.broken = True
             return result | self._note_failure(task, item, error)
+        tags = {"run": task.table.run_dir, "stage": task.stage, "set": task.table.set or "-"}
+        for metric, number in ((self.rows, counts["num_input"]), (self.rejects, counts["num_rejected"])):
+            if number:  # Ray refuses 0
+                metric.inc(number, tags)
+        return result | counts
 
     def _worker(self, item: dict[str, Any]) -> Worker:
         task = self.tasks[item["task"]]
@@ -217,38 +247,36 @@ class ShardWriter:
         assert self.worker is not None
         if isinstance(self.worker, WindowWorker):
             self.worker.careful = f"{task.failures(item['shard'])}.json" if item["careful"] else None
+            self.worker.by = item["by"]
         return self.worker
 
     def _with_left_out(self, task: Task, worker: Worker, parts: Iterator[ShardPart]) -> Iterator[ShardPart]:
         """The parts, and last the rows that are left out since they made it fail."""
         for part in parts:
+            if isinstance(worker, WindowWorker):
+                worker.at_row("")  # what fails in writing this, or in reading the next row, is no row's fault
             yield part
         if isinstance(worker, WindowWorker) and worker.left_out:
             rejects = [Reject(task.stage, row_id, reason) for row_id, reason in worker.left_out.items()]
             yield ShardPart(part.rows.slice(0, 0), len(rejects), 0, rejects)
 
-    def _tell(self, task: Task) -> Callable[[ShardPart], None]:
-        tags = {"run": task.table.run_dir, "stage": task.stage, "set": task.table.set or "-"}
-
-        def tell(part: ShardPart) -> None:
-            if part.num_input:
-                self.rows.inc(part.num_input, tags)
-            if part.rejects:
-                self.rejects.inc(len(part.rejects), tags)
-
-        return tell
-
     def _note_failure(self, task: Task, item: dict[str, Any], error: Exception) -> dict[str, Any]:
         """Leave the traceback in a file, and in a careful try the reason in the note; both for whoever tries next."""
         reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-        write_bytes(f"{task.failures(item['shard'])}.log", traceback.format_exc().encode())
-        if not (isinstance(self.worker, WindowWorker) and self.worker.careful):
+        with suppress(OSError):  # such as a full disk, which may be what failed; the reason is told all the same
+            write_bytes(f"{task.failures(item['shard'])}.log", traceback.format_exc().encode())
+        worker = self.worker
+        if not (isinstance(worker, WindowWorker) and worker.careful):
             return {"failed": reason, "hopeless": item["careful"]}
-        note = read_json(self.worker.careful) or {"at": ""}
-        write_json(self.worker.careful, note | {"reason": reason})
-        # Not one row has gone well, though another one that failed was left out already.
-        hopeless = not note["at"] or (self.worker.num_passed == 0 and bool(self.worker.left_out))
-        return {"failed": reason, "row": note["at"], "hopeless": hopeless}
+        row_id = worker.note.get("at", "")
+        if isinstance(error, OSError):  # of a disk or a network, whatever the row
+            row_id = ""
+        with suppress(OSError):
+            write_json(worker.careful, worker.note | {"at": row_id, "reason": reason})
+        # Not one row has gone well, though others that failed are left out; or it failed outside of all rows.
+        hopeless = worker.num_passed == 0 and len(worker.left_out) >= ROW_FAILURES
+        hopeless = hopeless or not (row_id or isinstance(error, OSError))
+        return {"failed": reason, "row": row_id, "hopeless": hopeless}
 
 
 @dataclass
@@ -261,38 +289,20 @@ class Shortfall:
 
 
 class Counts:
-    """What the items of a pass have come to so far; raises `StageError` where the error is systematic."""
+    """What a stage's shards have come to so far; raises `StageError` where the error is systematic."""
 
-    def __init__(self, config: Config, label: str, total: int) -> None:
-        self.config, self.label, self.total = config, label, total
-        self.num_done = self.num_failed = self.num_input = self.num_rejected = 0
+    def __init__(self, config: Config, tasks: Sequence[Task]) -> None:
+        self.config, self.label = config, tasks[0].label
+        self.total = sum(len(task.items) for task in tasks)
+        self.num_there = sum(task.num_there for task in tasks)
+        self.num_made = self.num_failed = self.num_input = self.num_rejected = 0
 
-    def add(self, result: dict[str, Any], table: Table) -> None:
-        if result["error"]:
-            raise StageError(result["error"])
-        if result["failed"]:
-            self.num_failed += 1
-            at = f" at {result['row']}" if result["row"] else ""
-            say(
-                f"{self.label}: {result['shard']} failed{at} ({result['failed']}); its process is replaced, and it is "
-                "tried again",
-                shard=result["shard"],
-                row=result["row"],
-            )
-        else:
-            self.num_done += 1
-            self.num_input += result["num_input"]
-            self.num_rejected += result["num_rejected"]
-        self._check(result, table)
-
-    def _check(self, result: dict[str, Any], table: Table) -> None:
-        if self.num_failed >= MIN_FAILURES and self.num_failed > self.num_done:
-            raise StageError(
-                f"{self.label}: {self.num_failed} shards failed and {self.num_done} went well, so this is no single "
-                f"row's fault; the last one: {result['failed']} ({table.url}/failures/{result['shard']}.log)"
-            )
+    def made(self, result: dict[str, Any], table: Table) -> None:
+        self.num_made += 1
+        self.num_input += result["num_input"]
+        self.num_rejected += result["num_rejected"]
         limit = max(MAX_EARLY_REJECTED, self.config.ingest.max_rejected_share)
-        early = MIN_FAILURES <= self.num_done < self.total
+        early = MIN_FAILURES <= self.num_made < self.total
         if early and result["num_rejected"] and self.num_rejected > limit * self.num_input:
             first = table.rejects.read(f"{table.name}-{result['shard']}").to_pylist()[0]
             raise StageError(
@@ -301,12 +311,22 @@ class Counts:
                 "raise ingest.max_rejected_share to 1"
             )
 
+    def failed(self, number: int, reason: str) -> None:
+        """So many shards failed at their first try."""
+        self.num_failed += number
+        num_done = self.num_there + self.num_made
+        if self.num_failed >= MIN_FAILURES and self.num_failed > num_done:
+            raise StageError(
+                f"{self.label}: {self.num_failed} shards failed and {num_done} went well, so this is no single "
+                f"row's fault; the last one: {reason}"
+            )
+
 
 class Pace:
     """Notes beside each table how far it is, for `salad status`, and what Ray's dashboard and Prometheus show."""
 
-    def __init__(self, tasks: Sequence[Task], num_actors: int) -> None:
-        self.tasks, self.num_actors = tasks, num_actors
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self.tasks, self.num_actors = tasks, 0
         self.started = self.noted = time.monotonic()
         self.done = [0] * len(tasks)
         self.rows = [0] * len(tasks)
@@ -356,16 +376,16 @@ def map_shards(config: Config, tasks: Sequence[Task], room: int, num_gpus: float
     Raises:
         StageError: for what the user has to mend; for a systematic error; at the end for shards that cannot be made.
     """
-    missing = {(number, shard): Shortfall() for number, task in enumerate(tasks) for shard in task.items}
+    passes = Passes(config, tasks, room, num_gpus)
     pace: dict[str, float] = {}
     hopeless: dict[tuple[int, str], Shortfall] = {}
-    while missing:
-        facts, missing = _pass(config, tasks, missing, room, num_gpus)
+    last = WHOLE_TRIES if config.strict else WHOLE_TRIES + ROW_FAILURES * MAX_LEFT_OUT + 1
+    while passes.missing:
+        facts = passes.once()
         pace = pace or facts
-        last = WHOLE_TRIES if config.strict else WHOLE_TRIES + ROW_FAILURES * MAX_LEFT_OUT + 1
-        for item, shortfall in list(missing.items()):
+        for item, shortfall in list(passes.missing.items()):
             if shortfall.hopeless or shortfall.tries >= last:
-                hopeless[item] = missing.pop(item)
+                hopeless[item] = passes.missing.pop(item)
     if hopeless:
         (number, shard), shortfall = next(iter(hopeless.items()))
         task = tasks[number]
@@ -377,52 +397,97 @@ def map_shards(config: Config, tasks: Sequence[Task], room: int, num_gpus: float
     return pace
 
 
-def _pass(
-    config: Config, tasks: Sequence[Task], items: dict[tuple[int, str], Shortfall], room: int, num_gpus: float
-) -> tuple[dict[str, float], dict[tuple[int, str], Shortfall]]:
-    """Do each item once; returns the pace, and what is missing still."""
-    started = time.monotonic()
-    label = tasks[0].label
-    rows = [
-        {
-            "task": number,
-            "shard": shard,
-            "payload": json.dumps(tasks[number].items[shard]),
-            "careful": shortfall.tries >= WHOLE_TRIES,
-        }
-        for (number, shard), shortfall in items.items()
-    ]
-    num_actors = max(1, min(config.ray.max_actors or room, len(rows)))
-    with warnings.catch_warnings():  # no other way yet to say how often a task is retried whose process died
-        warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
-        results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-            ShardWriter,
-            fn_constructor_args=([replace(task, items={}) for task in tasks],),
-            compute=ray.data.ActorPoolStrategy(min_size=max(1, min(room, num_actors)), max_size=num_actors),
-            num_cpus=1,
-            num_gpus=num_gpus or None,
-            max_task_retries=TASK_RETRIES,
+class Passes:
+    """Passes over the shards that are missing; each shard is tried once in a pass."""
+
+    def __init__(self, config: Config, tasks: Sequence[Task], room: int, num_gpus: float) -> None:
+        self.config, self.tasks, self.room, self.num_gpus = config, tasks, room, num_gpus
+        self.missing = {(number, shard): Shortfall() for number, task in enumerate(tasks) for shard in task.items}
+        self.counts, self.pace = Counts(config, tasks), Pace(tasks)
+        self.by = uuid.uuid4().hex
+        self.max_lost = MAX_LOST
+
+    def once(self) -> dict[str, float]:
+        """Do each missing item; returns the pace."""
+        started, first_secs = time.monotonic(), 0.0
+        label, num_rows = self.tasks[0].label, len(self.missing)
+        results, self.pace.num_actors = self._results()
+        unseen = set(self.missing)
+        try:
+            with progress(label, num_rows, "shards") as advance, _told_while_waiting(label, self.num_gpus) as waiting:
+                for result in results.iter_rows():
+                    waiting.cancel()
+                    unseen.discard((result["task"], result["shard"]))
+                    self._take(result)
+                    first_secs = first_secs or time.monotonic() - started
+                    advance(1)
+        except RayError as error:  # too many were lost, which is not said; all that are unseen keep their tries
+            reason = (str(error).strip().splitlines() or [""])[0]
+            say(f"{label}: more than {self.max_lost} shards were lost with their processes ({reason})")
+            self.counts.failed(self.max_lost, reason)
+            self.max_lost *= 2
+        else:
+            self._lost(unseen)
+        self.pace.note()
+        return {"num_actors": self.pace.num_actors, "num_made": num_rows, "first_secs": round(first_secs, 2)}
+
+    def _results(self) -> tuple[ray.data.Dataset, int]:
+        """What actors say of each missing item, and how many actors there may be."""
+        rows = [
+            {
+                "task": number,
+                "shard": shard,
+                "payload": json.dumps(self.tasks[number].items[shard]),
+                "careful": shortfall.tries >= WHOLE_TRIES,
+                "by": self.by,
+            }
+            for (number, shard), shortfall in self.missing.items()
+        ]
+        num_actors = max(1, min(self.config.ray.max_actors or self.room, len(rows)))
+        with warnings.catch_warnings():  # no other way yet to say how often a task is retried whose process died
+            warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+            results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+                ShardWriter,
+                fn_constructor_args=([replace(task, items={}) for task in self.tasks],),
+                compute=ray.data.ActorPoolStrategy(min_size=max(1, min(self.room, num_actors)), max_size=num_actors),
+                num_cpus=1,
+                num_gpus=self.num_gpus or None,
+                max_task_retries=TASK_RETRIES,
+            )
+        results.context.max_errored_blocks = self.max_lost  # items whose processes keep dying; they are missing still
+        return results, num_actors
+
+    def _take(self, result: dict[str, Any]) -> None:
+        item = (result["task"], result["shard"])
+        table, tries = self.tasks[result["task"]].table, self.missing[item].tries
+        if result["error"]:
+            raise StageError(result["error"])
+        self.pace.add(result)
+        if not result["failed"]:
+            del self.missing[item]
+            self.counts.made(result, table)
+            return
+        self.missing[item] = Shortfall(tries + 1, result["failed"], result["hopeless"])
+        at = f" at {result['row']}" if result["row"] else ""
+        say(
+            f"{self.tasks[0].label}: {result['shard']} failed{at} ({result['failed']}); its process is replaced, and "
+            "it is tried again",
+            shard=result["shard"],
+            row=result["row"],
         )
-    results.context.max_errored_blocks = -1  # an item whose process keeps dying; it is still missing below
-    missing = {item: Shortfall(shortfall.tries + 1) for item, shortfall in items.items()}
-    counts, pace = Counts(config, label, len(rows)), Pace(tasks, num_actors)
-    first_secs = 0.0
-    with progress(label, len(rows), "shards") as advance, _told_while_waiting(label, num_gpus) as waiting:
-        for result in results.iter_rows():
-            waiting.cancel()
-            counts.add(result, tasks[result["task"]].table)
-            pace.add(result)
-            item = (result["task"], result["shard"])
-            if result["failed"]:
-                missing[item] = Shortfall(missing[item].tries, result["failed"], result["hopeless"])
-            else:
-                del missing[item]
-            first_secs = first_secs or time.monotonic() - started
-            advance(1)
-    pace.note()
-    if lost := [shard for (_, shard), shortfall in missing.items() if shortfall.reason == Shortfall.reason]:
-        say(f"{label}: {len(lost)} shards were lost with their processes, {lost[0]} first; they are tried again")
-    return {"num_actors": num_actors, "num_made": len(rows), "first_secs": round(first_secs, 2)}, missing
+        if not tries:
+            self.counts.failed(1, f"{result['failed']} ({table.url}/failures/{result['shard']}.log)")
+
+    def _lost(self, items: set[tuple[int, str]]) -> None:
+        if not items:
+            return
+        label, first = self.tasks[0].label, min(items)
+        say(f"{label}: {len(items)} shards were lost with their processes, {first[1]} first; they are tried again")
+        num_new = sum(not self.missing[item].tries for item in items)
+        for item in items:
+            self.missing[item] = Shortfall(self.missing[item].tries + 1)
+        if num_new:
+            self.counts.failed(num_new, f"the process died that made {first[1]}")
 
 
 @contextmanager

@@ -56,10 +56,10 @@ def _train_on_world(config: Config, table: Table) -> dict[str, Any]:
 
 def _verify(path: str, config: Config) -> dict[str, Any]:
     """Load the model once, so that a wrong path or missing weights end here and not in a worker."""
-    local = local_folder(path)
-    revision = hub_commit(local, config.model.revision)
-    tokenizer = load_tokenizer(local, revision)
-    llm = load_text_lm(local, revision, "auto", "sdpa")
+    with local_folder(path) as local:
+        revision = hub_commit(local, config.model.revision)
+        tokenizer = load_tokenizer(local, revision)
+        llm = load_text_lm(local, revision, "auto", "sdpa")
     return {
         "revision": revision,
         "num_parameters": llm.num_parameters(),

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import errno
 import io
 import struct
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -13,6 +15,7 @@ import soundfile
 from salad_ray.config import RecordedQualityConfig
 from salad_ray.speech.audio import check_recording, check_transcript, encode_audio, load_audio
 from salad_ray.speech.readers import read_folder
+from salad_ray.store import StoreError
 from salad_ray.tables import BadInput, Utterance
 
 QUALITY = RecordedQualityConfig()
@@ -199,6 +202,45 @@ def test_a_cut_must_lie_in_its_recording() -> None:
 def test_missing_audio() -> None:
     assert "no such audio file: /nowhere/a.wav" in reason(None, uri="/nowhere/a.wav")
     assert "no audio" in reason(None)
+
+
+def test_names_that_can_be_no_file_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_bytes(encoded(chirp()))
+    for uri in (str(tmp_path), f"{tmp_path}/a.wav/b.wav", f"{tmp_path}/{'a' * 300}.wav"):
+        assert f"audio file {uri} cannot be read" in reason(None, uri=uri)
+        assert f"audio file {uri} cannot be read" in reason(None, uri=uri, byte_start=0, num_bytes=9)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.ETIMEDOUT])
+@pytest.mark.parametrize("member", [{}, {"byte_start": 0, "num_bytes": 9}])
+def test_errors_that_pass_say_nothing_of_a_recording(
+    monkeypatch: pytest.MonkeyPatch, number: int, member: dict[str, int]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, "not today")
+
+    monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.open", fail)
+    with pytest.raises(OSError, match=r"audio file /far/a.wav cannot be read \(.*not today"):
+        check_recording(utterance(uri="/far/a.wav", **member), QUALITY)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "broken off"), StoreError("broken off")])
+def test_a_recording_that_breaks_off_while_it_is_read_is_not_taken_for_truncated(
+    monkeypatch: pytest.MonkeyPatch, codec: tuple[str, str], error: OSError
+) -> None:
+    noise = 0.1 * np.random.default_rng(0).standard_normal(10 * RATE)
+    data = encoded(noise, codec=codec)
+
+    class Breaking(io.BytesIO):
+        def readinto(self, buffer: Any) -> int:
+            if self.tell() + len(buffer) > len(data) // 2:
+                raise error
+            return super().readinto(buffer)
+
+    monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.open", lambda *_, **__: Breaking(data))
+    with pytest.raises(type(error), match="broken off"):
+        check_recording(utterance(uri="/far/a"), QUALITY)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import socket
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +14,9 @@ from factories import small_world_config
 
 from salad_ray import pipeline
 from salad_ray.config import Config, ConfigError, parse_config
+from salad_ray.stages.ingest import CheckShard
 from salad_ray.stages.shards import StageError
-from salad_ray.tables import Reject, Table, Utterance
+from salad_ray.tables import Reject, Table, Utterance, to_arrow
 
 RATE = 16000
 GOOD = "she said so"
@@ -132,6 +136,32 @@ def test_a_stage_without_its_input_says_which_stage_to_run(tmp_path: Path) -> No
     for stage, first in (("align", "ingest"), ("encode", "align"), ("pack", "teacher"), ("stage1", "teacher")):
         with pytest.raises(StageError, match=f"run `salad {first} CONFIG"):
             pipeline.run_stage(config_for(tmp_path), stage, "natural")
+
+
+@pytest.mark.parametrize("path", ["corpus", "corpus/cuts.jsonl.gz", "corpus/cuts*.jsonl"])
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_machine_without_the_corpus_rejects_none_of_it(tmp_path: Path, path: str, is_there: bool) -> None:
+    """Whether it lacks the folder, or has the empty one where nothing is mounted."""
+    corpus = tmp_path / "corpus"
+    (corpus / "audio").mkdir(parents=True)
+    (corpus / "audio" / "a.wav").write_bytes(b"no audio")
+    config = config_for(tmp_path, corpora=[{"path": str(tmp_path / path), "name": "c"}])
+    row = Utterance(utt_id="c/u", text=GOOD, duration_secs=0.0, recording_id="c/u", corpus="c")
+    names = ("audio/a.wav", "audio/b.wav", "../b.wav")
+    rows = [replace(row, utt_id=f"c/{name}", uri=f"{corpus}/{name}") for name in names]
+    Table(config.run_dir, "natural", "catalog").write("part-00000", to_arrow(Utterance, rows))
+    [part] = CheckShard(config)("part-00000")
+    assert [reject.reason.split(":")[0].split(",")[0] for reject in part.rejects] == [
+        "not audio",
+        *["no such audio file"] * 2,
+    ]
+    shutil.rmtree(corpus)
+    if is_there:
+        corpus.mkdir()
+    with pytest.raises(
+        StageError, match=rf"machine {socket.gethostname()} has nothing in {corpus}, where corpus c lies"
+    ):
+        list(CheckShard(config)("part-00000"))
 
 
 def _read(config: Config, name: str, row_type: type) -> list:

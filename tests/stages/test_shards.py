@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import _thread
 import ctypes
+import errno
 import json
 import logging
 import os
 import sys
 import time
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
 from logging.handlers import BufferingHandler
@@ -24,7 +26,7 @@ from salad_ray import pipeline
 from salad_ray.config import Config, parse_config
 from salad_ray.stages import shards
 from salad_ray.stages.common import Stage, run_shards
-from salad_ray.stages.shards import ShardPart, StageError, WindowWorker
+from salad_ray.stages.shards import ShardPart, ShardWriter, StageError, Task, WindowWorker
 from salad_ray.tables import Passage, Reject, Table, to_arrow
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -67,6 +69,22 @@ def break_process_once(marker: str, row_id: str) -> None:
         Path(marker).write_text(str(os.getpid()))
     if Path(marker).exists() and Path(marker).read_text() == str(os.getpid()):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def fail_at_each(bad: tuple[str, ...], row_id: str) -> None:
+    if row_id in bad:
+        raise RuntimeError(f"cannot do {row_id}")
+
+
+def segfault_everywhere(row_id: str) -> None:
+    ctypes.string_at(0)
+
+
+def fail_to_write_at_first(tries: str, times: int, row_id: str) -> None:
+    """Like a disk that is full for a while."""
+    if row_id == "part-00004/3" and len(list(Path(tries).iterdir())) < times:
+        Path(tries, uuid.uuid4().hex).touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def config_in(folder: Path, **changes: Any) -> Config:
@@ -116,10 +134,53 @@ def test_poisoned_rows_become_rejects_and_broken_processes_are_replaced(
     assert told.count("illegal memory access") == 1  # no other shard was tried in that process
     assert "illegal memory access" in Path(table.url, "failures", "part-00002.log").read_text()
     status = json.loads(Path(table.url, "progress.json").read_text())
-    assert status["total"] == NUM_SHARDS
+    assert status["done"] == status["total"] == NUM_SHARDS
     rows = scraped("ray_salad_rows", config.run_dir)
     assert 'stage="copy"' in rows
     assert 'set="web"' in rows
+
+
+def test_poisoned_rows_of_several_shards_are_rejects_and_a_rerun_knows_it_too(tmp_path: Path) -> None:
+    bad = ("part-00001/2", "part-00004/0", "part-00006/9", "part-00009/4")
+    config = config_in(tmp_path)
+    table = make(config, partial(fail_at_each, bad))
+    assert ids(table) == [row_id for row_id in EVERY_ID if row_id not in bad]
+    for row_id in bad:  # as if the first run had been stopped before it came to them
+        Path(table.url, f"{row_id.split('/')[0]}.parquet").unlink()
+    Path(table.url, "manifest.json").unlink()
+    assert ids(make(config, partial(fail_at_each, bad))) == [row_id for row_id in EVERY_ID if row_id not in bad]
+    rejects = [row.key for shard in table.rejects.shards() for row in table.rejects.read_rows(Reject, shard)]
+    assert sorted(rejects) == list(bad)
+
+
+def test_an_error_of_the_disk_is_no_rows_fault(tmp_path: Path) -> None:
+    (tmp_path / "tries").mkdir()
+    table = make(config_in(tmp_path), partial(fail_to_write_at_first, str(tmp_path / "tries"), 6))
+    assert ids(table) == EVERY_ID
+    assert not table.rejects.shards()
+
+
+def test_a_row_is_to_blame_only_while_it_is_worked_on(tmp_path: Path) -> None:
+    worker = CopyShard(partial(fail_at, "nobody"))
+    table = Table(str(tmp_path), "web", "copies")
+    writer = ShardWriter([Task("copy", table, {}, lambda: worker)])
+    worker.careful, worker.by = str(tmp_path / "note.json"), "me"
+    parts = writer._with_left_out(writer.tasks[0], worker, worker("part-00000"))
+    assert [json.loads((tmp_path / "note.json").read_text())["at"] for _ in parts] == [""] * (1 + ROWS_PER_SHARD)
+    worker.at_row("part-00000/4")
+    list(worker("part-00000"))
+    assert worker.note["failures"] == {"part-00000/4": 1}
+    worker.at_row("part-00000/4")
+    worker.by = "somebody else, after it was mended"
+    list(worker("part-00000"))
+    assert worker.note["failures"] == {}
+
+
+def test_processes_that_all_die_end_the_stage_early(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match=r"copy set=web: \d+ shards failed and 0 went well.*died|unavailable"):
+        make(config_in(tmp_path), segfault_everywhere)
+    tried = list(Path(tmp_path, "run/web/copies").glob("*.parquet"))
+    assert not tried
 
 
 def scraped(name: str, run_dir: str) -> str:

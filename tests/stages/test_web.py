@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,12 @@ import pytest
 
 from salad_ray import console, pipeline
 from salad_ray.config import Config, ConfigError, parse_config
+from salad_ray.stages import ingest
 from salad_ray.stages.shards import StageError
 from salad_ray.tables import Embedding, Passage, Reject, Table
+from salad_ray.text.decontaminate import benchmark_ngrams
+from salad_ray.text.documents import Document
+from salad_ray.text.passages import Cut, cut_passages
 from salad_ray.text.world import DOMAINS, world_passages
 
 ITEM = "Which of these materials would best slow the transfer of heat from a hot cup of tea to your hand?"
@@ -155,3 +160,78 @@ def test_a_wrong_source_is_one_sentence(tmp_path: Path, changes: dict[str, Any],
     told = console.user_error(caught.value)
     assert type(told).__name__ == error.__name__
     assert words in str(told)
+
+
+def document(number: int, text: str) -> Document:
+    return Document(f"web/d{number}", text)
+
+
+def cutter(folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, **changes: Any) -> ingest.PassageCutter:
+    """One at which every document fails that says so."""
+
+    def cut(document: Document, *limits: Any) -> Cut:
+        if "fail" in document.text:
+            raise error
+        return cut_passages(document, *limits)
+
+    monkeypatch.setattr(ingest, "cut_passages", cut)
+    config = parse_config(web_config(folder, embed={"embedder": "tfidf"}) | changes)
+    return ingest.PassageCutter(config, benchmark_ngrams([], config.ingest.passages.ngram))
+
+
+GOOD, BAD = "We put the kettle on the fire and waited until it sang.", "We fail."
+
+
+def test_a_document_that_fails_unforeseen_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = cutter(tmp_path, monkeypatch, IndexError("list index out of range\nand more"))
+    for number in range(100):
+        [row] = cut(document(number, BAD if number % 2 else GOOD), "web")
+        if number % 2:
+            assert row == (Reject("ingest", f"web/d{number}", "IndexError: list index out of range"), f"web/d{number}")
+        else:
+            assert isinstance(row[0], Passage)
+
+
+def test_documents_that_all_fail_end_the_stage_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = cutter(tmp_path, monkeypatch, IndexError("out of range"))
+    for number in range(19):
+        list(cut(document(number, BAD), "web"))
+    with pytest.raises(StageError, match=r"web/d19: IndexError: out of range \(20 of 20 documents"):
+        list(cut(document(19, BAD), "web"))
+
+
+@pytest.mark.parametrize("error", [OSError("gone"), MemoryError(), ConfigError("no such weights")])
+def test_what_is_no_documents_fault_is_no_reject(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    with pytest.raises(type(error)):
+        list(cutter(tmp_path, monkeypatch, error)(document(0, BAD), "web"))
+
+
+def test_a_strict_run_ends_at_the_first_document_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StageError, match="web/d0: IndexError: out of range"):
+        list(cutter(tmp_path, monkeypatch, IndexError("out of range"), strict=True)(document(0, BAD), "web"))
+
+
+def test_rows_that_are_read_are_counted_once_however_often_a_scan_is_tried(tmp_path: Path) -> None:
+    def scan(item: dict[str, Any]) -> Iterator[pa.Table]:
+        for number in range(int(item["number"][0])):
+            yield pa.table({"a": list(range(number))})
+
+    for source, number, tries in (("a", 4, 3), ("b", 3, 1), ("c", 0, 2)):
+        for _ in range(tries):
+            item = {"source": np.array([source]), "corpus": np.array(["{}"]), "number": np.array([number])}
+            assert len(list(ingest._counted(scan, f"{tmp_path}/scanned", item))) == number
+    assert ingest._num_scanned(f"{tmp_path}/scanned") == 6 + 3
+    assert ingest._num_scanned(f"{tmp_path}/nothing") == 0
+
+
+def test_a_row_that_is_lost_between_machines_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "web").mkdir()
+    pq.write_table(pa.Table.from_pylist(documents()), tmp_path / "web" / "a.parquet")
+    whole = ingest._write_passages
+    monkeypatch.setattr(ingest, "_write_passages", lambda config, table, group: whole(config, table, group.slice(1)))
+    config = web_config(tmp_path, embed={"embedder": "tfidf"})
+    config["ingest"]["passages"] |= {"benchmarks": []}
+    with pytest.raises(StageError, match=r"rows were lost \(\d+ were read, \d+ came to shards\)"):
+        pipeline.run_stage(parse_config(config), "ingest", "web")
