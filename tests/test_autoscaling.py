@@ -142,6 +142,7 @@ def test_a_pool_grows_under_load_as_far_as_it_is_told(grown: Head, tmp_path: Pat
     wait_until_gone(grown)
 
 
+@pytest.mark.slow
 def test_a_stage_on_gpus_stays_off_training_machines_when_its_own_pool_is_full(grown: Head, tmp_path: Path) -> None:
     before = {node["node_id"] for node in nodes(grown)}
     run_job(grown, "-c", STAGE, str(tmp_path), "1", "3", "1")

@@ -91,7 +91,7 @@ def test_a_relative_run_dir_lies_at_home_and_not_in_the_jobs_copy(cluster: Head)
     ("job", "sentence"),
     [
         ("stage2.py", r"^salad: .*stage2: the config has no such section.*$"),
-        ("sweep.py", r"^salad: the config has no sweeps; .*$"),
+        pytest.param("sweep.py", r"^salad: the config has no sweeps; .*$", marks=pytest.mark.slow),
     ],
 )
 def test_a_failing_job_says_why_in_a_sentence_and_exits_1(cluster: Head, config: Path, job: str, sentence: str) -> None:

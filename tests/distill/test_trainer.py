@@ -120,6 +120,7 @@ def test_a_killed_worker_is_replaced_and_the_losses_are_the_same(undisturbed: Co
     assert losses(config) == losses(undisturbed)
 
 
+@pytest.mark.slow
 def test_other_numbers_of_workers_and_zero_stages_go_on_with_the_same_rows(undisturbed: Config, tmp_path: Path) -> None:
     """2 workers, ZeRO 2 → (a file of its last checkpoint is lost) → 1 worker, ZeRO 3 → 2 workers, ZeRO 1."""
     config = half_trained_copy(undisturbed, tmp_path / "one", 15, num_workers=1, zero_stage=3)
@@ -146,6 +147,7 @@ def assert_same_course(config: Config, reference: Config) -> None:
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_elastic_training_starts_with_the_workers_there_is_room_for(undisturbed: Config, tmp_path: Path) -> None:
     """A cluster of one CPU has room for one of [1, 2] workers; it goes on from what two had written."""
     config = half_trained_copy(undisturbed, tmp_path / "run", 20, num_workers=(1, 2))

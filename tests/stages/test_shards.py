@@ -116,7 +116,9 @@ def test_poisoned_rows_become_rejects_and_broken_processes_are_replaced(
 ) -> None:
     config, marker = config_in(tmp_path), tmp_path / "marker"
     keeping = BufferingHandler(10**6)  # keeps what it is given, as pytest's own and error trackers do
-    monkeypatch.setattr(logging.getLogger("ray.data"), "handlers", [keeping])
+    monkeypatch.setattr(
+        logging.getLogger("ray.data._internal.execution.streaming_executor_state"), "handlers", [keeping]
+    )
     table = make(config, partial(harm_three_ways, str(marker)))
     assert marker.exists()
     assert {record.getMessage().split(":")[0] for record in keeping.buffer} == {"A process was lost"}
