@@ -5,6 +5,7 @@ The lease is `run_dir/driver.json`. While its holder lives, it counts `beat` up;
 
 from __future__ import annotations
 
+import _thread
 import os
 import socket
 import threading
@@ -39,15 +40,23 @@ def only_driver(run_dir: str) -> Iterator[None]:
     pid = os.getpid()
     own = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": pid, "beat": 0}
     own |= {"machine": _machine(), "started": _started(pid)}
-    ended = threading.Event()
-    beating = threading.Thread(target=_beat, args=(run_dir, url, own, ended), daemon=True)
+    ended, lost = threading.Event(), threading.Event()
+    beating = threading.Thread(target=_beat, args=(run_dir, url, own, ended, lost), daemon=True)
     try:
         while _lease(url).get("id") != own["id"]:
             _wait_for_end(run_dir, url)
+            asked = time.monotonic()
             write_json(url, own)
-            time.sleep(SETTLE_SECS)
+            time.sleep(max(SETTLE_SECS, time.monotonic() - asked))  # on a slow store others' writes are slow, too
         beating.start()
         yield
+    except KeyboardInterrupt:
+        if lost.is_set():
+            raise LeaseError(
+                f"{run_dir}: {_who(_lease(url))} has taken this run over, as this driver gave no sign of life for "
+                f"{WAIT_SECS:g} s; this one ends"
+            ) from None
+        raise
     finally:
         ended.set()
         if beating.is_alive():
@@ -84,13 +93,13 @@ def _wait_for_end(run_dir: str, url: str) -> None:
         seen = _lease(url)
 
 
-def _beat(run_dir: str, url: str, own: dict[str, Any], ended: threading.Event) -> None:
-    """Show that the holder lives, until it has ended or lost its lease to another one, who took it for dead."""
+def _beat(run_dir: str, url: str, own: dict[str, Any], ended: threading.Event, lost: threading.Event) -> None:
+    """Show that the holder lives, until it has ended; interrupt it if another driver took it for dead."""
     while not ended.wait(BEAT_SECS):
         with suppress(Exception):  # a store that fails now may work at the next beat
-            found = _lease(url)
-            if found.get("id", own["id"]) != own["id"]:
-                say(f"{run_dir}: {_who(found)} has taken this run over, as this driver was silent; end one of the two")
+            if _lease(url).get("id", own["id"]) != own["id"]:
+                lost.set()
+                _thread.interrupt_main()
                 return
             own["beat"] += 1
             write_json(url, own)

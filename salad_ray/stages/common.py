@@ -27,7 +27,7 @@ from ray._private import ray_constants
 from salad_ray import __version__
 from salad_ray.config import PICKED_PER_SHARD, Condition, Config, identity
 from salad_ray.console import progress, say
-from salad_ray.stages.shards import ShardPart, StageError, Task, Worker, map_shards
+from salad_ray.stages.shards import ShardPart, StageError, Task, Worker, first_line, map_shards
 from salad_ray.store import aws_settings
 from salad_ray.tables import (
     SCHEMA_VERSION,
@@ -400,8 +400,7 @@ def _lost_in_a_line(record: logging.LogRecord) -> bool:
     Its traceback holds the actor, hence its CPU and GPU, for as long as some handler keeps the record.
     """
     if record.exc_info and record.exc_info[1] is not None:
-        first = (str(record.exc_info[1]).strip().splitlines() or [""])[0]
-        record.msg, record.args = f"A process was lost: {first}", ()
+        record.msg, record.args = f"A process was lost: {first_line(record.exc_info[1])}", ()
         record.exc_info = None
     return True
 

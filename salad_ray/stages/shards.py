@@ -26,12 +26,22 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.metrics import Counter, Gauge
 
 from salad_ray.config import Config
 from salad_ray.console import progress, say, user_error
-from salad_ray.tables import BadInput, Reject, Table, delete_file, read_json, to_arrow, write_bytes, write_json
+from salad_ray.tables import (
+    BadInput,
+    Reject,
+    Table,
+    delete_file,
+    file_exists,
+    read_json,
+    to_arrow,
+    write_bytes,
+    write_json,
+)
 
 Row = TypeVar("Row")
 
@@ -206,6 +216,12 @@ def write_shard(table: Table, shard: str, parts: Iterator[ShardPart]) -> dict[st
     return counts
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says; of a task that failed in another process the last line, where its own error stands."""
+    lines = str(error).strip().splitlines() or [""]
+    return lines[-1] if isinstance(error, RayTaskError) else lines[0]
+
+
 class ShardWriter:
     """The actor: turns items into shards; makes the worker of a table when the first item of that table comes."""
 
@@ -229,9 +245,9 @@ class ShardWriter:
             parts = self._with_left_out(task, worker, worker(json.loads(item["payload"])))
             counts = write_shard(task.table, shard, parts)
         except Exception as error:  # noqa: BLE001 - told, and tried again
+            self.broken = True
             if (cause := user_error(error)) is not None:
                 return result | {"error": str(cause)}
-            self.broken = True
             return result | self._note_failure(task, item, error)
         tags = {"run": task.table.run_dir, "stage": task.stage, "set": task.table.set or "-"}
         for metric, number in ((self.rows, counts["num_input"]), (self.rejects, counts["num_rejected"])):
@@ -247,7 +263,7 @@ class ShardWriter:
         assert self.worker is not None
         if isinstance(self.worker, WindowWorker):
             self.worker.careful = f"{task.failures(item['shard'])}.json" if item["careful"] else None
-            self.worker.by = item["by"]
+            self.worker.by, self.worker.note, self.worker.num_passed = item["by"], {}, 0
         return self.worker
 
     def _with_left_out(self, task: Task, worker: Worker, parts: Iterator[ShardPart]) -> Iterator[ShardPart]:
@@ -262,21 +278,19 @@ class ShardWriter:
 
     def _note_failure(self, task: Task, item: dict[str, Any], error: Exception) -> dict[str, Any]:
         """Leave the traceback in a file, and in a careful try the reason in the note; both for whoever tries next."""
-        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-        with suppress(OSError):  # such as a full disk, which may be what failed; the reason is told all the same
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        with suppress(Exception):  # a full disk, say, which may be what failed; the reason is told all the same
             write_bytes(f"{task.failures(item['shard'])}.log", traceback.format_exc().encode())
+        of_a_machine = isinstance(error, OSError)  # a disk or a network: whatever the row
         worker = self.worker
-        if not (isinstance(worker, WindowWorker) and worker.careful):
-            return {"failed": reason, "hopeless": item["careful"]}
-        row_id = worker.note.get("at", "")
-        if isinstance(error, OSError):  # of a disk or a network, whatever the row
-            row_id = ""
-        with suppress(OSError):
-            write_json(worker.careful, worker.note | {"at": row_id, "reason": reason})
+        if not isinstance(worker, WindowWorker) or "by" not in worker.note:  # it was not at the rows
+            return {"failed": reason, "hopeless": item["careful"] and not of_a_machine}
+        row_id = "" if of_a_machine else worker.note["at"]
+        with suppress(Exception):
+            write_json(str(worker.careful), worker.note | {"at": row_id, "reason": reason})
         # Not one row has gone well, though others that failed are left out; or it failed outside of all rows.
-        hopeless = worker.num_passed == 0 and len(worker.left_out) >= ROW_FAILURES
-        hopeless = hopeless or not (row_id or isinstance(error, OSError))
-        return {"failed": reason, "row": row_id, "hopeless": hopeless}
+        hopeless = not row_id or (worker.num_passed == 0 and len(worker.left_out) >= ROW_FAILURES)
+        return {"failed": reason, "row": row_id, "hopeless": hopeless and not of_a_machine}
 
 
 @dataclass
@@ -311,11 +325,11 @@ class Counts:
                 "raise ingest.max_rejected_share to 1"
             )
 
-    def failed(self, number: int, reason: str) -> None:
-        """So many shards failed at their first try."""
+    def failed(self, number: int, num_actors: int, reason: str) -> None:
+        """So many shards failed at their first try. What fails is faster than what goes well: each actor has a say."""
         self.num_failed += number
         num_done = self.num_there + self.num_made
-        if self.num_failed >= MIN_FAILURES and self.num_failed > num_done:
+        if self.num_failed >= max(MIN_FAILURES, num_actors) and self.num_failed > num_done:
             raise StageError(
                 f"{self.label}: {self.num_failed} shards failed and {num_done} went well, so this is no single "
                 f"row's fault; the last one: {reason}"
@@ -389,10 +403,12 @@ def map_shards(config: Config, tasks: Sequence[Task], room: int, num_gpus: float
     if hopeless:
         (number, shard), shortfall = next(iter(hopeless.items()))
         task = tasks[number]
+        log = f"{task.failures(shard)}.log"
+        story = f" ({log} has the story)" if file_exists(log) else ""
         raise StageError(
             f"{task.label}: {len(hopeless)} of {len(task.items)} shards cannot be made, {shard} first, after "
-            f"{shortfall.tries} tries: {shortfall.reason} ({task.failures(shard)}.log has the story). The others are "
-            "done; mend the cause and run the stage again"
+            f"{shortfall.tries} tries: {shortfall.reason}{story}. The others are done; mend the cause and run the "
+            "stage again"
         )
     return pace
 
@@ -405,7 +421,7 @@ class Passes:
         self.missing = {(number, shard): Shortfall() for number, task in enumerate(tasks) for shard in task.items}
         self.counts, self.pace = Counts(config, tasks), Pace(tasks)
         self.by = uuid.uuid4().hex
-        self.max_lost = MAX_LOST
+        self.max_lost, self.num_lost = MAX_LOST, 0
 
     def once(self) -> dict[str, float]:
         """Do each missing item; returns the pace."""
@@ -421,13 +437,12 @@ class Passes:
                     self._take(result)
                     first_secs = first_secs or time.monotonic() - started
                     advance(1)
-        except RayError as error:  # too many were lost, which is not said; all that are unseen keep their tries
-            reason = (str(error).strip().splitlines() or [""])[0]
-            say(f"{label}: more than {self.max_lost} shards were lost with their processes ({reason})")
-            self.counts.failed(self.max_lost, reason)
+        except RayError as error:  # too many were lost, which ones is not said; all that are unseen keep their tries
+            say(f"{label}: too many processes died, a pass is broken off ({first_line(error)})")
+            self._lost(min(self.max_lost, len(unseen)), first_line(error))
             self.max_lost *= 2
         else:
-            self._lost(unseen)
+            self._missed(unseen)
         self.pace.note()
         return {"num_actors": self.pace.num_actors, "num_made": num_rows, "first_secs": round(first_secs, 2)}
 
@@ -455,6 +470,7 @@ class Passes:
                 max_task_retries=TASK_RETRIES,
             )
         results.context.max_errored_blocks = self.max_lost  # items whose processes keep dying; they are missing still
+        results.context.max_consecutive_actor_init_deaths = num_actors  # a machine on which none can start is not all
         return results, num_actors
 
     def _take(self, result: dict[str, Any]) -> None:
@@ -476,9 +492,11 @@ class Passes:
             row=result["row"],
         )
         if not tries:
-            self.counts.failed(1, f"{result['failed']} ({table.url}/failures/{result['shard']}.log)")
+            reason = f"{result['failed']} ({table.url}/failures/{result['shard']}.log)"
+            self.counts.failed(1, self.pace.num_actors, reason)
 
-    def _lost(self, items: set[tuple[int, str]]) -> None:
+    def _missed(self, items: set[tuple[int, str]]) -> None:
+        """Each process that was to make one of these died."""
         if not items:
             return
         label, first = self.tasks[0].label, min(items)
@@ -486,8 +504,12 @@ class Passes:
         num_new = sum(not self.missing[item].tries for item in items)
         for item in items:
             self.missing[item] = Shortfall(self.missing[item].tries + 1)
-        if num_new:
-            self.counts.failed(num_new, f"the process died that made {first[1]}")
+        self._lost(num_new, f"the process died that made {first[1]}")
+
+    def _lost(self, number: int, reason: str) -> None:
+        """So many shards were lost at their first try, those of passes that were broken off included."""
+        self.counts.failed(max(0, number - self.num_lost), self.pace.num_actors, reason)
+        self.num_lost = max(self.num_lost, number)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import time
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from logging.handlers import BufferingHandler
 from pathlib import Path
@@ -26,7 +27,7 @@ from salad_ray import pipeline
 from salad_ray.config import Config, parse_config
 from salad_ray.stages import shards
 from salad_ray.stages.common import Stage, run_shards
-from salad_ray.stages.shards import ShardPart, ShardWriter, StageError, Task, WindowWorker
+from salad_ray.stages.shards import Counts, ShardPart, ShardWriter, StageError, Task, WindowWorker
 from salad_ray.tables import Passage, Reject, Table, to_arrow
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -176,6 +177,22 @@ def test_a_row_is_to_blame_only_while_it_is_worked_on(tmp_path: Path) -> None:
     worker.by = "somebody else, after it was mended"
     list(worker("part-00000"))
     assert worker.note["failures"] == {}
+    worker.note["left_out"] = {"part-00000/4": "of this shard alone"}
+    item = {"task": 0, "shard": "part-00001", "careful": True, "by": "me"}
+    assert writer._worker(item) is worker
+    failed = writer._note_failure(writer.tasks[0], item, OSError("before its rows"))
+    assert failed == {"failed": "OSError: before its rows", "hopeless": False}
+    assert not Path(f"{writer.tasks[0].failures('part-00001')}.json").exists()
+
+
+def test_where_many_work_a_few_quick_failures_are_not_the_rule(tmp_path: Path) -> None:
+    items = {f"part-{i:05d}": 0 for i in range(1000)}
+    task = Task("copy", Table(str(tmp_path), "web", "copies"), items, lambda: CopyShard(print))
+    counts = Counts(config_in(tmp_path), [task])
+    counts.failed(99, 100, "first")
+    with pytest.raises(StageError, match=r"100 shards failed and 0 went well.*the last one: second"):
+        counts.failed(1, 100, "second")
+    Counts(config_in(tmp_path), [replace(task, num_there=100)]).failed(100, 100, "third")
 
 
 def test_processes_that_all_die_end_the_stage_early(tmp_path: Path) -> None:
