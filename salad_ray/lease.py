@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import _thread
 import os
+import signal
 import socket
 import threading
 import time
@@ -99,6 +100,9 @@ def _beat(run_dir: str, url: str, own: dict[str, Any], ended: threading.Event, l
         with suppress(Exception):  # a store that fails now may work at the next beat
             if _lease(url).get("id", own["id"]) != own["id"]:
                 lost.set()
+                if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a script
+                    say(f"{run_dir}: {_who(_lease(url))} has taken this run over; this driver ends")
+                    os._exit(1)
                 _thread.interrupt_main()
                 return
             own["beat"] += 1

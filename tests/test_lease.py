@@ -128,6 +128,7 @@ def test_the_lease_ends_with_its_holder_and_not_before(error: type[BaseException
     assert list(run_dir.iterdir()) == []
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_who_was_wrongly_held_to_be_dead_ends_and_leaves_the_other_alone(tmp_path: Path) -> None:
     def drive() -> None:
         with only_driver(str(tmp_path)):

@@ -215,6 +215,7 @@ def scraped(name: str, run_dir: str) -> str:
     return ""
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_waiting_for_a_machine_that_no_cluster_has_is_told_and_can_be_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
