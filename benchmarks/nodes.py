@@ -101,6 +101,7 @@ def config_of(address: str, folder: Path, num_spoken: int, num_web: int, num_row
                 "passages": {"max_words": 40},
             },
             "embed": {"dim": 64},
+            "pack": {"num_lanes": 2},
         }
     )
 
