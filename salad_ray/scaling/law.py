@@ -2,7 +2,8 @@
 
 For a given exponent the law is linear in E and B, so the fit is a search over one number, without a start value that
 could be wrong. Residuals are relative to the law's own value. A point that the others speak against is found by leaving
-each out in turn (externally studentised residuals), and Huber's weights keep what is left of it from deciding.
+each out in turn (externally studentised residuals), and Huber's weights keep what is left of it from deciding; that
+takes six points, of fewer none can be told from the rest.
 
 Intervals are profile likelihoods with the F threshold of the few degrees of freedom there are: all values for which the
 rest of the law still fits the points about as well. They are not symmetric, and hold for six points too.
@@ -27,6 +28,10 @@ HUBER = 1.345
 """Residuals beyond so many standard deviations lose weight (Huber 1981: 95 % as efficient where there are none)."""
 OUTLIER_P_VALUE = 0.05
 """Of the most conspicuous point, over all points."""
+GROWTH, MAX_P_OF_GROWTH = 0.08, 0.05
+"""M that grows by more than this share, with this p-value or less, has no law."""
+NO_REST = 1e-6
+"""E below this share of the smallest M is 0."""
 TINY = 1e-18
 """Sums of squared relative residuals below this are rounding."""
 MAX_IRREDUCIBLE_SHARE, MAX_P_VALUE = 0.9, 0.2
@@ -121,7 +126,7 @@ def fit_misalignment_law(num_positions: ArrayLike, misalignment: ArrayLike, conf
     _require_dependence(fit)
     irreducible, scale, exponent = fit.parameters
     law = MisalignmentLaw(
-        irreducible,
+        irreducible if irreducible > NO_REST * values.min() else 0.0,
         scale * fit.middle**exponent,
         exponent,
         _intervals(fit, confidence),
@@ -154,20 +159,46 @@ def _checked(num_positions: ArrayLike, misalignment: ArrayLike) -> tuple[Array, 
 
 
 def _require_fall(positions: Array, values: Array) -> None:
-    """M that grows has no law of this shape."""
-    trend = stats.linregress(np.log(positions), np.log(values))
-    change = np.expm1(trend.slope * np.log(positions.max() / positions.min()))
-    if change > 0.05:
-        raise LawError(
-            f"M grows with the budget ({change:+.0%} from {positions.min():.3g} to {positions.max():.3g} positions), "
-            "so no E + B · D^−β describes it; training on the next-token loss alone (α = 0) does that"
-        )
+    """M that grows has no law of this shape, be it throughout or from its smallest value on."""
+    change, _ = _growth(positions, values, positions.min())
+    if change > GROWTH:
+        raise LawError(_grows(change, positions.min(), positions))
+    since = _lowest(positions, values)
+    change, p_value = _growth(positions, values, since)
+    if change > GROWTH and p_value < MAX_P_OF_GROWTH:
+        raise LawError(_grows(change, since, positions))
+
+
+def _lowest(positions: Array, values: Array) -> float:
+    """The budget with the smallest M, of several seeds on average."""
+    budgets = np.unique(positions)
+    return float(min(budgets, key=lambda budget: values[positions == budget].mean()))
+
+
+def _growth(positions: Array, values: Array, first: float) -> tuple[float, float]:
+    """By what share M grows from a budget on, and the p-value of that trend (1 where fewer than three points tell)."""
+    chosen = positions >= first
+    if len(np.unique(positions[chosen])) < 3:
+        return 0.0, 1.0
+    trend = stats.linregress(np.log(positions[chosen]), np.log(values[chosen]), alternative="greater")
+    return float(np.expm1(trend.slope * np.log(positions.max() / first))), float(trend.pvalue)
+
+
+def _grows(change: float, first: float, positions: Array) -> str:
+    return (
+        f"M grows with the budget ({change:+.0%} from {first:.3g} to {positions.max():.3g} positions), "
+        "so no E + B · D^−β describes it; training on the next-token loss alone (α = 0) does that"
+    )
 
 
 def _require_dependence(fit: _Fit) -> None:
     """Nor is there one for M that does not fall."""
     trend = stats.linregress(np.log(fit.positions), np.log(fit.values), alternative="less")
     if _p_value_of_constant(fit) > MAX_P_VALUE and trend.pvalue > 0.05:
+        since = _lowest(fit.positions, fit.values)
+        change, _ = _growth(fit.positions, fit.values, since)
+        if change > GROWTH:
+            raise LawError(_grows(change, since, fit.positions))
         raise LawError(
             f"M does not fall measurably between {fit.positions.min():.3g} and {fit.positions.max():.3g} positions: "
             f"{fit.values.mean():.3g} throughout fits as well; it is as low as it gets, or the budgets lie too near to "
@@ -210,9 +241,10 @@ class _Fit:
         self.positions, self.values, self.huber = positions, values, huber
         self.middle = float(np.exp(np.log(positions).mean()))
         self.weights = huber / values**2
+        self.parameters, self.loss = self._best()
         for _ in range(4):  # relative to the law, not to the noisy points
-            self.parameters, self.loss = self._best()
             self.weights = huber / self.model**2
+            self.parameters, self.loss = self._best()
 
     @property
     def model(self) -> Array:

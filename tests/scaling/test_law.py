@@ -161,6 +161,9 @@ def test_several_seeds_at_a_budget_narrow_the_interval() -> None:
         ([1e8] * 6, [0.2] * 6, "1 training budget "),
         ([1e8, 1e9, 1e10], [0.3, 0.2, 0.15], "3 training budgets"),
         ([1e8, 1e9, 1e10, 1e11], [0.1, 0.2, 0.3, 0.4], "grows with the budget"),
+        ([1e5, 2e5, 5e5, 1e6, 2e6, 5e6], [0.5, 0.3, 0.2, 0.22, 0.25, 0.28], r"grows .* from 5e\+05 to"),
+        ([4e4, 8e4, 1.6e5, 3.2e5, 6.4e5, 1e6, 1.3e6], [1, 0.75, 0.64, 0.66, 0.71, 0.75, 0.83], r"from 1.6e\+05 to"),
+        ([8e4, 1.6e5, 3.2e5, 6.4e5], [0.75, 0.64, 0.66, 0.71], r"from 1.6e\+05 to"),
         ([1e8, 1e9, 1e10, 1e11], [0.2, 0.1, np.nan, 0.1], r"misalignment\[2\] is nan"),
         ([1e8, 0, 1e10, 1e11], [0.2, 0.1, 0.1, 0.1], r"num_positions\[1\] is 0"),
         ([1e8, 1e9, 1e10, 1e11], [0.2, 0.1, 0.1], "both must be"),
@@ -171,6 +174,20 @@ def test_several_seeds_at_a_budget_narrow_the_interval() -> None:
 def test_what_has_no_answer_gets_a_sentence(positions: list[float], values: list[float], words: str) -> None:
     with pytest.raises(LawError, match=words):
         fit_misalignment_law(positions, values)
+
+
+def test_a_law_is_seldom_taken_for_one_that_grows() -> None:
+    rng = np.random.default_rng(7)
+    laws = [(0.1 + 0.1 * (BUDGETS / BUDGETS[0]) ** -1.2) * (1 + 0.05 * rng.standard_normal(6)) for _ in range(60)]
+    assert sum("grows" in refusal(values) for values in laws) <= 3
+
+
+def refusal(values: NDArray[np.float64]) -> str:
+    try:
+        fit_misalignment_law(BUDGETS, values)
+    except LawError as error:
+        return str(error)
+    return ""
 
 
 def test_a_fraction_must_be_above_zero() -> None:
