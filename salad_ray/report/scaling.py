@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from salad_ray.report.grids import MARKS, Z95, Cell, Grid, Plot, Section, finite
 from salad_ray.report.plots import Curve, Mark, curve_plot
 
 PALETTE = ("stage2", "stage1", "base", "control", "cascade", "untrained")
+BUDGET_KEYS = ("select.budget_hours", "select.budget_percent")
 QUANTITIES = {"misalignment": "Misalignment M", "forgetting": "Forgetting F"}
 NONE = "Nothing swept yet: name a sweep in the config (`sweeps:`), and run `salad sweep CONFIG`."
 
@@ -64,6 +66,8 @@ def _sentences(result: dict[str, Any]) -> list[str]:
         for law in result["laws"]
         if law["problem"]
     ]
+    if not result["laws"] and (best := _best(result)):
+        lines.append(best)
     saving = result.get("saving")
     if saving and saving["separate_positions"]:
         share = saving["positions"] / saving["separate_positions"]
@@ -75,16 +79,31 @@ def _sentences(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _best(result: dict[str, Any]) -> str:
+    """Which combination has the lowest M, and which others' M cannot be told from it; "" without two of them."""
+    rows = [row for row in result["rows"] if not row["error"] and finite(row.get("misalignment"))]
+    if len(rows) < 2:
+        return ""
+    best, *others = sorted(rows, key=lambda row: row["misalignment"])
+    near = [
+        _label({key: row[key] for key in result["grid"]})
+        for row in others
+        if row["misalignment"] - best["misalignment"]
+        <= Z95 * math.hypot(*(each.get("misalignment_standard_error") or 0.0 for each in (row, best)))
+    ]
+    told = f"within the noise of the passages lie also {'; '.join(near)}" if near else "no other comes near it"
+    place = _label({key: best[key] for key in result["grid"]})
+    return f"Sweep {result['name']}: M is lowest, {_with_error(best, 'misalignment')}, at {place}; {told}."
+
+
 def _against_budget(name: str, result: dict[str, Any], quantity: str) -> Plot | None:
-    """M or F against the budget, a curve for each combination of the other keys."""
+    """M or F against the budget (or the first number of the grid), a curve for each combination of the other keys."""
     rows = [row for row in result["rows"] if not row["error"] and finite(row.get(quantity))]
-    is_training = any("budget" in row for row in rows)
-    x_name = "num_positions" if is_training else "synthetic_hours"
+    x_name, unit, own_keys = _axis(result)
     rows = [row for row in rows if finite(row.get(x_name))]
     if len({row[x_name] for row in rows}) < 2:
         return None
-    budget_keys = () if is_training else ("select.budget_hours", "select.budget_percent")
-    keys = [key for key in result["grid"] if key not in budget_keys]
+    keys = [key for key in result["grid"] if key not in own_keys]
     curves: list[Curve] = []
     for group in _groups(rows, keys):
         values = {key: group[0][key] for key in keys}
@@ -92,27 +111,46 @@ def _against_budget(name: str, result: dict[str, Any], quantity: str) -> Plot | 
         law = next((law for law in result["laws"] if law["values"] == values and not law["problem"]), None)
         fit = law["curve"] if law and quantity == "misalignment" else []
         curves.append(Curve(_colour(len(curves)), _label(values), marks, fit))
-    unit = "training positions D" if is_training else "hours of synthetic speech"
     alt = f"{QUANTITIES[quantity]} against {unit}; " + "; ".join(_words(curve) for curve in curves) + "."
-    svg = curve_plot(f"{name}-{quantity}", alt, curves, unit, log_x=is_training)
+    svg = curve_plot(f"{name}-{quantity}", alt, curves, unit, log_x=x_name == "num_positions")
     caption = f"{QUANTITIES[quantity]} against {unit}, sweep {result['name']}: points with 95 % intervals over passages"
     caption += ", the fitted law with its 90 % band." if any(curve.fit for curve in curves) else "."
     return Plot(svg, caption, _legend(curves))
 
 
+def _axis(result: dict[str, Any]) -> tuple[str, str, tuple[str, ...]]:
+    """Column of a plot's x axis, what it is, and the keys of the grid that it stands for."""
+    if any("budget" in row for row in result["rows"]):
+        return "num_positions", "training positions D", ()
+    if any(len(result["grid"].get(key, ())) > 1 for key in BUDGET_KEYS):
+        return "synthetic_hours", "hours of synthetic speech", BUDGET_KEYS
+    key = _numeric_key(result)
+    return key, key, (key,)
+
+
+def _numeric_key(result: dict[str, Any]) -> str:
+    """The first key of the grid with several values that are all numbers; "" for none."""
+    return next((key for key, values in result["grid"].items() if len(values) > 1 and all(map(finite, values))), "")
+
+
 def _irreducible(name: str, result: dict[str, Any]) -> Plot | None:
-    """E against the first key of the grid, where it is a number."""
-    found = [law for law in result["laws"] if not law["problem"]]
-    key = next(iter(result["grid"]))
-    if len(found) < 2 or not all(finite(law["values"][key]) for law in found):
+    """E against the first key of the grid that is a number, a curve for each combination of the others."""
+    key = _numeric_key(result)
+    found = [law["values"] | law for law in result["laws"] if not law["problem"]]
+    if not key or len({law[key] for law in found}) < 2:
         return None
-    marks = [
-        Mark(law["values"][key], law["irreducible"], law["ci"]["irreducible"][0], law["ci"]["irreducible"][1])
-        for law in sorted(found, key=lambda law: law["values"][key])
-    ]
-    curve = Curve(PALETTE[0], "E", marks)
-    svg = curve_plot(f"{name}-irreducible", f"Irreducible misalignment E against {key}; {_words(curve)}.", [curve], key)
-    return Plot(svg, f"Irreducible misalignment E against {key}, sweep {result['name']}, with 90 % intervals.", [])
+    others = [other for other in result["grid"] if other != key]
+    curves: list[Curve] = []
+    for group in _groups(found, others):
+        marks = [
+            Mark(law[key], law["irreducible"], law["ci"]["irreducible"][0], law["ci"]["irreducible"][1])
+            for law in sorted(group, key=lambda law: law[key])
+        ]
+        curves.append(Curve(_colour(len(curves)), _label({other: group[0][other] for other in others}, "E"), marks))
+    alt = f"Irreducible misalignment E against {key}; " + "; ".join(_words(curve) for curve in curves) + "."
+    svg = curve_plot(f"{name}-irreducible", alt, curves, key)
+    caption = f"Irreducible misalignment E against {key}, sweep {result['name']}, with 90 % intervals."
+    return Plot(svg, caption, _legend(curves) if len(curves) > 1 else [])
 
 
 def _laws_grid(result: dict[str, Any]) -> Grid:
@@ -184,8 +222,8 @@ def _mark(row: dict[str, Any], x_name: str, quantity: str) -> Mark:
     return Mark(row[x_name], value, value - Z95 * error, value + Z95 * error)
 
 
-def _label(values: dict[str, Any]) -> str:
-    return ", ".join(f"{key.rsplit('.', 1)[-1]} = {value}" for key, value in values.items()) or "all"
+def _label(values: dict[str, Any], if_none: str = "all") -> str:
+    return ", ".join(f"{key.rsplit('.', 1)[-1]} = {value}" for key, value in values.items()) or if_none
 
 
 def _within(result: dict[str, Any]) -> str:

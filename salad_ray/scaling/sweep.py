@@ -19,6 +19,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import json
 import math
 import os
 import re
@@ -26,7 +27,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import ray
@@ -50,6 +51,8 @@ from salad_ray.tables import Table, fingerprint, read_json, write_bytes, write_j
 
 SELECTION = "select."
 """Keys that begin so change nothing before `select`."""
+OF_STAGE2 = ("select.", "probe.", "cluster.", "embed.")
+"""Keys that begin so change nothing without Stage II."""
 WITHIN = 0.05
 """Of E: the data that the paper asks for."""
 
@@ -123,11 +126,14 @@ def grid_trials(config: Config, name: str) -> list[Trial]:
             "sweeps": {},
             "ray.max_actors": actors_of_trial(config, sweep),
         }
-        if config.stage2 is not None:
-            changes["stage2.control"] = False
         if sweep.budgets:
             changes |= {"stage2": None, **budget_keys(sweep, sweep.budgets[-1])}
+        elif values.get("stage2", config.stage2) is not None:
+            changes = {"stage2.control": False} | changes
         trials.append(Trial(label, values, replaced(config, changes, f"sweeps.{name}: {label}")))
+        idle = [key for key in values if key.startswith(OF_STAGE2) and trials[-1].config.stage2 is None]
+        if idle:
+            raise ConfigError(f"sweeps.{name} varies {idle[0]}, but the config has no stage2; add stage2: {{}}")
     return trials
 
 
@@ -157,14 +163,38 @@ def run_sweep_of_runs(config: Config, name: str, trials: list[Trial], flow: Flow
     """Every combination as a run of its own, from the first stage that the grid changes."""
     sweep = config.sweeps[name]
     is_selection = all(key.startswith(SELECTION) for key in sweep.grid) and not sweep.seeds
-    if is_selection and config.stage2 is None:
-        raise ConfigError(
-            f"sweeps.{name} varies {next(iter(sweep.grid))}, but the config has no stage2; add stage2: {{}}"
-        )
     flow.run(config, shared_steps(config, flow, "select" if is_selection else "stage1", sweep.evaluate))
+    failed: dict[str, str] = {}
     if is_selection:
-        pool_speech(config, name, trials, flow)
-    return run_trials(config, name, trials, partial(_whole_run, flow=flow, evaluate=sweep.evaluate))
+        drawn, failed = prepared(trials, partial(_draw, flow=flow))
+        pool_speech(config, name, drawn, flow)
+    ready = [trial for trial in trials if trial.name not in failed]
+    rows = run_trials(config, name, ready, partial(_whole_run, flow=flow, evaluate=sweep.evaluate))
+    return rows + [trial.row | {"error": failed[trial.name]} for trial in trials if trial.name in failed]
+
+
+Prepared = TypeVar("Prepared")
+
+
+def prepared(
+    trials: Sequence[Trial], work: Callable[[Trial], Prepared]
+) -> tuple[list[tuple[Trial, Prepared]], dict[str, str]]:
+    """What `work` makes of each trial before any is trained; of those of which it can make nothing, why, by name."""
+    ready, failed = [], {}
+    for trial in trials:
+        try:
+            ready.append((trial, work(trial)))
+        except Exception as error:
+            cause = user_error(error)
+            if cause is None:
+                raise
+            failed[trial.name] = str(cause)
+    return ready, failed
+
+
+def _draw(trial: Trial, flow: Flow) -> Table:
+    take(trial.config, flow, "select")
+    return draw_selection(trial.config)
 
 
 def shared_steps(config: Config, flow: Flow, first: str, evaluate: bool) -> list[Step]:
@@ -189,20 +219,16 @@ def _whole_run(trial: Trial, flow: Flow, evaluate: bool) -> None:
     flow.run(trial.config, steps)
 
 
-def pool_speech(config: Config, name: str, trials: list[Trial], flow: Flow) -> None:
+def pool_speech(config: Config, name: str, drawn: list[tuple[Trial, Table]], flow: Flow) -> None:
     """Speak and encode what any of the trials selects, once; each then finds it as its own active speech."""
-    selections = []
-    for trial in trials:
-        take(trial.config, flow, "select")
-        selections.append(draw_selection(trial.config))
-    versions = {
-        trial.name: finished(table, "select")["version"] for trial, table in zip(trials, selections, strict=True)
-    }
+    if not drawn:
+        return
+    versions = {trial.name: finished(table, "select")["version"] for trial, table in drawn}
     folder = f"{config.run_dir}/sweeps/{name}/pool-{fingerprint(versions)[:8]}"
-    pool = trials[0].config.model_copy(update={"run_dir": folder, "set": "active"})
+    pool = drawn[0][0].config.model_copy(update={"run_dir": folder, "set": "active"})
     take(pool, flow, "select")
     chosen = (
-        pa.concat_tables(table.read("part-00000", ["passage_id", "cluster_id", "shard"]) for table in selections)
+        pa.concat_tables(table.read("part-00000", ["passage_id", "cluster_id", "shard"]) for _, table in drawn)
         .group_by(["passage_id", "cluster_id", "shard"])
         .aggregate([])
     )
@@ -210,8 +236,8 @@ def pool_speech(config: Config, name: str, trials: list[Trial], flow: Flow) -> N
     run_shards(pool, stage, picked_shards(pool, chosen), partial(PickPassages, pool, "train"))
     for each in ("synthesize", "encode"):
         flow.run_stage(pool, each, "active")
-    say(f"sweep {name}: {len(chosen):,} passages are spoken once for {len(trials)} selections")
-    for trial in trials:
+    say(f"sweep {name}: {len(chosen):,} passages are spoken once for {len(drawn)} selections")
+    for trial, _ in drawn:
         for table in ("passages", "utterances", "features"):
             own = Table(trial.config.run_dir, "active", table)
             if own.linked_to() is None:  # one that began with a smaller pool goes on with it
@@ -232,24 +258,27 @@ def budget_sweep(config: Config, name: str, trials: list[Trial], flow: Flow) -> 
     """Trunks first, one for each combination, then the branches; of a trunk that failed, those that it reached."""
     sweep = config.sweeps[name]
     flow.run(config, shared_steps(config, flow, "stage1", sweep.evaluate))
-    trials = [with_shared_plan(config, name, trial, flow) for trial in trials]
-    trunks = run_trials(config, name, trials, partial(_trunk, flow=flow, sweep=sweep), kind="trunks")
+    planned, unplanned = prepared(trials, partial(with_shared_plan, config, name, flow))
+    ready = [trial for _, trial in planned]
+    trunks = run_trials(config, name, ready, partial(_trunk, flow=flow, sweep=sweep), kind="trunks")
     failed = {row["trial"]: row["error"] for row in trunks if row["error"]}
-    branches = [_branch_trial(trial, sweep, budget) for trial in trials for budget in sweep.budgets]
+    branches = [_branch_trial(trial, sweep, budget) for trial in ready for budget in sweep.budgets]
     rows = run_trials(config, name, branches, partial(_branch, flow=flow, sweep=sweep), kind="branches")
     for row in rows:
         trunk = failed.get(row["trial"].rsplit("/", 1)[0])
         if trunk and row["error"]:
             row["error"] = f"its trunk failed: {trunk}"
-    return rows
+    lost = [
+        _branch_trial(trial, sweep, budget) for trial in trials for budget in sweep.budgets if trial.name in unplanned
+    ]
+    return rows + [trial.row | {"error": unplanned[trial.name.rsplit("/", 1)[0]]} for trial in lost]
 
 
-def with_shared_plan(config: Config, name: str, trial: Trial, flow: Flow) -> Trial:
+def with_shared_plan(config: Config, name: str, flow: Flow, trial: Trial) -> Trial:
     """The trial above a run that has the plan for the largest budget; trials that need the same share it."""
     own = trial.config
-    same = fingerprint(
-        identity(own, "pack", "world", "ingest", "synthesize", "align", "encode", "model.teacher", "seed")
-    )
+    sections = ("pack", "world", "ingest", "synthesize", "align", "encode", "model", "measure", "evaluate", "seed")
+    same = fingerprint(identity(own, *sections, "distill.precision"))
     shared = own.model_copy(update={"run_dir": f"{config.run_dir}/sweeps/{name}/shared-{same[:8]}"})
     flow.run(shared, shared_steps(shared, flow, "stage1", config.sweeps[name].evaluate))
     return replace(trial, config=own.model_copy(update={"base_run": shared.run_dir}))
@@ -396,7 +425,7 @@ def run_trials(
     done = {trial.name: _done_row(trial, kind, prints[trial.name]) for trial in trials}
     pending = [trial for trial in trials if done[trial.name] is None]
     sweep = config.sweeps[name]
-    at_once = sweep.max_concurrent or concurrency(config)
+    at_once = sweep.max_concurrent or concurrency([trial.config for trial in trials] or [config])
     count = f"{len(pending)} of {len(trials)} {kind}" if len(pending) < len(trials) else f"{len(trials)} {kind}"
     say(f"sweep {name}: {count} to run, {min(at_once, max(len(pending), 1))} at a time")
     errors = _tune(config, name, pending, work, at_once, kind) if pending else {}
@@ -407,15 +436,16 @@ def run_trials(
     return rows
 
 
-def concurrency(config: Config) -> int:
-    """Trials whose training workers the cluster has room for."""
-    cluster, settings = ray.cluster_resources(), config.distill
-    rooms = (
-        cluster.get(name, 0) // (number * settings.most_workers)
-        for name, number in worker_resources(settings).items()
+def concurrency(configs: Sequence[Config]) -> int:
+    """Trials whose training workers the cluster has room for, at least one; the largest of them decides."""
+    cluster = ray.cluster_resources()
+    rooms = [
+        cluster.get(name, 0) // (number * config.distill.most_workers)
+        for config in configs
+        for name, number in worker_resources(config.distill).items()
         if number
-    )
-    return max(1, int(min(rooms)))
+    ]
+    return max(1, int(min(rooms, default=1)))
 
 
 def _tune(
@@ -449,7 +479,7 @@ def _tune(
     for result in tuner.fit():
         label = (result.config or {})["trial"]
         if result.error is not None:
-            errors[label] = _first_line(result.error)
+            errors[label] = _last_line(result.error)
         elif "error" not in (result.metrics or {}):  # Tune ends quietly at the first Ctrl-C
             raise KeyboardInterrupt
         elif result.metrics["error"]:
@@ -544,10 +574,10 @@ def measured_row(config: Config) -> dict[str, Any]:
 def laws(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
     """`M(D) = E + B · D^−β` for each combination with several budgets, or why there is none."""
     found = []
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if not row["error"] and "budget" in row:
-            groups.setdefault(tuple(_hashable(row[key]) for key in keys), []).append(row)
+            groups.setdefault(json.dumps([row[key] for key in keys], sort_keys=True), []).append(row)
     for group in groups.values():
         values = {key: group[0][key] for key in keys}
         try:
@@ -577,10 +607,6 @@ def law_facts(law: MisalignmentLaw) -> dict[str, Any]:
 
 def _finite(number: float) -> float | None:
     return float(number) if math.isfinite(number) else None
-
-
-def _hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def saving(name: str, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -622,6 +648,6 @@ def _no_formula(value: Any) -> Any:
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
-def _first_line(error: BaseException) -> str:
+def _last_line(error: BaseException) -> str:
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

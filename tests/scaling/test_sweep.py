@@ -12,8 +12,9 @@ import pytest
 
 from salad_ray import pipeline
 from salad_ray.config import Config, ConfigError, SweepConfig, parse_config, replaced
+from salad_ray.distill.trainer import worker_resources
 from salad_ray.model.speech_lm import SpeechLM
-from salad_ray.scaling.sweep import branch_points, grid_trials, laws, trial_name
+from salad_ray.scaling.sweep import Flow, branch_points, concurrency, grid_trials, laws, trial_name, with_shared_plan
 from salad_ray.tables import PlanRow, Selected, Table, TableError
 
 BUDGETS = (4, 8)
@@ -25,6 +26,7 @@ SWEEPS = {
         "warmup_steps": WARMUP,
     },
     "gamma": {"grid": {"select.gamma": [0, 5]}},
+    "nothing": {"grid": {"select.budget_percent": [1e-9]}},  # selects no passage
 }
 
 
@@ -34,7 +36,7 @@ def swept(finished_run: Config, tmp_path_factory: pytest.TempPathFactory) -> Con
     folder = tmp_path_factory.mktemp("swept") / "run"
     shutil.copytree(finished_run.run_dir, folder)
     config = replaced(finished_run, {"run_dir": str(folder), "sweeps": SWEEPS})
-    with pytest.raises(ConfigError, match=r"2 trainings failed, first .*its trunk failed.*not finite"):
+    with pytest.raises(ConfigError, match=r"3 trainings failed, first .*its trunk failed.*not finite"):
         pipeline.run_sweeps(config)
     return config
 
@@ -188,6 +190,52 @@ def test_the_report_shows_the_sweeps(swept: Config) -> None:
     assert "no law" in page  # two budgets
 
 
+def test_a_combination_that_cannot_even_be_prepared_is_a_row(swept: Config) -> None:
+    [row] = results(swept, "nothing")["rows"]
+    assert row["select.budget_percent"] == 1e-9
+    assert "too little for a single passage" in row["error"]
+
+
+def test_trials_share_a_plan_only_where_all_that_is_made_before_training_is_the_same() -> None:
+    def shared(sweep: dict[str, Any]) -> set[str | None]:
+        config = small(sweep | {"num_steps": [4]})
+        trials = grid_trials(config, "one")
+        flow = Flow(pipeline.steps, lambda *_: None)
+        return {with_shared_plan(config, "one", flow, trial).config.base_run for trial in trials}
+
+    assert len(shared({"grid": {"distill.alpha": [0, 1], "distill.learning_rate": [1e-4, 1e-3]}})) == 1
+    for key, values in {
+        "model.adapter.num_layers": [2, 4],
+        "model.tiny_lm.num_steps": [5, 6],
+        "distill.precision": ["fp32", "bf16"],
+        "measure.distance_bins": [[5], [6]],
+        "pack.context": [256, 512],
+    }.items():
+        assert len(shared({"grid": {key: values}})) == 2, key
+
+
+def test_as_many_trainings_at_a_time_as_the_largest_leaves_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 13.0})
+    one, four = (
+        small({"grid": {"pack.context": [1]}}, distill={"num_workers": number, "use_gpu": False}) for number in (1, 4)
+    )
+    assert concurrency([one]) == 13 // worker_resources(one.distill)["CPU"]
+    assert concurrency([one, four]) == 13 // (4 * worker_resources(four.distill)["CPU"])
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 1.0})
+    assert concurrency([four]) == 1
+
+
+def test_stage_two_is_left_out_where_the_grid_says_so() -> None:
+    trials = grid_trials(small({"grid": {"stage2": [None, {"num_steps": 3}]}}), "one")
+    assert trials[0].config.stage2 is None
+    assert trials[1].config.stage2 is not None
+    kept = grid_trials(small({"grid": {"stage2.control": [True]}}, stage2={}), "one")
+    assert kept[0].config.stage2 is not None
+    assert kept[0].config.stage2.control
+    with pytest.raises(ConfigError, match=r"varies select\.gamma, but the config has no stage2"):
+        grid_trials(small({"grid": {"distill.alpha": [0, 1], "select.gamma": [0, 5]}}), "one")
+
+
 def small(sweep: dict[str, Any], **others: Any) -> Config:
     return parse_config({"run_dir": "/nowhere", "sweeps": {"one": sweep}, **others})
 
@@ -252,7 +300,9 @@ def test_laws_are_told_for_each_combination_or_why_there_is_none() -> None:
         for d in (100, 1000, 5000, 10000)
     ]
     rows.append({"key": 3, "budget": 1, "error": "failed"})
+    rows += [row | {"key": {"of": "a section"}} for row in rows[:5]]
     found = laws(rows, ["key"])
+    assert found.pop()["values"] == {"key": {"of": "a section"}}
     assert [law["values"]["key"] for law in found] == [1, 2, 3]
     assert found[0]["irreducible"] == pytest.approx(0.1, rel=0.01)
     assert "grows" in found[2]["problem"]
