@@ -252,14 +252,18 @@ def main() -> None:
 
 def job(command: str) -> None:
     """Entry point of `jobs/`: `[--config C] [key=value …]`, the config defaulting to the quickstart."""
-    arguments = sys.argv[1:]
     config = "configs/quickstart.yaml"
+    arguments = [part for each in sys.argv[1:] for part in _split_option(each)]
     if "--config" in arguments:
         place = arguments.index("--config")
         config = arguments[place + 1] if len(arguments) > place + 1 else ""
         del arguments[place : place + 2]
     sys.argv[1:] = [command] if command == "--help" else [command, config, *arguments]
     main()
+
+
+def _split_option(argument: str) -> list[str]:
+    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
 
 
 def _explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -29,10 +29,15 @@ class ConfigError(ValueError):
 # in its query (signed URLs), by its own shape, or by the key that it is given to.
 _SECRETS = (
     re.compile(r"https?://[^/?#\s]*@|(?<!github)://[^/?#\s]*:[^/?#\s]*@", re.IGNORECASE),
-    re.compile(r"://\S*[?&][\w.%-]*(sig|signature|credential|token|secret|password|key|accessid)=", re.IGNORECASE),
-    re.compile(r"\bhf_[A-Za-z0-9]{20,}|\b(AKIA|ASIA)[A-Z0-9]{16}\b"),
+    re.compile(r"://\S*[?&][\w.%-]*(sig|signature|credential|auth|token|secret|password|key|accessid)=", re.IGNORECASE),
+    re.compile(r"\b(hf_|gh[opsu]_|github_pat_|glpat-)[A-Za-z0-9_-]{20,}|\b(AKIA|ASIA)[A-Z0-9]{16}\b"),
 )
 _SECRET_KEY = re.compile(r"(^|[._])(token|secret|password|credentials?|api_?key|access_?key)$", re.IGNORECASE)
+
+
+def holds_secret(text: str) -> bool:
+    """Whether it has in it what a credential looks like."""
+    return any(pattern.search(text) for pattern in _SECRETS)
 
 
 def refuse_secrets(value: Any, where: str, key: str = "") -> None:
@@ -51,7 +56,7 @@ def refuse_secrets(value: Any, where: str, key: str = "") -> None:
     elif isinstance(value, list | tuple):
         for item in value:
             refuse_secrets(item, where, key)
-    elif isinstance(value, str) and (_SECRET_KEY.search(key) or any(pattern.search(value) for pattern in _SECRETS)):
+    elif isinstance(value, str) and (_SECRET_KEY.search(key) or holds_secret(value)):
         raise ConfigError(
             f"{where}: '{key}' holds a credential (a password, a token, a signed URL), which would end in logs and "
             "reports; take it out, and give it by the environment (HF_TOKEN, AWS_PROFILE, …) or the machine's role"

@@ -17,7 +17,7 @@ USER_ERRORS = frozenset(
 )
 """What a user can mend; the message is one sentence for the user."""
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, emoji=False)  # an id or a URL may hold `:key:`
 if not console.is_terminal and "COLUMNS" not in os.environ:
     console.width = 160  # a job's log or a pipe, where rich would cut tables off at 80 columns
 
@@ -45,6 +45,12 @@ def say(text: str, **facts: Any) -> None:
         text = json.dumps(line, ensure_ascii=False)
     console.print(text, markup=False)
     console.file.flush()
+
+
+def show(*tables: Any) -> None:
+    """Print tables for the eye; a log of JSON has none, since what they show is in the run's files."""
+    if not as_json():
+        console.print(*tables, sep="\n")
 
 
 def as_json() -> bool:

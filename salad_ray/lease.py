@@ -91,7 +91,10 @@ def _wait_for_end(run_dir: str, url: str) -> None:
             say(f"{run_dir}: {_who(first)} has given no sign of life; its run is taken over")
             return
         time.sleep(LOOK_SECS)
+        asked = time.monotonic()
         seen = _lease(url)
+        if time.monotonic() - asked > BEAT_SECS:  # the store was away, for its holder perhaps as well
+            until = time.monotonic() + WAIT_SECS
 
 
 def _beat(run_dir: str, url: str, own: dict[str, Any], ended: threading.Event, lost: threading.Event) -> None:

@@ -6,6 +6,7 @@ answers errors for a while, or not at all, is asked again for a minute and a hal
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import Any
 
@@ -61,6 +62,13 @@ def read_range(url: str, begin: int, end: int) -> bytes:
     """Bytes [begin, end) of a file; fewer where it ends sooner."""
     fs, path = filesystem(url)
     return bytes(fs.cat_file(path, start=begin, end=end))  # by name: s3fs has the version of an object before them
+
+
+def is_of_storage(error: Exception) -> bool:
+    """Whether it is the storage that fails, where another try may not: Arrow's own errors, of a damaged file, are plain
+    `OSError`s without a number, or with that of a seek to a place that cannot be.
+    """
+    return isinstance(error, OSError) and (type(error) is not OSError or error.errno not in (None, errno.EINVAL))
 
 
 def is_local(fs: fsspec.AbstractFileSystem) -> bool:

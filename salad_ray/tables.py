@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -555,6 +556,8 @@ def atomic_file(url: str) -> Iterator[Any]:
     try:
         with fs.open(temporary, "wb") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())  # after a loss of power, too, a file that has its name is whole
         fs.mv(temporary, path)
     finally:
         if fs.exists(temporary):

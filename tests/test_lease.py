@@ -104,6 +104,25 @@ def test_a_driver_on_another_machine_is_waited_for_before_its_run_is_taken_over(
     assert "no sign of life; its run is taken over" in told
 
 
+def test_a_store_that_was_away_does_not_make_a_driver_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its holder could not write a sign of life either."""
+    file_of(tmp_path).write_text(json.dumps(FOREIGN))
+    looks = 0
+
+    def slow(url: str) -> dict[str, Any]:
+        nonlocal looks
+        looks += 1
+        if looks == 2:
+            time.sleep(1.2)  # longer than a dead driver is waited for
+        if looks == 4:
+            file_of(tmp_path).write_text(json.dumps(FOREIGN | {"beat": 4}))
+        return json.loads(file_of(tmp_path).read_text())
+
+    monkeypatch.setattr(lease, "_lease", slow)
+    with pytest.raises(LeaseError, match="is at work on this run"):
+        lease._wait_for_end(str(tmp_path), "url")
+
+
 def test_a_driver_that_ends_in_the_meantime_is_followed(tmp_path: Path) -> None:
     file_of(tmp_path).write_text(json.dumps(FOREIGN))
     ending = threading.Timer(0.2, file_of(tmp_path).unlink)

@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 from clusters import Head, Node, head, node
-from factories import untrained_copy
+from factories import small_world_config, untrained_copy
 
-from salad_ray.config import Config, dump_config
+from salad_ray.config import Config, dump_config, parse_config
 from salad_ray.tables import Table
+from salad_ray.text.world import DOMAINS, world_passages
 
 pytestmark = pytest.mark.timeout(3600)  # a minute a test, but for machines that are busy with other things
 PATIENCE_SECS = 1200
@@ -129,9 +130,43 @@ def test_a_node_that_dies_while_shards_are_made_costs_nothing(
     config, driver = begun(finished_run, cluster.head, tmp_path, stage)
     cluster.node_with(ACTOR).kill()
     since = time.monotonic()
+    assert not Path(config.run_dir, STAGES[stage], "manifest.json").exists(), "it was done before the node died"
     driver.wait()
     tell(f"a node dies in {stage}", since)
     assert content(config, STAGES[stage]) == content(finished_run, STAGES[stage])
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_while_web_text_is_dealt_to_shards_costs_nothing(cluster: Cluster, tmp_path: Path) -> None:
+    """Its part of what was read lies in the object store, and is read again."""
+    (tmp_path / "web").mkdir()
+    texts = [passage.text for passage in world_passages(4000, DOMAINS, 0, "web")]
+    for number in range(16):
+        rows = [
+            {"id": f"{number}-{at}", "text": " ".join(texts[at : at + 6]) + f" The end of {number} and {at}."}
+            for at in range(number, len(texts) - 6, 6)
+        ]
+        (tmp_path / "web" / f"{number:02d}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    web = {"path": str(tmp_path / "web"), "name": "web", "license": "CC0-1.0"}
+
+    def config_in(folder: str) -> Config:
+        own = {"run_dir": str(tmp_path / folder / "run"), "ingest": {"web": [web], "num_shards": 8}}
+        Path(tmp_path, folder).mkdir()
+        return parse_config(small_world_config(tmp_path) | own)
+
+    undisturbed, config = config_in("one"), config_in("two")
+    Driver(cluster.head, undisturbed, "ingest", "set=web").wait()
+    driver = Driver(cluster.head, config, "ingest", "set=web")
+    table = Path(config.run_dir, "web/passages")
+    driver.wait_for(lambda: len(list(table.glob("scanned/*.json"))) >= 4)
+    cluster.node_with("ray::MapBatches").kill()
+    since = time.monotonic()
+    assert len(list(table.glob("part-*.parquet"))) < 8, "it was done before the node died"
+    driver.wait()
+    tell("a node dies while web text is dealt", since)
+    assert content(config, "web/passages") == content(undisturbed, "web/passages")
+    counts = [Table(each.run_dir, "web", "passages").manifest() or {} for each in (undisturbed, config)]
+    assert counts[0]["num_input"] == counts[1]["num_input"] > 5000
 
 
 @pytest.mark.slow

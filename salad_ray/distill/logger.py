@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import tempfile
 import time
+from contextlib import suppress
 from types import ModuleType
 
 from torch.utils.tensorboard import SummaryWriter
@@ -45,7 +46,9 @@ class Logger:
         if self.mlflow is not None:
             self.mlflow.log_metrics(row, step=step)
         eta = self._eta(step)
-        write_json(f"{self.url}/progress.json", row | {"num_steps": self.num_steps, "eta_secs": eta, "at": time.time()})
+        note = row | {"num_steps": self.num_steps, "eta_secs": eta, "at": time.time()}
+        with suppress(OSError):  # a store that fails now may work at the next note
+            write_json(f"{self.url}/progress.json", note)
         mfu = f" · MFU {row['mfu']:.0%}" if "mfu" in row else ""
         skipped = f" · {row['skipped_steps']:.0f} steps skipped" if row["skipped_steps"] else ""
         say(

@@ -32,8 +32,9 @@ from fsspec.implementations.local import LocalFileSystem
 from huggingface_hub.errors import HfHubHTTPError
 
 from salad_ray.config import ConfigError
+from salad_ray.speech.audio import naming
 from salad_ray.speech.readers import inside
-from salad_ray.store import StoreError, filesystem, open_file
+from salad_ray.store import filesystem, is_of_storage, open_file
 from salad_ray.tables import BadInput, Item, Reject, stable_hash
 from salad_ray.text.documents import MAX_FILE_BYTES, read_whole
 from salad_ray.text.world import world_questions
@@ -190,22 +191,29 @@ def read_recording(audio: str) -> bytes:
     """The encoded bytes of an item's `audio`: a file, or a row of a Parquet file (`file.parquet#row=7`, from 0).
 
     Raises:
-        BadInput: the file is missing or the row has no audio.
+        BadInput: the file is missing or damaged, or the row has no audio.
+        OSError: of the network or a disk, which says nothing of the recording.
     """
     found = _ROW.fullmatch(audio)
-    try:
+    with naming(audio):
         if found is None:
             fs, path = filesystem(audio)
-            return bytes(fs.cat_file(path))
-        group, row = _row_group(found[1], int(found[2]))
-        data = _recordings(found[1], group)[row].get("bytes")
-    except StoreError:  # says nothing of this recording
-        raise
-    except (OSError, ValueError, LookupError, AttributeError, pa.ArrowException) as error:
-        raise BadInput(f"its recording {audio} cannot be read ({type(error).__name__}: {error})") from None
+            data = fs.cat_file(path)
+        else:
+            data = _recording_of_row(found[1], int(found[2]))
     if not data:
         raise BadInput(f"its recording {audio} is empty")
     return bytes(data)
+
+
+def _recording_of_row(url: str, row: int) -> bytes | None:
+    try:
+        group, place = _row_group(url, row)
+        return _recordings(url, group)[place].get("bytes")
+    except (OSError, ValueError, LookupError, AttributeError, pa.ArrowException) as error:
+        if is_of_storage(error):
+            raise
+        raise BadInput(f"its recording {url}#row={row} cannot be read ({type(error).__name__}: {error})") from None
 
 
 def _row_group(url: str, row: int) -> tuple[int, int]:

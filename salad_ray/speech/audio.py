@@ -37,6 +37,8 @@ END_TOLERANCE_SECS = 0.1
 """Durations in tables are rounded, and MP3 encoders pad."""
 MAX_FOREIGN_SHARE = 0.2
 """Largest share of letters outside the language's script."""
+MAX_SAMPLES = 2**27
+"""That are decoded at once, of all channels: 23 minutes of stereo at 48 kHz. Silence is compressed a thousandfold."""
 CACHE_BYTES = 2**28
 """Largest remote recording that is fetched whole."""
 LASTING = (IsADirectoryError, NotADirectoryError, PermissionError)
@@ -114,7 +116,7 @@ def referenced(row: Utterance) -> str | bytes | None:
     """
     if row.audio is not None or row.uri is None:
         return row.audio
-    with _named(row.uri):
+    with naming(row.uri):
         if row.byte_start is not None and row.num_bytes is not None:
             data = read_range(row.uri, row.byte_start, row.byte_start + row.num_bytes)
             if len(data) != row.num_bytes:
@@ -125,7 +127,7 @@ def referenced(row: Utterance) -> str | bytes | None:
 
 
 @contextmanager
-def _named(source: str) -> Iterator[None]:
+def naming(source: str) -> Iterator[None]:
     """Errors of a file system with the file's name: `BadInput` if they last, else an `OSError`, for another try."""
     try:
         yield
@@ -320,7 +322,7 @@ def _open_binary(source: str | bytes | None) -> Iterator[BinaryIO]:
     if isinstance(source, bytes):
         yield io.BytesIO(source)
         return
-    with _named(source), open_file(source) as file:
+    with naming(source), open_file(source) as file:
         yield file
 
 
@@ -349,7 +351,12 @@ def _cut(recording: Recording, offset_secs: float, duration_secs: float) -> tupl
 
 
 def _read(recording: Recording, start: int, num_frames: int) -> np.ndarray:
-    """Samples float32 (num_frames, num_channels)."""
+    """Samples float32 (num_frames, num_channels); raises `BadInput` for more than `MAX_SAMPLES`."""
+    if num_frames * recording.file.channels > MAX_SAMPLES:
+        raise BadInput(
+            f"{num_frames:,} samples of {recording.file.channels} channels would take "
+            f"{num_frames * recording.file.channels * 4 / 2**30:.1f} GiB of memory; cut the recording into parts"
+        )
     missing = start + num_frames - recording.file.frames
     if missing <= 0:
         # An MP3 frame needs those before it; libsndfile does not go back for them.

@@ -16,7 +16,7 @@ from typing import BinaryIO
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from salad_ray.config import ConfigError
+from salad_ray.config import ConfigError, holds_secret
 from salad_ray.store import filesystem
 from salad_ray.tables import BadInput, Reject, Utterance, stable_hash
 
@@ -123,6 +123,8 @@ def inside(path: str, root: str, allow_outside: bool = False) -> str:
     """
     if not path:
         raise BadInput("empty audio path")
+    if holds_secret(path):  # which the reason, the tables and the logs would repeat
+        raise BadInput("its audio path holds a credential (a signed URL, say); name the file without it")
     parts = path.replace("\\", "/").split("/")
     is_absolute = parts[0] == "" or ":" in parts[0]
     place = path if is_absolute else f"{root}/{path}"

@@ -14,7 +14,7 @@ import ray
 import safetensors.numpy
 
 from salad_ray.config import Config, identity
-from salad_ray.console import console, say
+from salad_ray.console import say, show
 from salad_ray.selection.cards import cards_table, chance_purity, cluster_cards, purity
 from salad_ray.selection.draw import priorities
 from salad_ray.selection.kmeans import BalancedKMeans
@@ -184,7 +184,7 @@ def write_cards(config: Config, sizes: list[int]) -> dict[str, Any]:
     write_json(
         f"{Table(config.run_dir, 'web', 'centroids').url}/cards.json", {"clusters": json.loads(json.dumps(cards))}
     )
-    console.print(cards_table(cards))
+    show(cards_table(cards))
     domains = sample["domain"].to_pylist()
     if len(set(domains)) < 2:
         return {}

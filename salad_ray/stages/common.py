@@ -111,6 +111,9 @@ class Stage:
 
     @property
     def _remedy(self) -> str:
+        of_sweep = re.search(r"/sweeps/([^/]+)/[^/]+(/[^/]+)?$", self.table.run_dir)
+        if of_sweep is not None:
+            return f"to begin anew run `salad sweep CONFIG --only {of_sweep[1]} --redo`"
         where = f" set={self.table.set}" if self.table.set else ""
         return f"to replace it run `salad {self.name} CONFIG{where} --redo`, or choose another run_dir"
 

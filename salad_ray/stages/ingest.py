@@ -18,6 +18,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
@@ -47,7 +48,7 @@ from salad_ray.stages.common import (
     run_shards,
     start_ray,
 )
-from salad_ray.stages.shards import ShardPart, StageError, WindowWorker, keep_or_reject, write_shard
+from salad_ray.stages.shards import ShardPart, StageError, WindowWorker, first_line, keep_or_reject, write_shard
 from salad_ray.store import filesystem, is_local, list_folder
 from salad_ray.tables import (
     BadInput,
@@ -311,11 +312,25 @@ def _scan(config: Config, item: dict[str, Any]) -> Iterator[pa.Table]:
     source = Source(**json.loads(item["source"][0]))
     unpacked = f"{config.run_dir}/natural/unpacked"
     rows = scan(source, corpus, config.ingest.max_member_bytes, unpacked)
-    try:
+    with _reading(source.url):
         while piece := list(islice(rows, SCAN_ROWS)):
             yield pa.Table.from_pylist([_scanned(config, row) for row in piece], schema=dealt_schema(Utterance))
-    except OSError as error:  # a reject would lose all that the file holds, for what may pass
-        raise StageError(f"ingest: {source.url} cannot be read ({error}); mend that and run the stage again") from None
+
+
+@contextmanager
+def _reading(url: str) -> Iterator[None]:
+    """What a source fails with, in a sentence; a reject would lose all that it holds."""
+    try:
+        yield
+    except OSError as error:
+        raise StageError(f"ingest: {url} cannot be read ({error}); mend that and run the stage again") from None
+    except Exception as error:
+        if user_error(error) is not None:
+            raise
+        raise StageError(
+            f"ingest: {url}: {type(error).__name__}: {first_line(error)}; please report this as a bug, and "
+            "leave the file out until it is mended"
+        ) from error
 
 
 def _scanned(config: Config, row: Utterance | Reject) -> dict[str, Any]:
@@ -483,11 +498,9 @@ def _scan_text(config: Config, ngrams: Any, item: dict[str, Any]) -> Iterator[pa
     cut = PassageCutter(config, ray.get(ngrams))
     documents = (row for row in read_documents(source, corpus) if _is_taken(row, corpus))
     rows = (row for document in documents for row in cut(document, text_corpus_name(corpus)))
-    try:
+    with _reading(source.url):
         while piece := list(islice(rows, SCAN_ROWS)):
             yield pa.Table.from_pylist([_dealt(config, Passage, *row) for row in piece], schema=dealt_schema(Passage))
-    except OSError as error:  # a reject would lose all that the file holds, for what may pass
-        raise StageError(f"ingest: {source.url} cannot be read ({error}); mend that and run the stage again") from None
 
 
 def _is_taken(row: Document | Reject, corpus: WebTextConfig) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from salad_ray.config import Config, SetName
-from salad_ray.console import console, say
+from salad_ray.console import say, show
 from salad_ray.evaluation.analysis import robustness_grid
 from salad_ray.evaluation.statistics import accuracy_table as accuracy_rows
 from salad_ray.evaluation.statistics import compare, gap_table, robustness_table
@@ -34,23 +34,23 @@ def run(config: Config) -> None:
     heard = heard_domains(Table(config.run_dir, "natural", "features"))
     main, *others = config.measured_sets
     metrics = measured(config, main, heard)
-    console.print(*gap_tables(metrics), sep="\n")
+    show(*gap_tables(metrics))
     for name in others:  # recordings, beside web text that is spoken
         metrics["recorded"] = measured(config, name, heard)
-        console.print(*gap_tables(metrics["recorded"], ", held-out recordings"), sep="\n")
+        show(*gap_tables(metrics["recorded"], ", held-out recordings"))
     selection = Table(config.run_dir, "active", "selection").manifest()
     if selection is not None:
         metrics["selection"] = selection_metrics(config, selection, heard)
-        console.print(selection_table(metrics["selection"]))
+        show(selection_table(metrics["selection"]))
     scores = scored(config)
     if scores:
         metrics["accuracy"] = accuracy_rows(scores, heard)
         metrics["gaps"] = gap_table(scores)
         metrics["differences"] = differences(scores)
-        console.print(accuracy_table(metrics["accuracy"]))
+        show(accuracy_table(metrics["accuracy"]))
     if len(config.evaluate.conditions) > 1:
         metrics["robustness"] = robustness_table(scores)
-        console.print(robustness_grid(metrics["robustness"]))
+        show(robustness_grid(metrics["robustness"]))
     url = f"{config.run_dir}/report/metrics.json"
     write_json(url, metrics)
     write_json(f"{config.run_dir}/report/manifest.json", {"stage": "report", "systems": list(metrics)})

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from salad_ray.config import Config, identity
-from salad_ray.console import console, say
+from salad_ray.console import say, show
 from salad_ray.report.metrics import selection_table
 from salad_ray.selection.draw import bounds, draw, exhausted
 from salad_ray.selection.importance import (
@@ -65,7 +65,7 @@ def draw_selection(config: Config) -> Table:
     stage.table.write("part-00000", chosen)
     seconds = round(time.monotonic() - started, 2)
     stage.finish(num_rows=len(chosen), shards={"part-00000": len(chosen)}, seconds=seconds, **facts)
-    console.print(selection_table(facts))
+    show(selection_table(facts))
     return stage.table
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import threading
 import time
 import traceback
@@ -53,8 +54,8 @@ MAX_LEFT_OUT = 3
 """Rows of a shard that may be rejected for a failure whose reason is not known."""
 TASK_RETRIES = 2
 """Of an item whose process died, before it counts as a try."""
-MIN_FAILURES = 3
-"""Shards that fail at their first try, more than are done: a systematic error."""
+MIN_FAILURES, ENOUGH_FAILURES = 3, 32
+"""Shards that fail at their first try, more than are done: systematic. One for each actor, from some to many."""
 MAX_LOST = 8
 """Shards lost with their processes at which a pass is broken off to see whether that is systematic; doubles then."""
 MAX_EARLY_REJECTED = 0.95
@@ -104,7 +105,7 @@ class WindowWorker:
     def at_row(self, row_id: str) -> None:
         """Note which row will be to blame if this fails now; "" for none."""
         if self.careful is not None:
-            self.note["at"] = row_id
+            self.note |= {"at": row_id, "node": own_node()}
             write_json(self.careful, self.note)
 
     def windows(
@@ -139,10 +140,10 @@ class WindowWorker:
                 self.num_passed += 1
 
     def _look_back(self, note: dict[str, Any] | None) -> None:
-        """Charge the former try's failure to the row at which it was."""
+        """Charge the former try's failure to the row at which it was, unless its machine was taken away."""
         if note is None or note.get("by") != self.by:
-            note = {"by": self.by, "at": "", "reason": "", "failures": {}, "left_out": {}}
-        if row_id := note["at"]:
+            note = {"by": self.by, "at": "", "node": "", "reason": "", "failures": {}, "left_out": {}}
+        if (row_id := note["at"]) and (note["reason"] or is_alive(note["node"])):
             note["failures"][row_id] = note["failures"].get(row_id, 0) + 1
             if note["failures"][row_id] >= ROW_FAILURES:
                 note["left_out"][row_id] = note["reason"] or "its process died at this row, twice"
@@ -151,6 +152,16 @@ class WindowWorker:
         if len(self.left_out) > MAX_LEFT_OUT:
             row_id, reason = list(self.left_out.items())[-1]
             raise RuntimeError(f"more than {MAX_LEFT_OUT} of its rows fail, the last {row_id}: {reason}")
+
+
+def own_node() -> str:
+    """Ray's id of the machine; "" outside of Ray."""
+    return str(ray.get_runtime_context().get_node_id()) if ray.is_initialized() else ""
+
+
+def is_alive(node: str) -> bool:
+    """Whether Ray still has a machine; of "" nobody says otherwise."""
+    return not node or any(each["Alive"] for each in ray.nodes() if each["NodeID"] == node)
 
 
 @dataclass(frozen=True)
@@ -216,6 +227,15 @@ def write_shard(table: Table, shard: str, parts: Iterator[ShardPart]) -> dict[st
     return counts
 
 
+def _require_run(table: Table) -> None:
+    """What this machine writes where the driver does not see it would be lost."""
+    if not file_exists(f"{table.url}/begun.json"):
+        raise StageError(
+            f"machine {socket.gethostname()} does not see {table.url}, which the driver has begun; let run_dir be a "
+            "URL, or in a folder that all machines share"
+        )
+
+
 def first_line(error: BaseException) -> str:
     """What an error says; of a task that failed in another process the last line, where its own error stands."""
     lines = str(error).strip().splitlines() or [""]
@@ -246,9 +266,10 @@ class ShardWriter:
             counts = write_shard(task.table, shard, parts)
         except Exception as error:  # noqa: BLE001 - told, and tried again
             self.broken = True
-            if (cause := user_error(error)) is not None:
+            cause = user_error(error)
+            if cause is not None and not isinstance(cause, OSError):  # a store may refuse this machine alone
                 return result | {"error": str(cause)}
-            return result | self._note_failure(task, item, error)
+            return result | self._note_failure(task, item, cause or error)
         tags = {"run": task.table.run_dir, "stage": task.stage, "set": task.table.set or "-"}
         for metric, number in ((self.rows, counts["num_input"]), (self.rejects, counts["num_rejected"])):
             if number:  # Ray refuses 0
@@ -259,6 +280,7 @@ class ShardWriter:
         task = self.tasks[item["task"]]
         if item["task"] != self.current:
             self.worker = None  # the former one goes first
+            _require_run(task.table)
             self.worker, self.current = task.make_worker(), item["task"]
         assert self.worker is not None
         if isinstance(self.worker, WindowWorker):
@@ -276,7 +298,7 @@ class ShardWriter:
             rejects = [Reject(task.stage, row_id, reason) for row_id, reason in worker.left_out.items()]
             yield ShardPart(part.rows.slice(0, 0), len(rejects), 0, rejects)
 
-    def _note_failure(self, task: Task, item: dict[str, Any], error: Exception) -> dict[str, Any]:
+    def _note_failure(self, task: Task, item: dict[str, Any], error: BaseException) -> dict[str, Any]:
         """Leave the traceback in a file, and in a careful try the reason in the note; both for whoever tries next."""
         reason = f"{type(error).__name__}: {first_line(error)}"
         with suppress(Exception):  # a full disk, say, which may be what failed; the reason is told all the same
@@ -326,10 +348,12 @@ class Counts:
             )
 
     def failed(self, number: int, num_actors: int, reason: str) -> None:
-        """So many shards failed at their first try. What fails is faster than what goes well: each actor has a say."""
+        """So many shards failed at their first try. What fails is faster than what goes well: each actor has a say, of
+        hundreds the first to speak."""
         self.num_failed += number
         num_done = self.num_there + self.num_made
-        if self.num_failed >= max(MIN_FAILURES, num_actors) and self.num_failed > num_done:
+        enough = max(MIN_FAILURES, min(num_actors, ENOUGH_FAILURES))
+        if self.num_failed >= enough and self.num_failed > num_done:
             raise StageError(
                 f"{self.label}: {self.num_failed} shards failed and {num_done} went well, so this is no single "
                 f"row's fault; the last one: {reason}"
@@ -339,8 +363,8 @@ class Counts:
 class Pace:
     """Notes beside each table how far it is, for `salad status`, and what Ray's dashboard and Prometheus show."""
 
-    def __init__(self, tasks: Sequence[Task]) -> None:
-        self.tasks, self.num_actors = tasks, 0
+    def __init__(self, tasks: Sequence[Task], num_gpus: float) -> None:
+        self.tasks, self.num_actors, self.num_gpus = tasks, 0, num_gpus
         self.started = self.noted = time.monotonic()
         self.done = [0] * len(tasks)
         self.rows = [0] * len(tasks)
@@ -368,13 +392,15 @@ class Pace:
                     "done": self.done[number],
                     "total": len(task.items),
                     "num_actors": self.num_actors,
+                    "num_gpus": self.num_actors * self.num_gpus,
                     "num_input": self.rows[number],
                     "num_rejected": self.rejects[number],
                     "rows_per_sec": self.rows[number] / secs,
                     "eta_secs": eta,
                     "at": time.time(),
                 }
-                write_json(f"{task.table.url}/progress.json", note)
+                with suppress(OSError):  # a store that fails now may work at the next note
+                    write_json(f"{task.table.url}/progress.json", note)
 
 
 def map_shards(config: Config, tasks: Sequence[Task], room: int, num_gpus: float) -> dict[str, float]:
@@ -419,7 +445,7 @@ class Passes:
     def __init__(self, config: Config, tasks: Sequence[Task], room: int, num_gpus: float) -> None:
         self.config, self.tasks, self.room, self.num_gpus = config, tasks, room, num_gpus
         self.missing = {(number, shard): Shortfall() for number, task in enumerate(tasks) for shard in task.items}
-        self.counts, self.pace = Counts(config, tasks), Pace(tasks)
+        self.counts, self.pace = Counts(config, tasks), Pace(tasks, num_gpus)
         self.by = uuid.uuid4().hex
         self.max_lost, self.num_lost = MAX_LOST, 0
 

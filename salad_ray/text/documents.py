@@ -27,7 +27,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from salad_ray.config import ConfigError, WebTextConfig, path_name
 from salad_ray.speech.readers import MAX_LINE_BYTES, STAGE, language_code, lines_of
-from salad_ray.store import filesystem, open_file
+from salad_ray.store import filesystem, is_of_storage, open_file
 from salad_ray.tables import BadInput, Reject
 
 ENDS: dict[str, tuple[str, ...]] = {
@@ -250,7 +250,7 @@ def _row_group(
 
 def _damage(error: Exception, detail: str = "") -> BadInput:
     """What Arrow says of a damaged file; errors of the storage itself, which a retry may cure, are raised again."""
-    if isinstance(error, OSError) and type(error) is not OSError:  # Arrow's own are plain
+    if is_of_storage(error):
         raise error
     return BadInput(f"the file is truncated or damaged ({error}){detail}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import gzip
 import hashlib
 import json
@@ -12,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from huggingface_hub import constants
 
 from salad_ray.config import ConfigError
@@ -234,8 +236,30 @@ def test_recordings_stay_in_the_folder_of_the_items(tmp_path: Path) -> None:
     audio = [row.audio for row in found if isinstance(row, Item)]
     assert audio == [f"{tmp_path}/one.wav"] * 2 + [None] * 2 + [f"{tmp_path}/two.wav"]
     assert read_recording(audio[0] or "") == b"RIFF"
-    with pytest.raises(BadInput, match="cannot be read"):
+    with pytest.raises(BadInput, match="no such audio file"):
         read_recording(audio[-1] or "")
+
+
+@pytest.mark.parametrize("name", ["one.wav", "law.parquet#row=0"])
+def test_a_disk_that_fails_is_no_fault_of_a_recording(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "one.wav").write_bytes(b"RIFF")
+    write_parquet(tmp_path / "law.parquet", changed("voicebench_mmsu", question_id=1, audio={"bytes": b"RIFF"}))
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(LocalFileSystem, "_open", fails)
+    with pytest.raises(OSError, match="Input/output error"):
+        read_recording(f"{tmp_path}/{name}")
+
+
+def test_a_damaged_file_of_recordings_is_a_bad_input(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "law.parquet", changed("voicebench_mmsu", question_id=1, audio={"bytes": b"RIFF"}))
+    Path(path).write_bytes(Path(path).read_bytes()[:-40])
+    with pytest.raises(BadInput, match="#row=0 cannot be read"):
+        read_recording(f"{path}#row=0")
 
 
 BAD = [

@@ -26,6 +26,7 @@ from salad_ray import pipeline
 from salad_ray.config import AlignConfig, AugmentConfig, Config, ConfigError, parse_config
 from salad_ray.sequences.batch import frames_of
 from salad_ray.sequences.interleave import timing_of
+from salad_ray.stages import ingest
 from salad_ray.stages.align import AlignShard
 from salad_ray.stages.encode import EncodeShard
 from salad_ray.stages.shards import StageError
@@ -318,3 +319,9 @@ def test_features_as_int8_and_augmented_training_speech(recorded_run: Config, tm
     for row in rows_of(config, "features", Features):
         same = row.features == plain[row.utt_id].features
         assert same == (row.split == "test"), "training speech is changed, measured speech never"
+
+
+def test_a_readers_bug_names_the_file() -> None:
+    with pytest.raises(StageError, match=r"ingest: cuts\.jsonl: KeyError: 'k'; please report this as a bug"):
+        with ingest._reading("cuts.jsonl"):
+            raise KeyError("k")

@@ -25,9 +25,11 @@ from factories import small_world_config
 
 from salad_ray import pipeline
 from salad_ray.config import Config, parse_config
+from salad_ray.console import say, show
 from salad_ray.stages import shards
-from salad_ray.stages.common import Stage, run_shards
+from salad_ray.stages.common import Stage, run_shards, start_ray
 from salad_ray.stages.shards import Counts, ShardPart, ShardWriter, StageError, Task, WindowWorker
+from salad_ray.store import StoreError
 from salad_ray.tables import Passage, Reject, Table, to_arrow
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -81,11 +83,11 @@ def segfault_everywhere(row_id: str) -> None:
     ctypes.string_at(0)
 
 
-def fail_to_write_at_first(tries: str, times: int, row_id: str) -> None:
-    """Like a disk that is full for a while."""
+def fail_to_write_at_first(tries: str, times: int, error: OSError, row_id: str) -> None:
+    """Like a disk that is full, or a store that cannot be reached, for a while."""
     if row_id == "part-00004/3" and len(list(Path(tries).iterdir())) < times:
         Path(tries, uuid.uuid4().hex).touch()
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
 
 def config_in(folder: Path, **changes: Any) -> Config:
@@ -138,9 +140,10 @@ def test_poisoned_rows_become_rejects_and_broken_processes_are_replaced(
     assert "illegal memory access" in Path(table.url, "failures", "part-00002.log").read_text()
     status = json.loads(Path(table.url, "progress.json").read_text())
     assert status["done"] == status["total"] == NUM_SHARDS
-    rows = scraped("ray_salad_rows", config.run_dir)
-    assert 'stage="copy"' in rows
-    assert 'set="web"' in rows
+    for name in ("ray_salad_rows", "ray_salad_rejects", "ray_salad_shards_waiting"):
+        rows = scraped(name, config.run_dir)
+        assert 'stage="copy"' in rows
+        assert 'set="web"' in rows
 
 
 def test_poisoned_rows_of_several_shards_are_rejects_and_a_rerun_knows_it_too(tmp_path: Path) -> None:
@@ -156,9 +159,12 @@ def test_poisoned_rows_of_several_shards_are_rejects_and_a_rerun_knows_it_too(tm
     assert sorted(rejects) == list(bad)
 
 
-def test_an_error_of_the_disk_is_no_rows_fault(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), StoreError("s3://bucket cannot be reached")]
+)
+def test_an_error_of_the_disk_or_the_store_is_no_rows_fault(tmp_path: Path, error: OSError) -> None:
     (tmp_path / "tries").mkdir()
-    table = make(config_in(tmp_path), partial(fail_to_write_at_first, str(tmp_path / "tries"), 6))
+    table = make(config_in(tmp_path), partial(fail_to_write_at_first, str(tmp_path / "tries"), 6, error))
     assert ids(table) == EVERY_ID
     assert not table.rejects.shards()
 
@@ -167,6 +173,7 @@ def test_a_row_is_to_blame_only_while_it_is_worked_on(tmp_path: Path) -> None:
     worker = CopyShard(partial(fail_at, "nobody"))
     table = Table(str(tmp_path), "web", "copies")
     writer = ShardWriter([Task("copy", table, {}, lambda: worker)])
+    Stage("copy", table, {}, {}).begin()
     worker.careful, worker.by = str(tmp_path / "note.json"), "me"
     parts = writer._with_left_out(writer.tasks[0], worker, worker("part-00000"))
     assert [json.loads((tmp_path / "note.json").read_text())["at"] for _ in parts] == [""] * (1 + ROWS_PER_SHARD)
@@ -185,18 +192,39 @@ def test_a_row_is_to_blame_only_while_it_is_worked_on(tmp_path: Path) -> None:
     assert not Path(f"{writer.tasks[0].failures('part-00001')}.json").exists()
 
 
+def test_a_machine_that_is_taken_away_charges_no_row(tmp_path: Path) -> None:
+    start_ray(config_in(tmp_path))
+    worker = CopyShard(print)
+    worker.careful, worker.by = str(tmp_path / "note.json"), "me"
+    list(worker("part-00000"))
+    for node in (worker.note["node"], "f" * 56, worker.note["node"]):
+        Path(worker.careful).write_text(json.dumps(worker.note | {"at": "part-00000/4", "node": node}))
+        list(worker("part-00000"))
+    assert worker.note["failures"] == {"part-00000/4": 2}
+    assert list(worker.left_out) == ["part-00000/4"]
+
+
 def test_where_many_work_a_few_quick_failures_are_not_the_rule(tmp_path: Path) -> None:
     items = {f"part-{i:05d}": 0 for i in range(1000)}
     task = Task("copy", Table(str(tmp_path), "web", "copies"), items, lambda: CopyShard(print))
-    counts = Counts(config_in(tmp_path), [task])
-    counts.failed(99, 100, "first")
-    with pytest.raises(StageError, match=r"100 shards failed and 0 went well.*the last one: second"):
-        counts.failed(1, 100, "second")
+    for num_actors, enough in ((2, 3), (10, 10), (512, 32)):
+        counts = Counts(config_in(tmp_path), [task])
+        counts.failed(enough - 1, num_actors, "first")
+        with pytest.raises(StageError, match=rf"{enough} shards failed and 0 went well.*the last one: second"):
+            counts.failed(1, num_actors, "second")
     Counts(config_in(tmp_path), [replace(task, num_there=100)]).failed(100, 100, "third")
 
 
+def test_a_machine_that_does_not_see_the_run_is_told_before_it_works_for_nothing(tmp_path: Path) -> None:
+    table = Table(str(tmp_path / "at home"), "web", "copies")
+    writer = ShardWriter([Task("copy", table, {}, lambda: CopyShard(print))])
+    item = {"task": 0, "shard": "part-00000", "payload": '"part-00000"', "careful": False, "by": "me"}
+    assert "does not see" in writer(item)["error"]
+    assert not list(tmp_path.iterdir())
+
+
 def test_processes_that_all_die_end_the_stage_early(tmp_path: Path) -> None:
-    with pytest.raises(StageError, match=r"copy set=web: \d+ shards failed and 0 went well.*died|unavailable"):
+    with pytest.raises(StageError, match=r"copy set=web: \d+ shards failed and 0 went well.*(died|unavailable)"):
         make(config_in(tmp_path), segfault_everywhere)
     tried = list(Path(tmp_path, "run/web/copies").glob("*.parquet"))
     assert not tried
@@ -260,12 +288,24 @@ def test_a_stage_that_keeps_nothing_ends_before_the_rest_is_begun(tmp_path: Path
         pipeline.run_stage(config, "synthesize", "natural")
 
 
+@pytest.mark.parametrize("log", ["", "json"])
+def test_what_a_row_or_a_file_is_called_is_not_changed(
+    log: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SALAD_LOG", log)
+    say("libri:a:12 [bold] failed", row="libri:x:12")
+    told = capsys.readouterr().out
+    assert "libri:a:12 [bold] failed" in told
+    assert not log or json.loads(told)["row"] == "libri:x:12"
+
+
 def test_the_log_can_be_json_with_run_stage_and_row(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SALAD_LOG", "json")
     config = config_in(tmp_path)
     pipeline.run_stage(config, "ingest", "heldout")
+    show("a table for the eye")
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert lines
     assert all(
