@@ -138,7 +138,7 @@ def plan(
     show_rates: Annotated[bool, typer.Option("--show-rates", help="Print rates.yaml, to copy and edit.")] = False,
 ) -> None:
     """Say what a config will take, before anything runs: epochs, hours, bytes, memory, money."""
-    from salad_ray.scaling.plan import RATES
+    from salad_ray.scaling.rates import RATES
 
     if show_rates:
         sys.stdout.write(RATES.read_text())

@@ -7,10 +7,23 @@ import os
 import time
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from salad_ray.config import Config, ConfigError, SetName, dump_config, load_config, replaced
-from salad_ray.console import clock, console, log_facts, say
-from salad_ray.tables import Table, Utterance, delete_folder, file_exists, read_json, write_bytes, write_json
+from salad_ray.console import clock, log_facts, say, show
+from salad_ray.tables import (
+    Table,
+    Utterance,
+    delete_folder,
+    file_exists,
+    fingerprint,
+    read_json,
+    write_bytes,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from salad_ray.scaling.rates import Rates
 
 
 @dataclass(frozen=True)
@@ -148,7 +161,7 @@ def run_sweeps(config: Config, only: str | None = None, redo: bool = False) -> N
     page = f"{config.run_dir}/report/page.html"
     write_page([config.run_dir], page)
     for result in results:
-        console.print(*sweep_grids(result), sep="\n")
+        show(*sweep_grids(result))
     say(f"report: {page}#scaling")
     failed = [row for result in results for row in result["rows"] if row["error"]]
     if failed:
@@ -160,7 +173,8 @@ def run_sweeps(config: Config, only: str | None = None, redo: bool = False) -> N
 
 SILENT_SECS = 300
 """After so long without a note of progress, `salad status` says that there was none."""
-CALIBRATION = {
+CALIBRATION: dict[str, Any] = {
+    "ray.max_actors": None,
     "world.num_questions": 64,
     "ingest.corpora": [],
     "ingest.web": [],
@@ -172,6 +186,10 @@ CALIBRATION = {
     "distill.num_steps": 50,
     "distill.num_positions": None,
     "distill.log_every": 10,
+    "distill.extra_resources": {},
+    "distill.wandb_project": None,
+    "distill.mlflow_experiment": None,
+    "evaluate.benchmarks": [],
     "sweeps": {},
 }
 """A run of minutes on the embedded world with the config's own models: what `salad plan --calibrate` measures."""
@@ -182,18 +200,22 @@ CALIBRATION_WAVES = 4
 
 
 def show_plan(config: Config, rates_file: str | None, measured: str | None, calibrate: bool) -> None:
-    """Print the plan and write it to `run_dir/plan/plan.json`; raises `ConfigError` on what the rates do not know."""
-    from salad_ray.scaling.plan import load_rates, make_plan, measured_rates, plan_grids
+    """Print the plan and write it to `run_dir/plan/plan.json`.
+
+    Raises:
+        ConfigError: of what the rates do not know; where nothing can be calibrated.
+    """
+    from salad_ray.scaling.plan import make_plan, plan_grids
+    from salad_ray.scaling.rates import load_rates, measured_rates
 
     rates = load_rates(rates_file)
     if calibrate:
-        run_all(small := calibration(config))
-        measured = small.run_dir
+        measured = _calibrate(config, rates)
     if measured:
         run = config_of(measured)
         rates = measured_rates(rates, run, steps(run), config)
     plan = make_plan(config, steps(config), rates)
-    console.print(*plan_grids(plan), sep="\n")
+    show(*plan_grids(plan))
     url = f"{config.run_dir}/plan/plan.json"
     write_json(url, plan.as_dict() | {"rates": rates.model_dump()})
     for note in plan.notes:
@@ -201,23 +223,48 @@ def show_plan(config: Config, rates_file: str | None, measured: str | None, cali
     say(f"plan: {url}; rates and prices are `salad plan --show-rates`, to copy, edit and pass with --rates")
 
 
+def _calibrate(config: Config, rates: Rates) -> str:
+    """Run the calibration; returns its folder."""
+    from salad_ray.scaling.plan import fit_training
+
+    small = calibration(config)
+    fitted = fit_training(small, rates, min((gpu.total_memory for gpu in _gpus()), default=0))
+    if fitted.distill != small.distill:
+        told = "so that it will seem a little slow"
+        if fitted.distill.activation_checkpointing != small.distill.activation_checkpointing:
+            told = "and activation checkpointing, so that its rate stays what it was"
+        rows = fitted.distill.micro_batch_rows
+        say(f"calibration: what is configured does not fit here; training takes micro_batch_rows={rows}, {told}")
+    run_all(fitted)
+    return fitted.run_dir
+
+
 def calibration(config: Config) -> Config:
-    """A small run of the same kind."""
-    changes = dict(CALIBRATION) | {"run_dir": f"{config.run_dir}/plan/calibration", "base_run": None}
+    """A small run of the same kind, on all GPUs of this machine; another config or machine gives it another folder."""
+    gpus, changes = _gpus(), CALIBRATION | {"base_run": None}
     if config.stage2 is not None:
         changes |= {"stage2.num_steps": 30, "stage2.num_positions": None, "stage2.control": False}
     lanes = config.pack.num_lanes
     if config.distill.use_gpu:
-        lanes = 1
-        changes |= {
-            "distill.num_workers": 1,
-            "pack.num_lanes": 1,
-            "pack.rows_per_lane": config.distill.micro_batch_rows,
-        }
-    num_shards = CALIBRATION_WAVES * (config.ray.num_cpus or os.cpu_count() or 1)
-    num_shards = -(-num_shards // lanes) * lanes
+        lanes = max(1, len(gpus))
+        rows = config.distill.micro_batch_rows
+        changes |= {"distill.num_workers": lanes, "pack.num_lanes": lanes, "pack.rows_per_lane": rows}
+    actors = config.ray.num_cpus or os.cpu_count() or 1
+    if config.synthesize.num_gpus:  # speech takes longest, so its actors decide how much of it there is
+        actors = max(1, int(len(gpus) / config.synthesize.num_gpus))
+    num_shards = -(-CALIBRATION_WAVES * actors // lanes) * lanes
     changes |= {f"world.{name}": rows * num_shards for name, rows in CALIBRATION_ROWS.items()}
-    return replaced(config, changes | {"ingest.num_shards": num_shards}, "calibration")
+    small = replaced(config, changes | {"ingest.num_shards": num_shards}, "calibration")
+    decisive = small.model_dump(mode="json", exclude={"run_dir", "set", "strict"})
+    name = fingerprint(decisive | {"gpus": [gpu.name for gpu in gpus]})[:8]
+    return small.model_copy(update={"run_dir": f"{config.run_dir}/plan/calibration-{name}"})
+
+
+def _gpus() -> list[Any]:
+    """Of this machine: `name` and `total_memory` (bytes) of each."""
+    import torch
+
+    return [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
 
 
 def redo(config: Config, stage: str, set_name: str) -> None:
@@ -291,6 +338,7 @@ def _table_status(table: Table) -> dict[str, str]:
     if "step" in note:
         return row | {"state": f"step {note['step']}/{note['num_steps']}, {when}"}
     left = note["total"] - note["done"]
-    state = f"{len(table.shards())} shards, {left} to go, {note['rows_per_sec']:,.0f} rows/s, {when}"
+    held = f"{note['num_gpus']:g} GPUs, " if note["num_gpus"] else ""
+    state = f"{len(table.shards())} shards, {left} to go, {note['rows_per_sec']:,.0f} rows/s, {held}{when}"
     rejects = f"{note['num_rejected']:,}" if note["num_rejected"] else ""
     return row | {"state": state, "rows": f"{note['num_input']:,}", "rejects": rejects}

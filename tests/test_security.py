@@ -40,7 +40,8 @@ from salad_ray.model.encoder import load_encoder
 from salad_ray.model.loading import ModelError
 from salad_ray.model.speech_lm import load_text_lm, load_tokenizer
 from salad_ray.report.card import cell
-from salad_ray.scaling.plan import load_rates, text_llm
+from salad_ray.scaling.plan import text_llm
+from salad_ray.scaling.rates import load_rates
 from salad_ray.scaling.sweep import as_csv
 from salad_ray.speech import readers
 from salad_ray.speech.audio import load_audio

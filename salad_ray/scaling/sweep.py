@@ -41,7 +41,7 @@ from salad_ray.distill.trainer import Job, TrainingStopped, train, worker_resour
 from salad_ray.model.speech_lm import EncoderSpec
 from salad_ray.report.card import model_card, speech_data
 from salad_ray.scaling.law import LawError, MisalignmentLaw, fit_misalignment_law
-from salad_ray.scaling.plan import Step
+from salad_ray.scaling.rates import Step
 from salad_ray.stages.common import PickPassages, Stage, finished, picked_shards, run_shards, start_ray
 from salad_ray.stages.pack import steps_of
 from salad_ray.stages.select import draw_selection

@@ -322,6 +322,6 @@ def test_features_as_int8_and_augmented_training_speech(recorded_run: Config, tm
 
 
 def test_a_readers_bug_names_the_file() -> None:
-    with pytest.raises(StageError, match=r"ingest: cuts\.jsonl: KeyError: 'k'; please report this as a bug"):
-        with ingest._reading("cuts.jsonl"):
-            raise KeyError("k")
+    words = r"ingest: cuts\.jsonl: KeyError: 'k'; please report this as a bug"
+    with pytest.raises(StageError, match=words), ingest._reading("cuts.jsonl"):
+        raise KeyError("k")
