@@ -17,6 +17,9 @@ $(INSTALLED): locks/$(EXTRA).txt pyproject.toml
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r locks/$(EXTRA).txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+ifeq ($(EXTRA),gpu)  # this lock is the clusters', without what tests need; that comes at the other one's versions
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint locks/cpu.txt -e '.[dev]'
+endif
 	@touch $@
 
 # Without its dependencies: moshi's bounds on torch and others contradict ours.
@@ -54,7 +57,7 @@ bench: $(INSTALLED)
 lock: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile --quiet --upgrade --no-header --no-annotate --python-version 3.11 pyproject.toml \
-		--extra gpu --extra dev --output-file locks/gpu.txt
+		--extra gpu --output-file locks/gpu.txt
 	$(BIN)/uv pip compile --quiet --upgrade --no-header --no-annotate --python-version 3.11 pyproject.toml \
 		--extra cpu --extra dev | grep -Ev '^(nvidia-|triton|cuda-)' > locks/cpu.txt
 

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import fnmatch
+import json
 import math
 import re
+import shlex
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
+import ray
 import yaml
 from botocore.client import BaseClient
+from moto import mock_aws
 from ray.autoscaler._private.aws import config as rays_aws
+from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.util import fillout_defaults, validate_config
 
 from salad_ray import pipeline
 from salad_ray.config import Config, load_config
-from salad_ray.scaling.plan import gpus_of
+from salad_ray.scaling.rates import gpus_of
+from salad_ray.stages.common import require_gpus
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ("salad_3b", "salad_7b")
@@ -31,6 +40,39 @@ def cluster() -> dict[str, Any]:
 def ray_job() -> dict[str, Any]:
     content: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "kuberay.yaml").read_text())
     return content
+
+
+def guide() -> str:
+    return (ROOT / "docs" / "cluster.md").read_text()
+
+
+def submitted() -> list[list[str]]:
+    """Job and arguments of what is run on a cluster: the RayJob's entrypoint, every `ray job submit` of the guide."""
+    lines = [line.strip() for line in guide().replace("\\\n", " ").splitlines()]
+    own = [line.split(" -- ")[1] for line in lines if line.startswith("ray job submit ")]
+    assert len(own) == 2
+    return [shlex.split(command)[1:] for command in (ray_job()["spec"]["entrypoint"], *own)]
+
+
+def config_of(job: list[str]) -> Config:
+    _, option, path, *overrides = job
+    assert option == "--config"
+    return load_config(ROOT / path, overrides)
+
+
+def policy(name: str) -> list[dict[str, Any]]:
+    statements: list[dict[str, Any]] = json.loads((ROOT / "deploy" / f"{name}.json").read_text())["Statement"]
+    return statements
+
+
+def actions(name: str) -> list[str]:
+    allowed = [statement["Action"] for statement in policy(name)]
+    return [action for some in allowed for action in ([some] if isinstance(some, str) else some)]
+
+
+def pins(lock: str) -> dict[str, str]:
+    lines = (ROOT / "locks" / f"{lock}.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines)
 
 
 def pools() -> dict[str, dict[str, dict[str, Any]]]:
@@ -136,8 +178,7 @@ def test_nothing_is_open_to_the_world(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(set(named.values())) == 1  # the same for all: its machines reach each other
     assert all(groups and all(group.startswith("sg-") for group in groups) for groups in named.values())
     assert "security_group" not in config["provider"]  # Ray would pass over its rules
-    guide = (ROOT / "docs" / "cluster.md").read_text()
-    assert re.findall(r"authorize-security-group-ingress --group-id \$group (.+)", guide) == [
+    assert re.findall(r"authorize-security-group-ingress --group-id \$group (.+)", guide()) == [
         "--protocol tcp --port 22 --cidr 203.0.113.7/32",
         "--protocol all --source-group $group",
     ]
@@ -162,13 +203,148 @@ def test_pools_begin_empty_and_the_head_computes_nothing() -> None:
     assert kinds["idle_timeout_minutes"] == config["idle_timeout_minutes"]
 
 
-def test_set_up_is_from_the_lock_and_the_versions_agree() -> None:
-    assert any("locks/gpu.txt" in command for command in cluster()["setup_commands"])
-    locked = next(line for line in (ROOT / "locks/gpu.txt").read_text().splitlines() if line.startswith("ray"))
-    assert locked.endswith(f"=={ray_job()['spec']['rayClusterSpec']['rayVersion']}")
+def test_stages_may_grow_the_pools_which_begin_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", dict)
+    for job in submitted():
+        config = config_of(job)
+        for step in pipeline.steps(config):
+            gpus = gpus_of(config, step)
+            require_gpus(config, step.stage, gpus)
+            wanted = {"CPU": 1.0, "GPU": gpus}
+            most = max(sum(room(pool, wanted) for pool in kinds.values()) for kinds in pools().values()) if gpus else 1
+            assert config.ray.max_actors is not None, job
+            assert config.ray.max_actors >= most, f"{step} would leave machines unused"
 
 
-def test_the_job_runs_an_entry_point_that_exists() -> None:
-    _, job, *arguments = ray_job()["spec"]["entrypoint"].split()
-    assert (ROOT / job).is_file()
-    assert (ROOT / arguments[arguments.index("--config") + 1]).is_file()
+def test_what_is_submitted_is_there_and_writes_where_all_machines_reach() -> None:
+    for job in submitted():
+        assert (ROOT / job[0]).is_file()
+        assert config_of(job).run_dir.startswith("s3://")
+
+
+def test_after_the_guides_edits_nothing_is_left_to_change(tmp_path: Path) -> None:
+    for name in ("configs", "deploy"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "cluster.yaml", tmp_path)
+    edits = [line.strip() for line in guide().splitlines() if line.strip().startswith("perl -pi -e ")]
+    own = {"bucket": "own-bucket", "account": "123456789012", "ami": "ami-0a", "group": "sg-0a"}
+    own |= {"image": "images/salad_ray:1", "service_account": "salad"}
+    subprocess.run(["bash", "-ec", "\n".join(edits)], cwd=tmp_path, env=own | {"PATH": "/usr/bin:/bin"}, check=True)
+
+    def edited(file: str) -> Any:
+        content = yaml.safe_load((tmp_path / file).read_text())
+        assert "CHANGE-ME" not in str(content), file
+        return content
+
+    machine = edited("cluster.yaml")["available_node_types"]["cpu"]["node_config"]
+    assert machine["IamInstanceProfile"]["Arn"] == "arn:aws:iam::123456789012:instance-profile/salad-worker"
+    assert (machine["ImageId"], machine["SecurityGroupIds"]) == ("ami-0a", ["sg-0a"])
+    assert edited("deploy/iam-head.json")["Statement"][-1]["Resource"] == "arn:aws:iam::123456789012:role/salad-worker"
+    assert edited("deploy/iam-bucket.json")["Statement"][-1]["Resource"] == "arn:aws:s3:::own-bucket/*"
+    assert "run_dir=s3://own-bucket/" in edited("deploy/kuberay.yaml")["spec"]["entrypoint"]
+    assert edited("configs/salad_3b.yaml")
+    corpora = load_config(tmp_path / "configs" / "salad_3b.yaml").ingest.corpora
+    assert all(corpus.path.startswith("s3://own-bucket/") for corpus in corpora)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_benchmark_can_be_read_by_everyone(name: str) -> None:
+    """The first stage reads all of them, to keep them out of the web text."""
+    benchmarks = load_config(ROOT / "configs" / f"{name}.yaml").evaluate.benchmarks
+    assert {benchmark.name for benchmark in benchmarks} == {
+        *("openbookqa", "hellaswag", "arc_challenge", "piqa", "mmlu_spoken", "voicebench_mmsu")
+    }
+    assert all(re.fullmatch(r"[\w-]+/[\w-]+", benchmark.path) for benchmark in benchmarks)
+
+
+def test_the_heads_role_may_do_what_rays_autoscaler_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = set()
+    call = BaseClient._make_api_call
+
+    def record(client: Any, operation: str, arguments: dict[str, Any]) -> Any:
+        asked.add(f"{client.meta.service_model.service_name}:{operation}")
+        return call(client, operation, arguments)
+
+    with mock_aws():
+        ec2 = boto3.client("ec2", "us-east-1")
+        machine = {"ImageId": ec2.describe_images()["Images"][0]["ImageId"], "InstanceType": "g6.12xlarge"}
+        machine |= {"SubnetIds": [ec2.describe_subnets()["Subnets"][0]["SubnetId"]]}
+        machine |= {"InstanceMarketOptions": {"MarketType": "spot"}}
+        monkeypatch.setattr(BaseClient, "_make_api_call", record)
+        provider = AWSNodeProvider(cluster()["provider"], cluster()["cluster_name"])
+        provider.create_node(machine, {"ray-node-kind": "worker"}, 1)
+        [node] = provider.non_terminated_nodes({})
+        provider.set_node_tags(node, {"ray-node-status": "up-to-date"})
+        provider.internal_ip(node)
+        provider.terminate_nodes([node])
+        assert provider.non_terminated_nodes({}) == []
+    assert {"ec2:RunInstances", "ec2:CreateTags", "ec2:TerminateInstances"} <= asked
+    allowed = actions("iam-head")
+    assert [each for each in asked if not any(fnmatch.fnmatchcase(each, action) for action in allowed)] == []
+    owned = [
+        each["Condition"]["StringEquals"] for each in policy("iam-head") if "ec2:TerminateInstances" in each["Action"]
+    ]
+    assert owned == [{"aws:ResourceTag/ray-cluster-name": cluster()["cluster_name"]}]
+
+
+def test_the_buckets_policy_is_what_the_guide_says() -> None:
+    assert set(actions("iam-bucket")) == set(re.findall(r"`(s3:\w+)`", guide()))
+
+
+def test_what_machines_get_is_the_lock_and_a_token_that_only_its_owner_reads() -> None:
+    mounts = cluster()["file_mounts"]
+    assert mounts == {
+        "/home/ubuntu/lock.txt": "locks/gpu.txt",  # a folder would be read as a whole before every `ray up`
+        "/home/ubuntu/.ray/auth_token": "~/.ray/auth_token",
+    }
+    assert "chmod 600 ~/.ray/auth_token" in cluster()["setup_commands"]
+    [made] = [line for line in guide().splitlines() if "openssl rand" in line]
+    assert "umask 077" in made
+    assert "~/.ray/auth_token" in made
+
+
+def test_gpu_pools_of_kubernetes_are_let_onto_tainted_machines() -> None:
+    for group in ray_job()["spec"]["rayClusterSpec"]["workerGroupSpecs"]:
+        spec = group["template"]["spec"]
+        if "nvidia.com/gpu" in spec["containers"][0]["resources"]["requests"]:
+            assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in spec["tolerations"]
+
+
+def test_the_image_holds_what_the_job_needs() -> None:
+    lines = (ROOT / "deploy" / "Dockerfile").read_text().splitlines()
+    copied = [name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]]
+    assert {"locks/gpu.txt", "pyproject.toml", "README.md", "LICENSE", "salad_ray", "jobs", "configs"} == set(copied)
+    assert all((ROOT / name).exists() for name in copied)
+    assert "WORKDIR /app" in lines
+    assert (
+        ray_job()["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["workingDir"]
+        == "/app"
+    )
+
+
+def test_clusters_install_what_ray_needs_there_and_nothing_of_development() -> None:
+    gpu, cpu = pins("gpu"), pins("cpu")
+    assert "boto3" in gpu  # the head's autoscaler starts machines by it
+    assert not {"pytest", "moto", "playwright", "flask", "mypy", "ruff", "hypothesis", "liger-kernel"} & set(gpu)
+    assert {name: gpu[name] for name in gpu.keys() & cpu.keys()} == {
+        name: cpu[name] for name in gpu.keys() & cpu.keys()
+    }
+
+
+def test_the_guides_costs_are_the_plans(tmp_path: Path) -> None:
+    prices = re.findall(r"^ +((?:cpu|gpu|spot_gpu)_hour: [\d.]+)", guide(), re.MULTILINE)
+    assert len(prices) == 3
+    rates = (ROOT / "salad_ray" / "scaling" / "rates.yaml").read_text()
+    for price in prices:
+        rates, found = re.subn(rf"^  {price.split(':')[0]}: [\d.]+", f"  {price}", rates, flags=re.MULTILINE)
+        assert found == 1
+    (tmp_path / "mine.yaml").write_text(rates)
+    overrides = [f"run_dir={tmp_path}", "distill.num_workers=8"]
+    config = load_config(ROOT / "configs" / "salad_3b.yaml", overrides)
+    pipeline.show_plan(config, str(tmp_path / "mine.yaml"), None, False)
+    plan = json.loads((tmp_path / "plan" / "plan.json").read_text())
+    [stage1] = [cost["money"] for cost in plan["stages"] if cost["stage"] == "stage1"]
+    said = re.search(r"([\d,]+) USD of compute, ([\d,]+) of them for\s+training in Stage I", guide())
+    assert said is not None
+    for number, reckoned in zip(said.groups(), (plan["totals"]["compute"], stage1), strict=True):
+        assert float(number.replace(",", "")) == pytest.approx(reckoned, rel=0.05)

@@ -140,12 +140,9 @@ def test_a_node_that_dies_while_shards_are_made_costs_nothing(
 def test_a_node_that_dies_while_web_text_is_dealt_to_shards_costs_nothing(cluster: Cluster, tmp_path: Path) -> None:
     """Its part of what was read lies in the object store, and is read again."""
     (tmp_path / "web").mkdir()
-    texts = [passage.text for passage in world_passages(4000, DOMAINS, 0, "web")]
+    texts = [passage.text for passage in world_passages(24_000, DOMAINS, 0, "web")]
     for number in range(16):
-        rows = [
-            {"id": f"{number}-{at}", "text": " ".join(texts[at : at + 6]) + f" The end of {number} and {at}."}
-            for at in range(number, len(texts) - 6, 6)
-        ]
+        rows = [{"id": f"{number}-{at}", "text": text} for at, text in enumerate(texts[number::16])]
         (tmp_path / "web" / f"{number:02d}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     web = {"path": str(tmp_path / "web"), "name": "web", "license": "CC0-1.0"}
 
@@ -159,14 +156,14 @@ def test_a_node_that_dies_while_web_text_is_dealt_to_shards_costs_nothing(cluste
     driver = Driver(cluster.head, config, "ingest", "set=web")
     table = Path(config.run_dir, "web/passages")
     driver.wait_for(lambda: len(list(table.glob("scanned/*.json"))) >= 4)
-    cluster.node_with("ray::MapBatches").kill()
+    cluster.nodes[0].kill()
     since = time.monotonic()
     assert len(list(table.glob("part-*.parquet"))) < 8, "it was done before the node died"
     driver.wait()
     tell("a node dies while web text is dealt", since)
     assert content(config, "web/passages") == content(undisturbed, "web/passages")
     counts = [Table(each.run_dir, "web", "passages").manifest() or {} for each in (undisturbed, config)]
-    assert counts[0]["num_input"] == counts[1]["num_input"] > 5000
+    assert counts[0]["num_input"] == counts[1]["num_input"] >= len(texts)
 
 
 @pytest.mark.slow
