@@ -30,7 +30,7 @@ class ConfigError(ValueError):
 _SECRETS = (
     re.compile(r"https?://[^/?#\s]*@|(?<!github)://[^/?#\s]*:[^/?#\s]*@", re.IGNORECASE),
     re.compile(r"://\S*[?&][\w.%-]*(sig|signature|credential|auth|token|secret|password|key|accessid)=", re.IGNORECASE),
-    re.compile(r"\b(hf_|gh[opsu]_|github_pat_|glpat-)[A-Za-z0-9_-]{20,}|\b(AKIA|ASIA)[A-Z0-9]{16}\b"),
+    re.compile(r"\b(hf_|gh[opsu]_)[A-Za-z0-9]{20,}|\b(github_pat_|glpat-)[\w-]{20,}|\b(AKIA|ASIA)[A-Z0-9]{16}\b"),
 )
 _SECRET_KEY = re.compile(r"(^|[._])(token|secret|password|credentials?|api_?key|access_?key)$", re.IGNORECASE)
 

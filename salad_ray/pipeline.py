@@ -338,7 +338,7 @@ def _table_status(table: Table) -> dict[str, str]:
     if "step" in note:
         return row | {"state": f"step {note['step']}/{note['num_steps']}, {when}"}
     left = note["total"] - note["done"]
-    held = f"{note['num_gpus']:g} GPUs, " if note["num_gpus"] else ""
+    held = f"{note['num_gpus']:g} GPUs, " if note.get("num_gpus") else ""
     state = f"{len(table.shards())} shards, {left} to go, {note['rows_per_sec']:,.0f} rows/s, {held}{when}"
     rejects = f"{note['num_rejected']:,}" if note["num_rejected"] else ""
     return row | {"state": state, "rows": f"{note['num_input']:,}", "rejects": rejects}

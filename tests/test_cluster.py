@@ -70,6 +70,13 @@ def actions(name: str) -> list[str]:
     return [action for some in allowed for action in ([some] if isinstance(some, str) else some)]
 
 
+def test_set_up_is_from_the_lock_and_the_versions_agree() -> None:
+    mounts = cluster()["file_mounts"]
+    assert mounts["/home/ubuntu/lock.txt"] == "locks/gpu.txt"
+    assert any("pip install" in each and "-r ~/lock.txt" in each for each in cluster()["setup_commands"])
+    assert pins("gpu")["ray"] == ray_job()["spec"]["rayClusterSpec"]["rayVersion"]
+
+
 def pins(lock: str) -> dict[str, str]:
     lines = (ROOT / "locks" / f"{lock}.txt").read_text().splitlines()
     return dict(line.split("==") for line in lines)

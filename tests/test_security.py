@@ -448,8 +448,25 @@ LEAKS = [
     f"https://account.blob.core.windows.net/c?sv=1&sig={SECRET}",
     f"https://host/x?access_token={SECRET}",
     f"hf_{SECRET}",
+    f"https://host/x?auth={SECRET}",
+    f"ghp_{SECRET}",
+    f"glpat-{SECRET}",
     "AKIA0123456789ABCDEF",
 ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hf_librispeech-clean-100h/a.flac",
+        "hf_libriheavy_train_clean_100/x.flac",
+        "ghs_recordings_of_june_2024.wav",
+        "asian_keys/token_1.wav",
+    ],
+)
+def test_ordinary_names_are_no_credentials(name: str) -> None:
+    assert parse_config({"run_dir": f"s3://bucket/{name}"}).run_dir.endswith(name)
+    assert readers.inside(name, "/corpus") == f"/corpus/{name}"
 
 
 @pytest.mark.parametrize("value", LEAKS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import mean, stdev
 from typing import Any
 
 from rich.table import Table as RichTable
@@ -82,18 +83,24 @@ def _sentences(result: dict[str, Any]) -> list[str]:
 def _best(result: dict[str, Any]) -> str:
     """Which combination has the lowest M, and which others' M cannot be told from it; "" without two of them."""
     rows = [row for row in result["rows"] if not row["error"] and finite(row.get("misalignment"))]
-    if len(rows) < 2:
+    places = [_place(result, group) for group in _groups(rows, list(result["grid"]))]
+    if len(places) < 2:
         return ""
-    best, *others = sorted(rows, key=lambda row: row["misalignment"])
-    near = [
-        _label({key: row[key] for key in result["grid"]})
-        for row in others
-        if row["misalignment"] - best["misalignment"]
-        <= Z95 * math.hypot(*(each.get("misalignment_standard_error") or 0.0 for each in (row, best)))
-    ]
-    told = f"within the noise of the passages lie also {'; '.join(near)}" if near else "no other comes near it"
-    place = _label({key: best[key] for key in result["grid"]})
-    return f"Sweep {result['name']}: M is lowest, {_with_error(best, 'misalignment')}, at {place}; {told}."
+    (value, error, best), *others = sorted(places, key=lambda place: place[0])
+    if not all(map(math.isfinite, (error, *(other for _, other, _ in others)))):
+        return f"Sweep {result['name']}: M is lowest, {number(value)}, at {best}."
+    near = [label for other, its, label in others if other - value <= Z95 * math.hypot(error, its)]
+    told = f"within the noise lie also {'; '.join(near)}" if near else "no other comes near it"
+    return f"Sweep {result['name']}: M is lowest, {number(value)} ± {number(error)}, at {best}; {told}."
+
+
+def _place(result: dict[str, Any], group: list[dict[str, Any]]) -> tuple[float, float, str]:
+    """M of a combination, its standard error (over seeds; of one over passages; nan for none), and its name."""
+    values = [row["misalignment"] for row in group]
+    errors = [row.get("misalignment_standard_error") for row in group]
+    own = errors[0] if finite(errors[0]) else math.nan
+    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else own
+    return mean(values), error, _label({key: group[0][key] for key in result["grid"]})
 
 
 def _against_budget(name: str, result: dict[str, Any], quantity: str) -> Plot | None:

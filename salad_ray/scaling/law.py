@@ -24,12 +24,14 @@ EXPONENTS = np.geomspace(0.02, 6.0, 241)
 """β that are tried."""
 MIN_BUDGETS = 4
 """Three numbers are fitted."""
+SAME_BUDGET = 1.05
+"""D that lie nearer to each other than this ratio are one budget, which seeds come to with rows of other fill."""
 HUBER = 1.345
 """Residuals beyond so many standard deviations lose weight (Huber 1981: 95 % as efficient where there are none)."""
 OUTLIER_P_VALUE = 0.05
 """Of the most conspicuous point, over all points."""
 GROWTH, MAX_P_OF_GROWTH = 0.08, 0.05
-"""M that grows by more than this share, with this p-value or less, has no law."""
+"""M that grows by more than this share has no law: over all budgets, or behind its smallest value with this p-value."""
 NO_REST = 1e-6
 """E below this share of the smallest M is 0."""
 TINY = 1e-18
@@ -149,7 +151,7 @@ def _checked(num_positions: ArrayLike, misalignment: ArrayLike) -> tuple[Array, 
         wrong = np.flatnonzero(~(np.isfinite(given) & (given > 0)))
         if len(wrong):
             raise LawError(f"{name}[{wrong[0]}] is {given[wrong[0]]:g}; the law is fitted to numbers above 0")
-    budgets = len(np.unique(positions))
+    budgets = len(np.unique(_budgets(positions)))
     if budgets < MIN_BUDGETS:
         raise LawError(
             f"{budgets} training budget{'s' if budgets != 1 else ''} cannot tell E, B and β apart; measure at "
@@ -169,16 +171,26 @@ def _require_fall(positions: Array, values: Array) -> None:
         raise LawError(_grows(change, since, positions))
 
 
+def _budgets(positions: Array) -> Array:
+    """(N,) the budget of each point: the smallest D of those that are one."""
+    budgets = np.empty_like(positions)
+    for index in np.argsort(positions):
+        same = budgets[positions < positions[index]]
+        near = same[positions[index] <= SAME_BUDGET * same]
+        budgets[index] = near[0] if len(near) else positions[index]
+    return budgets
+
+
 def _lowest(positions: Array, values: Array) -> float:
     """The budget with the smallest M, of several seeds on average."""
-    budgets = np.unique(positions)
-    return float(min(budgets, key=lambda budget: values[positions == budget].mean()))
+    budgets = _budgets(positions)
+    return float(min(np.unique(budgets), key=lambda budget: values[budgets == budget].mean()))
 
 
 def _growth(positions: Array, values: Array, first: float) -> tuple[float, float]:
     """By what share M grows from a budget on, and the p-value of that trend (1 where fewer than three points tell)."""
     chosen = positions >= first
-    if len(np.unique(positions[chosen])) < 3:
+    if len(np.unique(_budgets(positions[chosen]))) < 3:
         return 0.0, 1.0
     trend = stats.linregress(np.log(positions[chosen]), np.log(values[chosen]), alternative="greater")
     return float(np.expm1(trend.slope * np.log(positions.max() / first))), float(trend.pvalue)
@@ -197,12 +209,12 @@ def _require_dependence(fit: _Fit) -> None:
     if _p_value_of_constant(fit) > MAX_P_VALUE and trend.pvalue > 0.05:
         since = _lowest(fit.positions, fit.values)
         change, _ = _growth(fit.positions, fit.values, since)
+        why = "it is as low as it gets, or the budgets lie too near to each other: try smaller ones"
         if change > GROWTH:
-            raise LawError(_grows(change, since, fit.positions))
+            why = f"it is lowest at {since:.3g} and {change:+.0%} behind that, if that is no noise: try more budgets"
         raise LawError(
             f"M does not fall measurably between {fit.positions.min():.3g} and {fit.positions.max():.3g} positions: "
-            f"{fit.values.mean():.3g} throughout fits as well; it is as low as it gets, or the budgets lie too near to "
-            "each other: try smaller ones"
+            f"{fit.values.mean():.3g} throughout fits as well; {why}"
         )
 
 

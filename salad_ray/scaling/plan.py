@@ -22,9 +22,9 @@ from transformers import AutoConfig, PreTrainedConfig, Qwen2Config
 
 from salad_ray.config import PICKED_PER_SHARD, STAGE2_SHARE, Config, ConfigError, DistillConfig, path_name
 from salad_ray.console import clock
-from salad_ray.distill.step import PEAK_FLOPS
+from salad_ray.distill.step import DTYPES, PEAK_FLOPS
 from salad_ray.model.loading import UNUSABLE, reason
-from salad_ray.scaling.memory import BYTES, Shape, training_memory
+from salad_ray.scaling.memory import BYTES, Shape, layer_bytes, num_parameters, training_memory
 from salad_ray.scaling.rates import (
     ASSUMPTION,
     CLUSTER_FIT,
@@ -212,9 +212,13 @@ def text_llm(config: Config, rates: Rates) -> PreTrainedConfig:
     shape = rates.models.get(teacher)
     try:
         if shape is not None:
-            return AutoConfig.for_model(**shape)
-        return AutoConfig.from_pretrained(teacher, revision=config.model.revision, trust_remote_code=False)
-    except UNUSABLE as error:
+            llm = AutoConfig.for_model(**shape)
+        else:
+            llm = AutoConfig.from_pretrained(teacher, revision=config.model.revision, trust_remote_code=False)
+        num_parameters(llm)  # this and the next fail where it is another kind of model
+        layer_bytes(llm, DTYPES["bf16"], rows=1, context=8)
+        return llm
+    except (*UNUSABLE, AttributeError, ArithmeticError) as error:
         if shape is not None:
             raise ConfigError(f"rates: 'models.{teacher}' is no config of a text LLM ({reason(error)})") from None
         raise ConfigError(

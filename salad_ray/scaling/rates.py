@@ -152,6 +152,10 @@ def load_rates(path: str | None = None) -> Rates:
     for kind in rates.stages:
         if kind not in kinds:
             raise ConfigError(f"{place}: unknown key 'stages.{kind}'; {_near(kind, kinds)}")
+    numbers = [name for section in (SpeechRates, TrainingRates, ByteRates) for name in section.model_fields]
+    for name in rates.sources:
+        if name not in numbers:
+            raise ConfigError(f"{place}: unknown key 'sources.{name}'; {_near(name, numbers)}")
     return rates
 
 

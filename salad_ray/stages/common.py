@@ -111,7 +111,7 @@ class Stage:
 
     @property
     def _remedy(self) -> str:
-        of_sweep = re.search(r"/sweeps/([^/]+)/[^/]+(/[^/]+)?$", self.table.run_dir)
+        of_sweep = re.search(r"/sweeps/([^/]+)/(shared-|pool-|[^/]*=)[^/]*(/[^/]*=[^/]*)?$", self.table.run_dir)
         if of_sweep is not None:
             return f"to begin anew run `salad sweep CONFIG --only {of_sweep[1]} --redo`"
         where = f" set={self.table.set}" if self.table.set else ""

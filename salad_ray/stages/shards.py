@@ -62,6 +62,8 @@ MAX_EARLY_REJECTED = 0.95
 """Share of the rows of the first shards; beyond it the rest is not even begun."""
 WAIT_SECS = 120.0
 """Without a first shard, before it is said that no machine has what a stage asks for."""
+SEEN_SECS = 60.0
+"""In which a machine has to see what the driver has begun."""
 NOTE_SECS = 5.0
 """Between two notes of how far a stage is."""
 
@@ -229,7 +231,11 @@ def write_shard(table: Table, shard: str, parts: Iterator[ShardPart]) -> dict[st
 
 def _require_run(table: Table) -> None:
     """What this machine writes where the driver does not see it would be lost."""
-    if not file_exists(f"{table.url}/begun.json"):
+    until = time.monotonic() + SEEN_SECS
+    while not file_exists(f"{table.url}/begun.json"):
+        if time.monotonic() < until:  # a network's file system may remember for a while that there was nothing
+            time.sleep(1)
+            continue
         raise StageError(
             f"machine {socket.gethostname()} does not see {table.url}, which the driver has begun; let run_dir be a "
             "URL, or in a folder that all machines share"
@@ -259,6 +265,7 @@ class ShardWriter:
             os._exit(1)
         task, shard = self.tasks[item["task"]], item["shard"]
         result = {"task": item["task"], "shard": shard, "error": "", "failed": "", "row": "", "hopeless": False}
+        result["actor"] = f"{own_node()} {os.getpid()}"
         result |= {"num_input": 0, "num_kept": 0, "num_rejected": 0}
         try:
             worker = self._worker(item)
@@ -364,7 +371,8 @@ class Pace:
     """Notes beside each table how far it is, for `salad status`, and what Ray's dashboard and Prometheus show."""
 
     def __init__(self, tasks: Sequence[Task], num_gpus: float) -> None:
-        self.tasks, self.num_actors, self.num_gpus = tasks, 0, num_gpus
+        self.tasks, self.num_gpus = tasks, num_gpus
+        self.actors: set[str] = set()
         self.started = self.noted = time.monotonic()
         self.done = [0] * len(tasks)
         self.rows = [0] * len(tasks)
@@ -373,6 +381,7 @@ class Pace:
 
     def add(self, result: dict[str, Any]) -> None:
         number = result["task"]
+        self.actors.add(result["actor"])
         self.done[number] += not result["failed"]
         self.rows[number] += result["num_input"]
         self.rejects[number] += result["num_rejected"]
@@ -391,8 +400,8 @@ class Pace:
                 note = {
                     "done": self.done[number],
                     "total": len(task.items),
-                    "num_actors": self.num_actors,
-                    "num_gpus": self.num_actors * self.num_gpus,
+                    "num_actors": len(self.actors),
+                    "num_gpus": len(self.actors) * self.num_gpus,
                     "num_input": self.rows[number],
                     "num_rejected": self.rejects[number],
                     "rows_per_sec": self.rows[number] / secs,
@@ -448,12 +457,14 @@ class Passes:
         self.counts, self.pace = Counts(config, tasks), Pace(tasks, num_gpus)
         self.by = uuid.uuid4().hex
         self.max_lost, self.num_lost = MAX_LOST, 0
+        self.num_actors = 0
+        """How many there may be now."""
 
     def once(self) -> dict[str, float]:
         """Do each missing item; returns the pace."""
         started, first_secs = time.monotonic(), 0.0
         label, num_rows = self.tasks[0].label, len(self.missing)
-        results, self.pace.num_actors = self._results()
+        results, self.num_actors = self._results()
         unseen = set(self.missing)
         try:
             with progress(label, num_rows, "shards") as advance, _told_while_waiting(label, self.num_gpus) as waiting:
@@ -470,7 +481,8 @@ class Passes:
         else:
             self._missed(unseen)
         self.pace.note()
-        return {"num_actors": self.pace.num_actors, "num_made": num_rows, "first_secs": round(first_secs, 2)}
+        actors = len(self.pace.actors) or self.num_actors
+        return {"num_actors": actors, "num_made": num_rows, "first_secs": round(first_secs, 2)}
 
     def _results(self) -> tuple[ray.data.Dataset, int]:
         """What actors say of each missing item, and how many actors there may be."""
@@ -519,7 +531,7 @@ class Passes:
         )
         if not tries:
             reason = f"{result['failed']} ({table.url}/failures/{result['shard']}.log)"
-            self.counts.failed(1, self.pace.num_actors, reason)
+            self.counts.failed(1, self.num_actors, reason)
 
     def _missed(self, items: set[tuple[int, str]]) -> None:
         """Each process that was to make one of these died."""
@@ -534,7 +546,7 @@ class Passes:
 
     def _lost(self, number: int, reason: str) -> None:
         """So many shards were lost at their first try, those of passes that were broken off included."""
-        self.counts.failed(max(0, number - self.num_lost), self.pace.num_actors, reason)
+        self.counts.failed(max(0, number - self.num_lost), self.num_actors, reason)
         self.num_lost = max(self.num_lost, number)
 
 

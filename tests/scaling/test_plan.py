@@ -222,6 +222,18 @@ def test_prices_and_rates_come_from_the_users_file(tmp_path: Path, paper: Plan) 
         (lambda rates: rates["stages"].update({"encode mimmi": rates["stages"]["pack"]}), "did you mean 'encode mimi'"),
         (lambda rates: rates["cluster"].update(gpu="RTX 9000"), r"'cluster.gpu' is 'RTX 9000'"),
         (lambda rates: rates["models"].update({"Qwen/Qwen2.5-3B": {}}), r"models.Qwen/Qwen2.5-3B' is no config"),
+        *(
+            (
+                lambda rates, shape=shape: rates["models"].update({"Qwen/Qwen2.5-3B": shape}),
+                r"2.5-3B' is no config of a",
+            )
+            for shape in (
+                {"model_type": "bert"},
+                {"model_type": "t5"},
+                {"model_type": "qwen2", "num_attention_heads": 0},
+            )
+        ),
+        (lambda rates: rates.update(sources={"mfuu": "me"}), r"'sources.mfuu'; did you mean 'mfu'"),
         (lambda rates: rates["stages"].pop("encode mimi"), "no 'encode mimi'; take it over"),
         (lambda rates: rates["corpora"].pop("libriheavy"), "how many hours 'libriheavy' has"),
         (lambda rates: rates["web"].clear(), "how many passages 'fineweb-edu' has"),

@@ -215,7 +215,10 @@ def test_where_many_work_a_few_quick_failures_are_not_the_rule(tmp_path: Path) -
     Counts(config_in(tmp_path), [replace(task, num_there=100)]).failed(100, 100, "third")
 
 
-def test_a_machine_that_does_not_see_the_run_is_told_before_it_works_for_nothing(tmp_path: Path) -> None:
+def test_a_machine_that_does_not_see_the_run_is_told_before_it_works_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "SEEN_SECS", 1.5)
     table = Table(str(tmp_path / "at home"), "web", "copies")
     writer = ShardWriter([Task("copy", table, {}, lambda: CopyShard(print))])
     item = {"task": 0, "shard": "part-00000", "payload": '"part-00000"', "careful": False, "by": "me"}
