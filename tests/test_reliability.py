@@ -229,6 +229,8 @@ def test_a_machine_that_is_taken_away_with_notice_costs_nothing(
     leaving.kill()
     driver.wait()
     tell("1 s of notice, then the node is gone", since)
+    [gone] = [row for row in cluster.head.state("nodes") if row["node_name"] == leaving.name]
+    assert "preemption" in gone["state_message"]  # the notice was taken, and not only the node
     assert content(config, STAGES["encode"]) == content(finished_run, STAGES["encode"])
 
 
