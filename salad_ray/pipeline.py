@@ -127,8 +127,19 @@ def take_over(config: Config, stage: str, set_name: str) -> None:
         if step.stage == stage and step.set in ("", set_name):
             for name in step.tables:
                 own, base = (Table(run_dir, step.set, name) for run_dir in (config.run_dir, config.base_run))
-                if own.is_new() and base.manifest() is not None and _may_take(config, name):
+                manifest = base.manifest()
+                if (
+                    manifest is not None
+                    and _may_take(config, name)
+                    and (own.is_new() or _was_moved(own, base, manifest))
+                ):
                     own.link(base.url)
+
+
+def _was_moved(own: Table, base: Table, manifest: dict[str, Any]) -> bool:
+    """Whether a table was taken over from where this base run lay before it was moved, or from what it is a copy of."""
+    there = own.linked_to()
+    return there not in (None, base.url) and (own.manifest() or {}).get("version") in (None, manifest["version"])
 
 
 def _may_take(config: Config, name: str) -> bool:
