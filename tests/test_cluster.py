@@ -26,7 +26,7 @@ from ray.autoscaler._private.util import fillout_defaults, validate_config
 from salad_ray import pipeline
 from salad_ray.config import Config, load_config
 from salad_ray.scaling.rates import gpus_of
-from salad_ray.stages.common import require_gpus
+from salad_ray.stages.ray_cluster import require_gpus
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ("salad_3b", "salad_7b")

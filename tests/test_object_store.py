@@ -32,7 +32,7 @@ from salad_ray.distill.checkpoints import CheckpointReader, CheckpointWriter, Pa
 from salad_ray.s3 import PART_BYTES, S3
 from salad_ray.speech.audio import check_recording, load_utterance
 from salad_ray.speech.corpora import find_sources, scan, source_stamp
-from salad_ray.stages.common import worker_settings
+from salad_ray.stages.ray_cluster import worker_settings
 from salad_ray.store import AWS_SETTINGS, StoreError, for_ray
 from salad_ray.tables import (
     Reject,
@@ -62,7 +62,7 @@ sys.stdin.read()
 DRIVER = """
 import json, os, ray, sys
 from salad_ray.config import load_config
-from salad_ray.stages.common import start_ray
+from salad_ray.stages.ray_cluster import start_ray
 start_ray(load_config(sys.argv[1]))
 seen = ray.remote(lambda: {name: value for name, value in os.environ.items() if name.startswith("AWS_")})
 print(json.dumps(ray.get(seen.remote())), flush=True)

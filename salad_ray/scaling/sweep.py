@@ -42,8 +42,9 @@ from salad_ray.model.speech_lm import EncoderSpec
 from salad_ray.report.card import model_card, speech_data
 from salad_ray.scaling.law import LawError, MisalignmentLaw, fit_misalignment_law
 from salad_ray.scaling.rates import Step
-from salad_ray.stages.common import PickPassages, Stage, finished, picked_shards, run_shards, start_ray
+from salad_ray.stages.common import PickPassages, Stage, finished, picked_shards, run_shards
 from salad_ray.stages.pack import steps_of
+from salad_ray.stages.ray_cluster import start_ray
 from salad_ray.stages.select import draw_selection
 from salad_ray.stages.shards import StageError
 from salad_ray.store import for_ray

@@ -18,7 +18,8 @@ from salad_ray.console import say, show
 from salad_ray.selection.cards import cards_table, chance_purity, cluster_cards, purity
 from salad_ray.selection.draw import priorities
 from salad_ray.selection.kmeans import BalancedKMeans
-from salad_ray.stages.common import Stage, finished, require_gpus, run_shards, start_ray
+from salad_ray.stages.common import Stage, finished, run_shards
+from salad_ray.stages.ray_cluster import require_gpus, start_ray
 from salad_ray.stages.shards import ShardPart, StageError
 from salad_ray.tables import (
     BadInput,

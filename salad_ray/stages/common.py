@@ -7,10 +7,7 @@ missing.
 from __future__ import annotations
 
 import json
-import logging
-import os
 import re
-import socket
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,13 +19,12 @@ from typing import Any, TypeVar, get_args
 import numpy as np
 import pyarrow as pa
 import ray
-from ray._private import ray_constants
 
 from salad_ray import __version__
 from salad_ray.config import PICKED_PER_SHARD, Condition, Config, identity
 from salad_ray.console import progress, say
-from salad_ray.stages.shards import ShardPart, StageError, Task, Worker, first_line, map_shards
-from salad_ray.store import aws_settings
+from salad_ray.stages.ray_cluster import require_gpus, start_ray
+from salad_ray.stages.shards import ShardPart, StageError, Task, Worker, map_shards
 from salad_ray.tables import (
     SCHEMA_VERSION,
     Passage,
@@ -370,74 +366,6 @@ def count_shards(table: Table, shards: Sequence[str]) -> dict[str, Any]:
 def _footer(table: Table, shard: str) -> tuple[dict[str, Any], int]:
     metadata = table.metadata(shard)
     return json.loads(metadata.metadata[b"counts"]), metadata.num_rows
-
-
-def start_ray(config: Config) -> None:
-    """Start or join Ray once per process; all servers of a local one listen on loopback, and ask for Ray's token."""
-    if not ray.is_initialized():
-        address = config.ray.address or os.environ.get("RAY_ADDRESS")  # set where a job was submitted
-        settings = {"runtime_env": {"env_vars": worker_settings()}} if address else _local_settings(config)
-        ray.init(address=address or "local", logging_level=logging.ERROR, **settings)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_no_progress_timeout_s = -1  # spot machines can take longer than its half hour, and so can a shard
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    logging.getLogger("ray.data._internal.execution.streaming_executor_state").addFilter(_lost_in_a_line)
-
-
-def _local_settings(config: Config) -> dict[str, Any]:
-    _stay_on_loopback()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # For Ray Train, which asks the dashboard for state: else it would look for a Ray of this machine, and may find
-    # another, or a note that one has left which is gone.
-    os.environ[ray_constants.RAY_API_SERVER_ADDRESS_ENVIRONMENT_VARIABLE] = f"http://127.0.0.1:{port}"
-    dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": port}
-    return {"num_cpus": config.ray.num_cpus} | dashboard
-
-
-def _lost_in_a_line(record: logging.LogRecord) -> bool:
-    """What Ray Data logs of a lost process, without the error itself.
-
-    Its traceback holds the actor, hence its CPU and GPU, for as long as some handler keeps the record.
-    """
-    if record.exc_info and record.exc_info[1] is not None:
-        record.msg, record.args = f"A process was lost: {first_line(record.exc_info[1])}", ()
-        record.exc_info = None
-    return True
-
-
-def worker_settings() -> dict[str, str]:
-    """What workers on other machines have to be told: the store's endpoint and region (never keys), the log's format.
-
-    Ray refuses a variable that the submitted job's own environment sets, too.
-    """
-    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env") or {}
-    known = aws_settings() | {name: os.environ[name] for name in ("SALAD_LOG",) if name in os.environ}
-    return {name: value for name, value in known.items() if name not in submitted.get("env_vars", {})}
-
-
-def _stay_on_loopback() -> None:
-    """Ray's processes, and gloo between training workers, would listen on the network for other machines to come.
-
-    Ray turns a given 127.0.0.1 into the machine's address, but has a switch, which it sets where firewalls would ask
-    (Windows, macOS). It is read at import, so the constant is set, and the variable for the processes to come.
-    """
-    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    loopback = next((name for _, name in socket.if_nameindex() if re.fullmatch("lo[0-9]*", name)), None)
-    if loopback is not None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-
-
-def require_gpus(config: Config, label: str, num_gpus: float) -> None:
-    """Refuse what would wait for ever: GPUs on a cluster that has none, unless `ray.max_actors` says that it grows."""
-    if config.ray.max_actors is None and num_gpus > ray.cluster_resources().get("GPU", 0):
-        raise StageError(
-            f"{label} asks for {num_gpus:g} GPUs an actor, but this Ray cluster has none now; if it grows on demand, "
-            "say by ray.max_actors how far"
-        )
 
 
 def check_strict(config: Config, stage: Stage) -> None:

@@ -46,8 +46,8 @@ from salad_ray.stages.common import (
     hours_by_licence,
     picked_shards,
     run_shards,
-    start_ray,
 )
+from salad_ray.stages.ray_cluster import start_ray
 from salad_ray.stages.shards import ShardPart, StageError, WindowWorker, first_line, keep_or_reject, write_shard
 from salad_ray.store import filesystem, is_local, list_folder
 from salad_ray.tables import (

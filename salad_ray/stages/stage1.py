@@ -11,7 +11,8 @@ from salad_ray.distill.step import decay_start
 from salad_ray.distill.trainer import Job, TrainingStopped, train
 from salad_ray.model.speech_lm import EncoderSpec
 from salad_ray.report.card import model_card, speech_data
-from salad_ray.stages.common import Stage, finished, start_ray, training_budget
+from salad_ray.stages.common import Stage, finished, training_budget
+from salad_ray.stages.ray_cluster import start_ray
 from salad_ray.stages.shards import StageError
 from salad_ray.tables import Table, read_json
 

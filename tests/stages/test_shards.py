@@ -27,7 +27,8 @@ from salad_ray import pipeline
 from salad_ray.config import Config, parse_config
 from salad_ray.console import say, show
 from salad_ray.stages import shards
-from salad_ray.stages.common import Stage, run_shards, start_ray
+from salad_ray.stages.common import Stage, run_shards
+from salad_ray.stages.ray_cluster import start_ray
 from salad_ray.stages.shards import Counts, ShardPart, ShardWriter, StageError, Task, WindowWorker
 from salad_ray.store import StoreError
 from salad_ray.tables import Passage, Reject, Table, to_arrow
