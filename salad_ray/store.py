@@ -7,7 +7,14 @@ answers errors for a while, or not at all, is asked again for a minute and a hal
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -22,6 +29,10 @@ AWS_SETTINGS = (
     "AWS_RESPONSE_CHECKSUM_VALIDATION",
 )
 """What other machines have to be told of a store, if it is set. Keys are no part of it: they have their own roles."""
+
+_SCRATCH = "salad-scratch-"
+_HELD_BY_SECS = 60
+"""A scratch folder is locked well within this time after it was made."""
 
 
 class StoreError(OSError):
@@ -90,3 +101,33 @@ def for_ray(url: str) -> dict[str, Any]:
 
     fs, path = filesystem(url)
     return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(fs))}
+
+
+@contextmanager
+def scratch_folder() -> Iterator[str]:
+    """A folder on this machine's disk for the length of a block.
+
+    What a process leaves that was killed (Ray ends its workers so) goes when the next one makes a folder: else a
+    machine's disk would fill with copies of models.
+    """
+    for folder in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
+        _remove_if_left(folder)
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH, ignore_cleanup_errors=True) as made, _locked(made):
+        yield made
+
+
+@contextmanager
+def _locked(folder: str | Path) -> Iterator[int]:
+    """Raises `OSError` where another process holds it; a lock ends with its process, however that ends."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _remove_if_left(folder: Path) -> None:
+    with suppress(OSError), _locked(folder) as descriptor:  # held, another user's, or gone meanwhile
+        if time.time() - os.fstat(descriptor).st_mtime > _HELD_BY_SECS:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -25,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec.spec import AbstractBufferedFile
 
-from salad_ray.store import filesystem, is_local, list_folder
+from salad_ray.store import filesystem, is_local, list_folder, scratch_folder
 
 SCHEMA_VERSION = 3
 
@@ -580,6 +579,6 @@ def local_folder(url: str) -> Iterator[str]:
         yield url
         return
     fs, path = filesystem(url)
-    with tempfile.TemporaryDirectory(prefix="salad-", ignore_cleanup_errors=True) as copy:
+    with scratch_folder() as copy:
         fs.get(path.rstrip("/") + "/", copy, recursive=True)
         yield copy

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import fsspec
 import pytest
 
+from salad_ray.store import scratch_folder
 from salad_ray.tables import (
     Features,
     Measurement,
@@ -138,3 +142,43 @@ def test_hashes_are_the_same_in_every_process() -> None:
     assert seen == [str(stable_hash(1, "a")), fingerprint({"a": None, "b": [1]})]
     assert stable_hash(1, "a") != stable_hash(1, "b")
     assert 0 <= stable_hash("x") < 2**64
+
+
+def test_scratch_folders_of_killed_processes_go_and_those_of_living_ones_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    holder = """
+import sys, time
+from salad_ray.store import scratch_folder
+with scratch_folder() as folder:
+    print(folder, flush=True)
+    time.sleep(60)
+"""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", holder],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"TMPDIR": str(tmp_path)},
+        )
+        for _ in range(2)
+    ]
+    try:
+        living, killed = (Path(process.stdout.readline().strip()) for process in processes if process.stdout)
+        (killed / "weights").write_bytes(b"gigabytes")
+        processes[1].kill()
+        processes[1].wait()
+        with scratch_folder() as young:
+            assert killed.exists(), "it may have been made just now, and not be locked yet"
+        long_ago = time.time() - 3600
+        for folder in (living, killed):
+            os.utime(folder, (long_ago, long_ago))
+        with scratch_folder() as own:
+            assert sorted(tmp_path.iterdir()) == sorted([living, Path(own)])
+        assert not Path(young).exists()
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert list(tmp_path.iterdir()) == [living]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import tempfile
 import time
 from contextlib import suppress
 from types import ModuleType
@@ -21,9 +20,7 @@ class Logger:
     def __init__(self, config: Config, name: str, num_steps: int) -> None:
         self.url = f"{config.run_dir}/{name}"
         self.name, self.num_steps = name, num_steps
-        self.tensorboard = SummaryWriter(
-            f"{self.url}/tensorboard" if keeps_tensorboard(self.url) else tempfile.mkdtemp()
-        )
+        self.tensorboard = SummaryWriter(f"{self.url}/tensorboard") if keeps_tensorboard(self.url) else None
         self.wandb = self.mlflow = None
         if config.distill.wandb_project:
             self.wandb = optional("wandb", "distill.wandb_project").init(
@@ -38,9 +35,10 @@ class Logger:
     def write(self, row: dict[str, float]) -> None:
         """Log one row of the curve."""
         step = int(row["step"])
-        for key, value in row.items():
-            self.tensorboard.add_scalar(f"{self.name}/{key}", value, step)
-        self.tensorboard.flush()
+        if self.tensorboard is not None:
+            for key, value in row.items():
+                self.tensorboard.add_scalar(f"{self.name}/{key}", value, step)
+            self.tensorboard.flush()
         if self.wandb is not None:
             self.wandb.log(row, step=step)
         if self.mlflow is not None:

@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import resource
-import tempfile
 import time
 import warnings
 from contextlib import ExitStack, closing
@@ -69,7 +68,7 @@ from salad_ray.model.speech_lm import (
 )
 from salad_ray.sequences.batch import Batch, without_labels
 from salad_ray.sequences.loader import ActiveMix, LaneReader
-from salad_ray.store import StoreError, for_ray
+from salad_ray.store import StoreError, for_ray, scratch_folder
 from salad_ray.tables import Table, TableError, delete_file, local_folder, put_folder, read_json, write_json
 
 MENDABLE = (ConfigError, ModelError, TableError)
@@ -524,7 +523,7 @@ class Distiller:
         zero3 = self.settings.zero_stage == 3
         weights = self.engine._zero3_consolidated_16bit_state_dict() if zero3 else self.engine.module.state_dict()
         if self.rank == 0:
-            with tempfile.TemporaryDirectory() as folder:
+            with scratch_folder() as folder:
                 self.engine.module.save_pretrained(f"{folder}/model", state_dict=weights)
                 Path(folder, "model", "README.md").write_text(self.job.card, encoding="utf-8")
                 put_folder(f"{folder}/model", f"{self.config.run_dir}/{self.job.name}/model")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from salad_ray.model.loading import hub_commit
 from salad_ray.model.speech_lm import load_text_lm, load_tokenizer, tokenizer_hash
 from salad_ray.model.tiny_lm import train_tiny_lm
 from salad_ray.stages.common import Stage, finished
+from salad_ray.store import scratch_folder
 from salad_ray.tables import Table, local_folder, put_folder
 
 
@@ -46,7 +46,7 @@ def _train_on_world(config: Config, table: Table) -> dict[str, Any]:
     passages = Table(config.run_dir, "web", "passages")
     texts = [text for shard in passages.shards() for text in passages.read(shard, ["text"])["text"].to_pylist()]
     with (
-        tempfile.TemporaryDirectory() as folder,
+        scratch_folder() as folder,
         progress("teacher: training", config.model.tiny_lm.num_steps, "steps") as advance,
     ):
         summary = train_tiny_lm(texts, config.model.tiny_lm, config.seed, folder, lambda *_: advance(1))

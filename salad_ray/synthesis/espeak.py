@@ -8,14 +8,14 @@ which nobody else in the process can hold open.
 from __future__ import annotations
 
 import _ctypes
+import atexit
 import ctypes
 import re
 import shutil
-import tempfile
 import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate, pairwise
@@ -24,6 +24,7 @@ from pathlib import Path
 import espeakng_loader
 import numpy as np
 
+from salad_ray.store import scratch_folder
 from salad_ray.synthesis.speech import Speech
 from salad_ray.tables import BadInput, Word, stable_hash
 
@@ -42,7 +43,8 @@ _LIST_TERMINATED, _WORD, _PHONEME = 0, 1, 7
 _LIBRARY = "libespeak-ng"
 
 _lock = threading.Lock()
-_temporary = tempfile.TemporaryDirectory(prefix="salad-espeak-")  # removed when the process ends
+_until_exit = ExitStack()
+atexit.register(_until_exit.close)
 
 
 class _Id(ctypes.Union):
@@ -298,7 +300,7 @@ def _home() -> Path:
     eSpeak puts a voice's name in lower case and looks for a file of that name; where there is none (the data has
     lang/gmw/en-US) it reads all voices first, which takes longer than a sentence.
     """
-    home = Path(_temporary.name)
+    home = Path(_until_exit.enter_context(scratch_folder()))
     shutil.copyfile(espeakng_loader.get_library_path(), home / _LIBRARY)
     for path in _data_folder().iterdir():
         if path.name != "lang":
