@@ -46,6 +46,17 @@ class Cluster:
     def node_with(self, process: str) -> Node:
         return next(each for each in self.nodes if each.runs(process))
 
+    def row_of(self, leaving: Node) -> dict[str, Any]:
+        """What Ray knows of a node."""
+        return next(row for row in self.head.state("nodes") if row["node_name"] == leaving.name)
+
+    def give_notice(self, leaving: Node, secs: int) -> None:
+        """As a cloud does of a spot machine that it takes away."""
+        why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        where = ["--node-id", self.row_of(leaving)["node_id"], "--address", f"127.0.0.1:{self.head.port}"]
+        noticed = self.head.ray("drain-node", *where, *why, "--deadline-remaining-seconds", str(secs))
+        assert noticed.returncode == 0, noticed.stdout
+
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
@@ -57,7 +68,7 @@ def cluster() -> Iterator[Cluster]:
 class Driver:
     """`salad COMMAND CONFIG` in a process of its own, on a cluster."""
 
-    def __init__(self, cluster: Head, config: Config, *command: str, folder: Path | None = None) -> None:
+    def __init__(self, cluster: Head, config: Config, *command: str, folder: Path | None = None, **env: str) -> None:
         folder = folder or Path(config.run_dir).parent
         path, self.log = folder / "config.yaml", folder / "log"
         path.write_text(dump_config(config))
@@ -66,7 +77,7 @@ class Driver:
                 [sys.executable, "-m", "salad_ray.cli", command[0], str(path), *command[1:]],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=cluster.env | {"RAY_ADDRESS": f"127.0.0.1:{cluster.port}"},
+                env=cluster.env | {"RAY_ADDRESS": f"127.0.0.1:{cluster.port}"} | env,
             )
 
     def wait(self) -> None:
@@ -218,20 +229,38 @@ def test_a_machine_that_is_taken_away_with_notice_costs_nothing(
 ) -> None:
     config, driver = begun(finished_run, cluster.head, tmp_path, "encode")
     leaving = cluster.node_with(ACTOR)
-    [row] = [row for row in cluster.head.state("nodes") if row["node_name"] == leaving.name]
-    notice = ["--node-id", row["node_id"], "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
-    limits = ["--deadline-remaining-seconds", "1", "--address", f"127.0.0.1:{cluster.head.port}"]
-    noticed = cluster.head.ray("drain-node", *notice, *limits)
-    assert noticed.returncode == 0, noticed.stdout
+    cluster.give_notice(leaving, 1)
     since = time.monotonic()
     time.sleep(1)
     assert driver.process.poll() is None
     leaving.kill()
     driver.wait()
     tell("1 s of notice, then the node is gone", since)
-    [gone] = [row for row in cluster.head.state("nodes") if row["node_name"] == leaving.name]
-    assert "preemption" in gone["state_message"]  # the notice was taken, and not only the node
+    assert "preemption" in cluster.row_of(leaving)["state_message"]  # the notice was taken, and not only the node
     assert content(config, STAGES["encode"]) == content(finished_run, STAGES["encode"])
+
+
+@pytest.mark.slow
+def test_training_saves_what_it_has_when_a_machine_gets_notice(
+    undisturbed: Config, cluster: Cluster, tmp_path: Path
+) -> None:
+    config = untrained_copy(undisturbed, tmp_path / "run", checkpoint_every=1000, max_failures=0)
+    driver = Driver(cluster.head, config, "stage1", RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="0.2")
+    starts = Path(config.run_dir, "stage1", "starts.json")
+    driver.wait_for(starts.exists)
+    leaving = cluster.node_with("RayTrainWorker")
+    cluster.give_notice(leaving, 60)
+    driver.wait_for(lambda: list(Path(config.run_dir, "stage1/checkpoints").glob("*/manifest.json")))
+    leaving.kill()
+    since = time.monotonic()
+    cluster.add_node()
+    driver.wait_for(lambda: len(json.loads(starts.read_text())["starts"]) == 2)
+    tell("notice in training, its workers' next start", since)
+    driver.wait()
+    assert losses(config) == losses(undisturbed)
+    saved = json.loads(starts.read_text())["starts"][1]["step"]
+    assert 0 < saved < 30
+    assert f"saving step {saved} before" in driver.log.read_text()
 
 
 @pytest.mark.slow

@@ -251,6 +251,7 @@ class Distiller:
         self.engine = self._make_engine(student)
         self.progress = Progress()
         self.stalled = 0.0
+        self.leaving: set[str] = set()
 
     def run(self) -> dict[str, Any]:
         """Train to the last step and write the model; returns the facts of the run."""
@@ -441,8 +442,20 @@ class Distiller:
         if step % self.settings.log_every == 0 or last:
             self._log()
         stays = step in self.job.branch_points
-        if step % self.settings.checkpoint_every == 0 or stays or last:
+        if self._has_notice() or step % self.settings.checkpoint_every == 0 or stays or last:
             self._save_checkpoint(stays)
+
+    def _has_notice(self) -> bool:
+        """Whether another of the machines is about to be taken away, as spot machines are; all workers hear the same.
+
+        Ray begins anew with other machines when it is gone, so what is in a checkpoint by then is not lost.
+        """
+        notice = ray.train.get_preemption_info()
+        new = set(notice.preempted_node_ids) - self.leaving if notice else set()
+        self.leaving |= new
+        if new and self.rank == 0:
+            say(f"{self.job.name}: a machine is about to be taken away; saving step {self.progress.step} before")
+        return bool(new)
 
     def _log(self) -> None:
         """Add a row to the training curve and show it."""
