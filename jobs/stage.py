@@ -5,4 +5,4 @@ import sys
 from salad_ray.cli import job
 
 if __name__ == "__main__":
-    job(sys.argv.pop(1) if len(sys.argv) > 1 else "--help")
+    job(sys.argv.pop(1) if len(sys.argv) > 1 else "")

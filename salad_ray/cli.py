@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 from pydantic import BaseModel
 from rich.table import Table as Grid
 
 from salad_ray import pipeline
-from salad_ray.config import Config, SweepConfig, dump_config, load_config, refuse_secret_arguments, section_of
+from salad_ray.config import (
+    Config,
+    ConfigError,
+    SweepConfig,
+    dump_config,
+    load_config,
+    redact,
+    refuse_secret_arguments,
+    section_of,
+)
 from salad_ray.console import console, say, user_error
 from salad_ray.lease import only_driver
 from salad_ray.tables import write_json
@@ -48,15 +59,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml.")]
+ConfigPath = Annotated[  # no `Path`, which would make s3://bucket s3:/bucket
+    str, typer.Argument(metavar="CONFIG", help="YAML file or its URL, such as configs/quickstart.yaml.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value …]", help="Overrides, such as distill.alpha=0.5.")
 ]
 
 
-def load(path: Path, overrides: list[str] | None) -> Config:
-    """The resolved config. A Ray job works in a copy of the checkout that Ray deletes, so there a relative run_dir lies
-    at home instead."""
+def load(path: str, overrides: list[str] | None) -> Config:
+    """The resolved config.
+
+    A Ray job works in a copy of the checkout that Ray deletes, and that another submission has elsewhere. There a
+    relative run_dir lies at home instead, and what is read from the copy, or beside it, is refused.
+
+    Raises:
+        ConfigError: also an input of a job that only a relative path names.
+    """
     config, here = load_config(path, overrides or []), Path.cwd()
     if here.parent.name != "working_dir_files":  # where Ray unpacks what `--working-dir` uploads
         return config
@@ -66,9 +85,31 @@ def load(path: Path, overrides: list[str] | None) -> Config:
         for name, place in runs.items()
         if Path(place).is_relative_to(here)
     }
+    config = config.model_copy(update=moved)
+    for key, value in _texts(config.model_dump(mode="json")):
+        resolved = Path(value).is_relative_to(here.parents[1])
+        if resolved or (
+            not os.path.isabs(value) and "/" in value and os.path.exists(value)
+        ):  # a sweep's stays as it is
+            raise ConfigError(
+                f"{path}: '{key}' is the relative path {os.path.relpath(value, here)}, which in a job leads into the "
+                "copy of the checkout that Ray deletes; give an absolute path that all machines see, or a URL"
+            )
     if "run_dir" in moved:
         say(f"run_dir: {moved['run_dir']}, on the machine of the job's driver")
-    return config.model_copy(update=moved)
+    return config
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """All strings of plain data, with their dotted keys."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _texts(item, f"{key}.{name}" if key else name)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item, key)
+    elif isinstance(value, str):
+        yield key, value
 
 
 def describe(model: type[BaseModel], prefix: str) -> Iterator[str]:
@@ -243,9 +284,9 @@ def add_stage(name: str, summary: str, sections: tuple[str, ...]) -> None:
     app.command(name=name, help=summary, epilog=keys)(command)
 
 
-def main() -> None:
+def main(in_job: bool = False) -> None:
     """Entry point: errors that a user can mend are one sentence, others leave their traceback in a file."""
-    sys.excepthook = _explain
+    sys.excepthook = partial(_explain, in_job=in_job)
     refuse_secret_arguments(sys.argv[1:])
     typer.main.get_command(app)(prog_name="salad")  # calling `app` itself would install typer's own hook
 
@@ -254,30 +295,44 @@ def job(command: str) -> None:
     """Entry point of `jobs/`: `[--config C] [key=value …]`, the config defaulting to the quickstart."""
     config = "configs/quickstart.yaml"
     arguments = [part for each in sys.argv[1:] for part in _split_option(each)]
+    if not command:
+        _misused(f"usage: jobs/stage.py NAME [--config C] [key=value …], where NAME is one of {', '.join(STAGES)}")
     if "--config" in arguments:
         place = arguments.index("--config")
-        config = arguments[place + 1] if len(arguments) > place + 1 else ""
+        config = "".join(arguments[place + 1 : place + 2])
+        if not config or config.startswith("--"):
+            _misused("salad: --config stands without the path or URL of a config, such as configs/quickstart.yaml")
         del arguments[place : place + 2]
     sys.argv[1:] = [command] if command == "--help" else [command, config, *arguments]
-    main()
+    main(in_job=True)
 
 
 def _split_option(argument: str) -> list[str]:
     return argument.split("=", 1) if argument.startswith("--config=") else [argument]
 
 
-def _explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _misused(sentence: str) -> NoReturn:
+    sys.stderr.write(f"{sentence}\n")
+    sys.exit(2)
+
+
+def _explain(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None, in_job: bool = False
+) -> None:
     cause = user_error(error)
     if cause is not None:
-        sys.stderr.write(f"salad: {cause}\n")
+        sys.stderr.write(redact(f"salad: {cause}\n"))
         return
     if isinstance(error, KeyboardInterrupt):
         sys.stderr.write("salad: interrupted; run the same command again to continue\n")
         return
-    with tempfile.NamedTemporaryFile("w", prefix="salad-", suffix=".log", delete=False) as file:
-        traceback.print_exception(kind, error, trace, file=file)
+    story = redact("".join(traceback.format_exception(kind, error, trace)))
+    if in_job:  # the file below goes with the head's pod; the job's log stays
+        sys.stderr.write(story)
+    with tempfile.NamedTemporaryFile("w", prefix="salad-", suffix=".log", delete=False, encoding="utf-8") as file:
+        file.write(story)
     last = str(error).strip().splitlines()[-1:] or [""]
-    sys.stderr.write(f"salad: {kind.__name__}: {last[0]}\nsalad: the whole story is in {file.name}\n")
+    sys.stderr.write(redact(f"salad: {kind.__name__}: {last[0]}\nsalad: the whole story is in {file.name}\n"))
 
 
 for _name, (_summary, _sections) in STAGES.items():

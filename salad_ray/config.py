@@ -26,13 +26,27 @@ class ConfigError(ValueError):
 
 
 # What a credential looks like: before a URL's host (`https://token@…` too; fsspec's github:// has a repository there),
-# in its query (signed URLs), by its own shape, or by the key that it is given to.
-_SECRETS = (
-    re.compile(r"https?://[^/?#\s]*@|(?<!github)://[^/?#\s]*:[^/?#\s]*@", re.IGNORECASE),
-    re.compile(r"://\S*[?&][\w.%-]*(sig|signature|credential|auth|token|secret|password|key|accessid)=", re.IGNORECASE),
-    re.compile(r"\b(hf_|gh[opsu]_)[A-Za-z0-9]{20,}|\b(github_pat_|glpat-)[\w-]{20,}|\b(AKIA|ASIA)[A-Z0-9]{16}\b"),
+# in a query (signed URLs, with or without their host), in a header, given to a name, or by its own shape. What comes
+# before it is `keep`. None of them may take quadratic time, since they see what strangers wrote.
+_SECRETS = tuple(
+    re.compile(pattern)
+    for pattern in (
+        r"(?i)(?P<keep>https?://)[^/?#\s]*(?=@)",
+        r"(?i)(?P<keep>(?<!github)://)[^/?#\s:]*:[^/?#\s]*(?=@)",
+        r"(?i)(?P<keep>[?&][\w.%;-]*(sig|signature|credentials?|auth|token|secret|passw(or)?d|pwd|key|accessid)=)"
+        r"[^&#\s'\"<>)]*",
+        r"(?i)(?P<keep>\b(authorization['\"]?\s*[:=]\s*['\"]?[a-z]+|bearer)\s+)[\w.~+/=-]{16,}",
+        r"(?i)(?P<keep>(?<![\w-])[\w-]*(passw(or)?d|pwd|(api|access|account|secret)[_-]?key|client[_-]?secret|"
+        r"(access|auth|session|security)[_-]?token)['\"]?\s*[=:]\s*)('[^'\n]*'|\"[^\"\n]*\"|['\"]?[^\s'\",;&)}\]]+)",
+        r"\b(?P<keep>hf_|gh[oprsu]_)[A-Za-z0-9]{20,}",
+        r"\b(?P<keep>github_pat_|glpat-|sk-proj-|sk-ant-|xox[abeprs]-)[\w-]{20,}",
+        r"\b(?P<keep>AKIA|ASIA)[A-Z0-9]{16}\b|\bdapi[0-9a-f]{32}\b",
+        r"(?<![\w-])(?P<keep>eyJ)[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]+",  # JSON web tokens
+    )
 )
-_SECRET_KEY = re.compile(r"(^|[._])(token|secret|password|credentials?|api_?key|access_?key)$", re.IGNORECASE)
+_SECRET_KEY = re.compile(
+    r"(^|_)(tokens?|secret.*|passw(or)?ds?|passphrase|pwd|credentials?|(api|access)keys?)$|_keys?$"
+)
 
 
 def holds_secret(text: str) -> bool:
@@ -40,8 +54,22 @@ def holds_secret(text: str) -> bool:
     return any(pattern.search(text) for pattern in _SECRETS)
 
 
+def redact(text: str) -> str:
+    """The text with `***` for what a credential looks like: errors of libraries repeat signed URLs and headers."""
+    for pattern in _SECRETS:
+        text = pattern.sub(r"\g<keep>***", text)
+    return text
+
+
+def _names_secret(key: str) -> bool:
+    """Whether a (dotted) key is called what credentials are called: `hf_token`, `storage.accessKey`."""
+    leaf = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key.rpartition(".")[2])
+    return _SECRET_KEY.search(leaf.replace("-", "_").lower()) is not None
+
+
 def refuse_secrets(value: Any, where: str, key: str = "") -> None:
-    """Raises `ConfigError` for a value that holds a credential, looking into lists and mappings; never repeats it.
+    """Raises `ConfigError` for a value or key that holds a credential, looking into lists and mappings; never repeats
+    it.
 
     The config is copied into run_dir, manifests, reports, exported models and trackers. None of them has to be searched
     for secrets, as none gets in.
@@ -52,21 +80,28 @@ def refuse_secrets(value: Any, where: str, key: str = "") -> None:
     """
     if isinstance(value, dict):
         for name, item in value.items():
-            refuse_secrets(item, where, f"{key}.{name}" if key else str(name))
+            within = f"{key}.{name}" if key else str(name)
+            if holds_secret(str(name)):
+                _refuse(where, f"a key ('{redact(within)}')")
+            refuse_secrets(item, where, within)
     elif isinstance(value, list | tuple):
         for item in value:
             refuse_secrets(item, where, key)
-    elif isinstance(value, str) and (_SECRET_KEY.search(key) or holds_secret(value)):
-        raise ConfigError(
-            f"{where}: '{key}' holds a credential (a password, a token, a signed URL), which would end in logs and "
-            "reports; take it out, and give it by the environment (HF_TOKEN, AWS_PROFILE, …) or the machine's role"
-        )
+    elif isinstance(value, str) and (_names_secret(key) or holds_secret(value)):
+        _refuse(where, f"'{redact(key)}'")
+
+
+def _refuse(where: str, what: str) -> typing.NoReturn:
+    raise ConfigError(
+        f"{redact(where)}: {what} holds a credential (a password, a token, a signed URL), which would end in logs and "
+        "reports; take it out, and give it by the environment (HF_TOKEN, AWS_PROFILE, …) or the machine's role"
+    )
 
 
 def refuse_secret_arguments(arguments: typing.Iterable[str]) -> None:
     """`refuse_secrets` for what stands on a command line, `key=value` or not."""
     for argument in arguments:
-        found = re.match(r"([a-z][\w.]*)=", argument)
+        found = re.match(r"-*([A-Za-z][\w.-]*)=", argument)
         refuse_secrets(argument, "command line", found[1] if found else "an argument")
 
 
@@ -893,7 +928,10 @@ def _absolute(config: Config) -> Config:
         return path.rstrip("/") if "://" in path else str(Path(path).resolve())  # a store takes a//b for another name
 
     def if_there(name: str | None) -> str | None:
-        return resolve(name) if name and Path(name).exists() else name  # otherwise it is a hub id
+        if not name:
+            return name
+        place = Path(name).parent if "*" in name else Path(name)  # `*` is in the last part
+        return resolve(name) if place.exists() else name  # otherwise it is a hub id
 
     corpora = tuple(
         corpus.model_copy(update={"path": resolve(corpus.path), "root": corpus.root and resolve(corpus.root)})
@@ -984,18 +1022,31 @@ def identity(config: Config, *keys: str) -> dict[str, Any]:
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
         with open_file(path, "r", encoding="utf-8") as file:
-            data = yaml.load(file.read(), Loader=_Loader)
+            text = file.read()
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file; configs/quickstart.yaml is the one to start from") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ImportError, ValueError) as error:  # of a URL also a protocol that is not known or not installed
         raise ConfigError(f"{path}: cannot be read as a config file ({error})") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    data = _parse_yaml(text, path)
     if data is None:
         return {}
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: holds a {type(data).__name__}, but a config is a mapping of keys to values")
     return data
+
+
+def _parse_yaml(text: str, source: str, remedy: str = "") -> Any:
+    """Plain data; the `ConfigError` of what is not YAML repeats nothing of the text, which may be a credential."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark and not remedy else ""
+        told = error.problem or error.context or "it cannot be parsed"
+        problem = re.sub(r" (['\"])(?!<)\S{2,}\1$", "", told)  # a name or tag; `'<scalar>'` is YAML's own word
+        raise ConfigError(f"{source}: not valid YAML{place}: {problem}{remedy}") from None
+    except (yaml.YAMLError, ValueError):  # of a character, or of a date such as 2024-99-99
+        raise ConfigError(f"{source}: not valid YAML: a character or value in it cannot be read{remedy}") from None
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
@@ -1006,24 +1057,31 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     for parent in parents:
         data = data.setdefault(parent, {})
         if not isinstance(data, dict):
-            raise ConfigError(f"override '{override}': '{parent}' is a value, not a section")
-    try:
-        data[last] = yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError:
-        raise ConfigError(f"override '{override}': the value is not valid YAML; quote it") from None
+            raise ConfigError(f"override of '{key}': '{parent}' is a value, not a section")
+    data[last] = _parse_yaml(value, f"override of '{key}'", "; quote the value")
 
 
 def _explain(error: Any) -> str:
-    """One clause for one pydantic error: key, value, what is wrong, what to do."""
+    """One clause for one pydantic error: key, value, what is wrong, what to do.
+
+    The value of a key that nobody knows is left out, since it may be a credential under a name that does not say so.
+    """
     key = ".".join(str(part) for part in error["loc"] if part != "int" and "[" not in str(part))  # a union names kinds
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, all_keys(Config), n=1, cutoff=0.6) or _same_leaf(key)
         hint = f"did you mean '{near[0]}'?" if near else "see `salad run --help` for the keys"
-        return f"unknown key '{key}' ({error['input']!r}); {hint}"
+        return f"unknown key '{key}'; {hint}"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     message = error["msg"][0].lower() + error["msg"][1:]
-    return f"'{key}' is {error['input']!r}: {message}"
+    return f"'{key}' is {_shown(error['input'])}: {message}"
+
+
+def _shown(value: Any) -> str:
+    """A value as an error names it, without what is in a mapping: its keys may be known to nobody."""
+    if isinstance(value, list):
+        return f"[{', '.join(_shown(item) for item in value)}]"
+    return "a mapping" if isinstance(value, dict) else repr(value)
 
 
 def _same_leaf(key: str) -> list[str]:

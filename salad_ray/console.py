@@ -12,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from salad_ray.config import redact
+
 USER_ERRORS = frozenset(
     ["ConfigError", "StageError", "TableError", "ModelError", "BadInput", "StoreError", "LeaseError"]
 )
@@ -39,12 +41,25 @@ def user_error(error: BaseException | None) -> BaseException | None:
 
 
 def say(text: str, **facts: Any) -> None:
-    """Print one line, flushed, without markup; with `SALAD_LOG=json` a JSON object, with `facts` and `log_facts`."""
+    """Print one line, flushed, without markup and credentials.
+
+    With `SALAD_LOG=json` it is a JSON object, with `facts` and `log_facts`.
+    """
+    text = redact(text)
     if as_json():
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "message": text} | log_facts | facts
-        text = json.dumps(line, ensure_ascii=False)
+        text = json.dumps(_redacted(line), ensure_ascii=False)
     console.print(text, markup=False)
     console.file.flush()
+
+
+def _redacted(value: Any) -> Any:
+    """`redact` before the JSON is written, whose quotes it would not know."""
+    if isinstance(value, dict):
+        return {name: _redacted(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_redacted(item) for item in value]
+    return redact(value) if isinstance(value, str) else value
 
 
 def show(*tables: Any) -> None:

@@ -350,6 +350,8 @@ def _table_status(table: Table) -> dict[str, str]:
         return row | {"state": f"step {note['step']}/{note['num_steps']}, {when}"}
     left = note["total"] - note["done"]
     held = f"{note['num_gpus']:g} GPUs, " if note.get("num_gpus") else ""
-    state = f"{len(table.shards())} shards, {left} to go, {note['rows_per_sec']:,.0f} rows/s, {held}{when}"
+    read = f"{note['sources_read']}/{note['sources']} sources read, " if "sources" in note else ""
+    shards = f"{len(table.shards())} shards" + ("" if read else f", {left} to go")
+    state = f"{read}{shards}, {note['rows_per_sec']:,.0f} rows/s, {held}{when}"
     rejects = f"{note['num_rejected']:,}" if note["num_rejected"] else ""
     return row | {"state": state, "rows": f"{note['num_input']:,}", "rejects": rejects}

@@ -1,18 +1,20 @@
 """Where files lie: local paths and URLs behind one function, so that all of them are opened alike.
 
 An object store is read without a cache of its listings, since other processes write what this one looks for. One that
-answers errors for a while, or not at all, is asked again for a minute and a half; one that refuses is a `StoreError`.
+answers errors for a while is asked again for a minute and a half, one that does not answer for some minutes (`s3.py`);
+one that refuses is a `StoreError`.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,20 @@ def read_range(url: str, begin: int, end: int) -> bytes:
     """Bytes [begin, end) of a file; fewer where it ends sooner."""
     fs, path = filesystem(url)
     return bytes(fs.cat_file(path, start=begin, end=end))  # by name: s3fs has the version of an object before them
+
+
+def as_name(fs: fsspec.AbstractFileSystem, path: str) -> str:
+    """A path as `rm` of its file system takes it for just this one: many would expand `?`, `*` and `[`."""
+    return path if is_local(fs) or "s3" in fs.protocol else glob.escape(path)
+
+
+def remove_files(fs: fsspec.AbstractFileSystem, paths: Sequence[str]) -> None:
+    """Files that are there; a store removes many with one request."""
+    if fs.async_impl and paths:
+        fs.rm([as_name(fs, path) for path in paths])
+        return
+    for path in paths:
+        fs.rm_file(path)
 
 
 def is_of_storage(error: Exception) -> bool:

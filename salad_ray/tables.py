@@ -14,19 +14,27 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
-from fsspec.spec import AbstractBufferedFile
+from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
-from salad_ray.store import filesystem, is_local, list_folder, scratch_folder
+from salad_ray.store import as_name, filesystem, is_local, list_folder, remove_files, scratch_folder
 
 SCHEMA_VERSION = 3
+READ_AT_ONCE = 32
+"""An object store answers one request after the other too slowly for thousands of shards."""
+
+Content = TypeVar("Content")
 
 
 class TableError(RuntimeError):
@@ -286,6 +294,13 @@ _TYPES = {
     "list[float]": pa.list_(pa.float64()),
 }
 
+_PARQUET = ds.ParquetFileFormat(
+    default_fragment_scan_options=ds.ParquetFragmentScanOptions(
+        pre_buffer=True, cache_options=pa.CacheOptions(hole_size_limit=2**20, range_size_limit=2**25, lazy=False)
+    )
+)
+"""Pieces of a shard that are a megabyte apart are read as one: a store sends that much sooner than it answers anew."""
+
 
 def schema_of(row_type: type) -> pa.Schema:
     """The Arrow schema of a row type."""
@@ -329,10 +344,21 @@ class Table:
     set: str
     name: str
 
-    @property
+    @cached_property
     def url(self) -> str:
-        """Where it lies: in its run, or in another one that it was taken over from (`link`)."""
+        """Where it lies: in its run, or in another one that it was taken over from (`link`).
+
+        Kept, as it costs a request; a link that is made or forgotten by way of another object is not noticed.
+        """
         return self.linked_to() or self._own_url
+
+    def __getstate__(self) -> dict[str, str]:
+        """Without what is kept: another process looks itself, perhaps much later."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def _look_anew(self) -> None:
+        self.__dict__.pop("url", None)
+        self.__dict__.pop("rejects", None)
 
     @property
     def _own_url(self) -> str:
@@ -341,12 +367,14 @@ class Table:
     def link(self, url: str) -> None:
         """Stand for a finished table of another run: it is read there, and never written or deleted from here."""
         write_json(f"{self._own_url}/link.json", {"url": url})
+        self._look_anew()
 
     def unlink(self) -> None:
         """Forget a table that was taken over; it stays where it is."""
         delete_file(f"{self._own_url}/link.json")
+        self._look_anew()
 
-    @property
+    @cached_property
     def rejects(self) -> Table:
         """Where the rejects of this table's rows are, in the run that it lies in."""
         place = "/".join(filter(None, (self.set, self.name)))
@@ -358,7 +386,8 @@ class Table:
         return not any(file_exists(f"{self._own_url}/{name}") for name in files) and not self.shards()
 
     def linked_to(self) -> str | None:
-        """Where the table lies, if it was taken over from another run."""
+        """Where the table lies, if it was taken over from another run; asks anew, and so does `url` then."""
+        self._look_anew()
         link = read_json(f"{self._own_url}/link.json")
         return None if link is None else str(link["url"])
 
@@ -369,14 +398,15 @@ class Table:
     def read(self, shard: str, columns: Sequence[str] | None = None) -> pa.Table:
         """One shard as an Arrow table; raises `TableError` naming the file when it is missing or damaged."""
         with self._open(shard) as file:
-            return pq.read_table(file, columns=columns)
+            return _PARQUET.make_fragment(file).to_table(columns=columns)
 
     @contextmanager
-    def _open(self, shard: str) -> Iterator[Any]:
+    def _open(self, shard: str, cache_type: str = "none") -> Iterator[Any]:
+        """A shard's file: uncached, since Arrow reads what it needs and no more, or for reading straight on."""
         url = f"{self.url}/{shard}.parquet"
         fs, path = filesystem(url)
         try:
-            with fs.open(path, "rb") as file:
+            with fs.open(path, "rb", cache_type=cache_type) as file:
                 yield file
         except FileNotFoundError:
             raise TableError(f"{url} is missing; {self._remedy}, it makes what is missing") from None
@@ -400,18 +430,20 @@ class Table:
     def read_where(self, row_type: type, shard: str, column: str, values: Iterable[str]) -> list[Any]:
         """The rows of a shard with one of these values in a column; of the others little is read, and none kept."""
         wanted = pa.array(list(values), pa.string())
-        found: list[Any] = []
         with self._open(shard) as file:
-            parquet = pq.ParquetFile(file)
-            for group in range(parquet.num_row_groups):
-                chosen = pc.is_in(parquet.read_row_group(group, [column])[column], wanted)
-                if pc.any(chosen).as_py():
-                    found += from_arrow(row_type, parquet.read_row_group(group).filter(chosen))
-        return found
+            fragment = _PARQUET.make_fragment(file)
+            fragment.ensure_complete_metadata()
+            hits = np.flatnonzero(pc.is_in(fragment.to_table(columns=[column])[column], wanted))
+            ends = np.cumsum([group.num_rows for group in fragment.row_groups])
+            groups = np.unique(np.searchsorted(ends, hits, side="right")).tolist()
+            if not groups:
+                return []
+            rows = fragment.subset(row_group_ids=groups).to_table(filter=pc.field(column).isin(wanted))
+        return from_arrow(row_type, rows)
 
     def iterate(self, row_type: type, shard: str, batch_rows: int = 256) -> Iterator[Any]:
         """The rows of a shard one after the other, `batch_rows` of them in memory; raises as `read`."""
-        with self._open(shard) as file:
+        with self._open(shard, "readahead") as file:
             for batch in pq.ParquetFile(file).iter_batches(batch_rows):
                 yield from from_arrow(row_type, pa.Table.from_batches([batch]))
 
@@ -429,7 +461,7 @@ class Table:
         Args:
             footer: filled by the caller before the block ends; it becomes the file's metadata.
         """
-        if self.linked_to():
+        if self.url != self._own_url:
             raise TableError(f"{self._own_url} was taken over from {self.url}, and is not written from here")
         url = f"{self.url}/{shard}.parquet"
         with atomic_file(url) as file, pq.ParquetWriter(file, schema, compression="zstd") as parquet:
@@ -442,9 +474,10 @@ class Table:
         url = self.url
         fs, path = filesystem(url)
         delete_file(f"{url}/manifest.json")
-        for name in list_folder(url):
-            if name != "begun.json":
-                fs.rm(f"{path}/{name}", recursive=True)
+        if is_local(fs):
+            fs.rm([f"{path}/{name}" for name in list_folder(url) if name != "begun.json"], recursive=True)
+        else:
+            remove_files(fs, [found for found in fs.find(path) if found != f"{path}/begun.json"])
         delete_file(f"{url}/begun.json")
         delete_folder(url)
 
@@ -456,13 +489,18 @@ class Table:
 
     def delete_shards(self, prefix: str) -> None:
         fs, path = filesystem(self.url)
-        for name in self.shards():
-            if name.startswith(prefix):
-                fs.rm(f"{path}/{name}.parquet")
+        remove_files(fs, [f"{path}/{name}.parquet" for name in self.shards() if name.startswith(prefix)])
 
     def manifest(self) -> dict[str, Any] | None:
         """The manifest, or None while the table is unfinished."""
         return read_json(f"{self.url}/manifest.json")
+
+
+def each_shard(read: Callable[[str], Content], shards: Sequence[str]) -> Iterator[Content]:
+    """What `read` makes of each shard, in order; `READ_AT_ONCE` of them are read, and wait in memory, at a time."""
+    with ThreadPoolExecutor(READ_AT_ONCE) as threads:
+        for first in range(0, len(shards), READ_AT_ONCE):
+            yield from threads.map(read, shards[first : first + READ_AT_ONCE])
 
 
 def fingerprint(content: Mapping[str, Any]) -> str:
@@ -493,7 +531,7 @@ def delete_folder(url: str) -> None:
     """Delete a folder and all in it, if it is there."""
     fs, path = filesystem(url)
     if fs.isdir(path):
-        fs.rm(path, recursive=True)
+        fs.rm(as_name(fs, path), recursive=True)
 
 
 def digest(url: str) -> str:
@@ -506,7 +544,7 @@ def read_json(url: str) -> dict[str, Any] | None:
     """A JSON file, or None when there is none."""
     fs, path = filesystem(url)
     try:
-        return json.loads(fs.cat_file(path))
+        return json.loads(fs.cat_file(path, start=0))  # of the whole file s3fs asks the size first
     except (FileNotFoundError, NotADirectoryError):
         return None
 
@@ -565,10 +603,14 @@ def atomic_file(url: str) -> Iterator[Any]:
 
 def put_folder(local: str, url: str) -> None:
     """Copy a folder of finished files to a local path or object store, replacing what was there."""
-    fs, path = filesystem(url)
+    fs, path = filesystem(url.rstrip("/"))
     if fs.exists(path):
-        fs.rm(path, recursive=True)
-    fs.put(local.rstrip("/") + "/", path + "/", recursive=True)
+        fs.rm(as_name(fs, path), recursive=True)
+    source, folder = filesystem(local)
+    names = _names_below(source, folder)
+    if is_local(fs):
+        fs.makedirs(path, exist_ok=True)
+    fs.put([f"{folder}/{name}" for name in names], [f"{path}/{name}" for name in names])
 
 
 @contextmanager
@@ -579,6 +621,23 @@ def local_folder(url: str) -> Iterator[str]:
         yield url
         return
     fs, path = filesystem(url)
+    path = path.rstrip("/")
     with scratch_folder() as copy:
-        fs.get(path.rstrip("/") + "/", copy, recursive=True)
+        names = _names_below(fs, path)
+        if not names:
+            raise FileNotFoundError(f"{url}: there is no such folder, or nothing in it")
+        fs.get([f"{path}/{name}" for name in names], [f"{copy}/{name}" for name in names])
         yield copy
+
+
+def _names_below(fs: AbstractFileSystem, path: str) -> list[str]:
+    """What a folder holds, folders first that hold others; as lists of names are copied, none is taken for a pattern.
+
+    Raises:
+        ValueError: a name of a store would lie outside the folder.
+    """
+    found = [name.removeprefix(f"{path}/") for name in fs.find(path, withdirs=True) if name.startswith(f"{path}/")]
+    for name in found:
+        if ".." in name.split("/"):
+            raise ValueError(f"{path} holds {name}, which would be copied to another folder")
+    return sorted(found)

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,9 +69,7 @@ class Node:
 
     def kill(self) -> None:
         """Everything at once, as when a machine is switched off."""
-        for each in _marked(self.mark):
-            with contextlib.suppress(psutil.Error):
-                each.kill()
+        _kill(self.mark)
         self.process.wait(30)
 
     def runs(self, name: str) -> bool:
@@ -127,18 +125,20 @@ def head(*options: str, port: int | None = None, **env: str) -> Iterator[Head]:
         process.terminate()  # it ends its own children, or is slow to
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(5)
-        for left in _marked(mark):  # nodes of the autoscaler, and workers, are nobody's children
-            with contextlib.suppress(psutil.Error):
-                left.kill()
+        _kill(mark)  # nodes of the autoscaler, and workers, are nobody's children
         psutil.wait_procs(_marked(mark), 30)
         process.wait(30)
-        shutil.rmtree(folder, ignore_errors=True)
-    assert not _marked(mark), "the cluster left processes behind"
+        assert not _marked(mark), "the cluster left processes behind"
+        wait_for(lambda: _removed(folder), f"the end of {folder}", 30)
 
 
 @contextlib.contextmanager
-def node(cluster: Head, *options: str) -> Iterator[Node]:
-    """Start another machine of a cluster; at the end all that descends from it is gone."""
+def node(cluster: Head, *options: str, within: Sequence[str] = ()) -> Iterator[Node]:
+    """Start another machine of a cluster; at the end all that descends from it is gone.
+
+    Args:
+        within: a command that runs the rest of its line, in which the machine has another view of the disk, say.
+    """
     agent, metrics = free_ports(2)
     name, mark = f"node-{secrets.token_hex(4)}", secrets.token_hex(8)
     command = [
@@ -147,7 +147,7 @@ def node(cluster: Head, *options: str) -> Iterator[Node]:
         *(f"--metrics-export-port={metrics}", *options),
     ]
     with open(cluster.folder / f"{name}.log", "w") as log:
-        process = subprocess.Popen(command, env=cluster.env | {MARK: mark}, stdout=log, stderr=log)
+        process = subprocess.Popen([*within, *command], env=cluster.env | {MARK: mark}, stdout=log, stderr=log)
     started = Node(name, process, mark)
     try:
         wait_for(lambda: process.poll() is not None or _is_alive(cluster, name), f"{name} in the cluster")
@@ -155,6 +155,18 @@ def node(cluster: Head, *options: str) -> Iterator[Node]:
         yield started
     finally:
         started.kill()
+
+
+def _kill(mark: str) -> None:
+    for each in _marked(mark):
+        with contextlib.suppress(psutil.Error):
+            each.kill()
+
+
+def _removed(folder: Path) -> bool:
+    """Remove a folder, which a process that is killed may still write to as it goes."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return not folder.exists()
 
 
 def _is_alive(cluster: Head, name: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -88,9 +89,13 @@ class Faults:
     """The next so many answers with more than a kilobyte break off in the middle."""
     lost: str = ""
     """The next POST whose target has this in it is passed on, and its answer lost."""
+    undeleted: list[str] = field(default_factory=list)
+    """Error codes of the next bulk removals: a good answer that says so of each object, and nothing is removed."""
     failed: int = 0
     seen: list[tuple[str, str]] = field(default_factory=list)
     """Method and target of every request."""
+    num_bytes: int = 0
+    """Of all bodies that were answered."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def hit(self) -> bool:
@@ -107,8 +112,20 @@ class Faults:
             self.failed += bad
             return bad
 
+    def keep(self, target: str, body: bytes) -> bytes:
+        """The answer to a bulk removal that fails; nothing where it is to be passed on."""
+        with self.lock:
+            if not self.undeleted or not target.endswith("?delete"):
+                return b""
+            self.failed += 1
+            code = self.undeleted.pop(0)
+        keys = re.findall(r"<Key>(.*?)</Key>", body.decode())
+        told = "".join(f"<Error><Key>{key}</Key><Code>{code}</Code><Message>No.</Message></Error>" for key in keys)
+        return f"<?xml version='1.0'?><DeleteResult>{told}</DeleteResult>".encode()
+
     def cut(self, body: bytes) -> bytes:
         with self.lock:
+            self.num_bytes += len(body)
             if self.cut_bodies > 0 and len(body) > 1024:
                 self.cut_bodies -= 1
                 self.failed += 1
@@ -151,6 +168,10 @@ def faulty(server: Server, port: int = 0) -> Iterator[tuple[Server, Faults]]:
                     return
                 told = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>"
                 self.answer(status, {"Content-Type": "application/xml"}, told.encode())
+                return
+            kept = faults.keep(self.path, body)
+            if kept:
+                self.answer(200, {"Content-Type": "application/xml"}, kept)
                 return
             onward = http.client.HTTPConnection(behind, timeout=60)
             onward.request(self.command, self.path, body, dict(self.headers))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from salad_ray import cli
+from salad_ray.config import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("ingest", "teacher", "align", "synthesize", "encode", "pack", "stage1", "measure", "report")
@@ -35,6 +40,8 @@ def test_the_help_of_a_stage_lists_its_keys(stage: str) -> None:
     [
         (("run", "configs/quickstart.yaml", "distill.alhpa=1"), "did you mean 'distill.alpha'"),
         (("run", "configs/gone.yaml"), "no such config file"),
+        (("run", "memory://bucket/gone.yaml"), "salad: memory://bucket/gone.yaml: no such config file"),
+        (("run", "nothing://bucket/a.yaml"), "nothing://bucket/a.yaml: cannot be read as a config file"),
         (("status", "gone"), "no such config file"),
         (("teacher", "configs/real.yaml", "model.teacher=./gone", "run_dir={tmp}"), "no such folder"),
         (("encode", "configs/quickstart.yaml", "run_dir={tmp}"), "run `salad synthesize CONFIG set=natural` first"),
@@ -70,3 +77,95 @@ def test_jobs_take_the_same_arguments_and_default_to_the_quickstart() -> None:
     )
     assert done.returncode == 1
     assert "gone.yaml: no such config file" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("job", "words"),
+    [
+        (("stage.py",), "usage: jobs/stage.py NAME [--config C] [key=value …], where NAME is one of ingest, embed,"),
+        (("stage.py", "ingest", "--config"), "--config stands without the path or URL of a config"),
+        (("run.py", "--config="), "--config stands without the path or URL of a config"),
+        (("run.py", "--config", "--dry-run"), "--config stands without the path or URL of a config"),
+    ],
+)
+def test_a_job_that_is_called_wrongly_exits_with_2(job: tuple[str, ...], words: str) -> None:
+    script, *arguments = job
+    done = subprocess.run(
+        [sys.executable, f"jobs/{script}", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+BROKEN = """
+import sys
+from salad_ray import cli
+
+def load(*_):
+    raise RuntimeError("403 for https://host/x?X-Amz-Date=1&X-Amz-Signature=abc0123")
+
+cli.load = load
+sys.argv[1:] = {arguments}
+{call}
+"""
+
+
+@pytest.mark.parametrize("in_job", [False, True])
+def test_the_traceback_of_a_bug_is_in_a_file_and_a_jobs_also_in_its_log(in_job: bool, tmp_path: Path) -> None:
+    """The file of a job lies on a head whose pod goes with it."""
+    call, arguments = ("cli.job('run')", []) if in_job else ("cli.main()", ["run", "c.yaml"])
+    script = BROKEN.format(call=call, arguments=arguments)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path)}, capture_output=True,
+        text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1
+    [file] = tmp_path.glob("salad-*.log")
+    assert "Traceback" in file.read_text()
+    assert ("Traceback" in done.stderr) == in_job
+    assert done.stderr.endswith(
+        "salad: RuntimeError: 403 for https://host/x?X-Amz-Date=1&X-Amz-Signature=***\n"
+        f"salad: the whole story is in {file}\n"
+    )
+    assert "abc0123" not in done.stderr + file.read_text()
+
+
+@pytest.fixture
+def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A job's working directory as Ray makes it, with what a checkout ships."""
+    folder = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123"
+    (folder / "data").mkdir(parents=True)
+    (folder / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_a_job_takes_the_shipped_config_and_absolute_inputs(copy: Path, tmp_path: Path) -> None:
+    corpora = "ingest.corpora=[/data/speech, 's3://bucket/x']"
+    config = cli.load("configs/quickstart.yaml", [corpora, "base_run=runs/a", "stage2=null"])
+    assert config.run_dir == f"{tmp_path}/home/runs/quickstart"
+    assert config.base_run == f"{tmp_path}/home/runs/a"
+    assert [corpus.path for corpus in config.ingest.corpora] == ["/data/speech", "s3://bucket/x"]
+    assert cli.load("configs/salad_3b.yaml", []).model.teacher == "Qwen/Qwen2.5-3B"
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "shown"),
+    [
+        ("ingest.corpora=[data]", "ingest.corpora.path", "data"),
+        ("ingest.corpora=[../shared/speech]", "ingest.corpora.path", "../shared/speech"),
+        ("ingest.corpora=[{path: /data, root: data}]", "ingest.corpora.root", "data"),
+        ("ingest.web=[{path: 'data/*.jsonl', name: x}]", "ingest.web.path", "data/*.jsonl"),
+        ("ingest.passages.benchmarks=[gone.csv]", "ingest.passages.benchmarks", "gone.csv"),
+        ("model.teacher=data", "model.teacher", "data"),
+        ("evaluate.benchmarks=[{name: piqa, path: data}]", "evaluate.benchmarks.path", "data"),
+        ("sweeps.a.grid={model.teacher: [./data]}", "sweeps.a.grid.model.teacher", "data"),
+        ("run_dir=../x", "run_dir", "../x"),
+    ],
+)
+def test_an_input_in_a_jobs_copy_of_the_checkout_is_refused(copy: Path, override: str, key: str, shown: str) -> None:
+    """Its path is another one with each submission, and gone after it."""
+    with pytest.raises(ConfigError, match=f"'{re.escape(key)}' is the relative path {re.escape(shown)}, .*a URL"):
+        cli.load("configs/quickstart.yaml", [override, "stage2=null"])

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import fnmatch
 import json
 import math
 import re
+import secrets
 import shlex
 import shutil
 import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import boto3
+import psutil
 import pytest
 import ray
 import yaml
 from botocore.client import BaseClient
+from clusters import Head, Node, head, node, wait_for
 from moto import mock_aws
+from ray._private import ray_constants
 from ray.autoscaler._private.aws import config as rays_aws
 from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+from ray.autoscaler._private.command_runner import _with_interactive
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.util import fillout_defaults, validate_config
 
@@ -50,14 +62,17 @@ def submitted() -> list[list[str]]:
     """Job and arguments of what is run on a cluster: the RayJob's entrypoint, every `ray job submit` of the guide."""
     lines = [line.strip() for line in guide().replace("\\\n", " ").splitlines()]
     own = [line.split(" -- ")[1] for line in lines if line.startswith("ray job submit ")]
-    assert len(own) == 2
+    assert len(own) == 4
     return [shlex.split(command)[1:] for command in (ray_job()["spec"]["entrypoint"], *own)]
 
 
+def whole_runs() -> list[list[str]]:
+    return [job for job in submitted() if job[0] == "jobs/run.py"]
+
+
 def config_of(job: list[str]) -> Config:
-    _, option, path, *overrides = job
-    assert option == "--config"
-    return load_config(ROOT / path, overrides)
+    at = job.index("--config")
+    return load_config(ROOT / job[at + 1], [each for each in job[at + 2 :] if each != "--redo"])
 
 
 def policy(name: str) -> list[dict[str, Any]]:
@@ -192,7 +207,7 @@ def test_nothing_is_open_to_the_world(monkeypatch: pytest.MonkeyPatch) -> None:
     starts = " ".join(config["head_start_ray_commands"] + config["worker_start_ray_commands"])
     assert "--dashboard-host=127.0.0.1" in starts
     assert "0.0.0.0" not in starts
-    assert starts.count("RAY_AUTH_MODE=token") == 2
+    assert starts.count("RAY_AUTH_MODE=token") == 2  # the head and the workers
     spec = ray_job()["spec"]["rayClusterSpec"]
     assert spec["authOptions"] == {"mode": "token"}
     assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
@@ -212,7 +227,8 @@ def test_pools_begin_empty_and_the_head_computes_nothing() -> None:
 
 def test_stages_may_grow_the_pools_which_begin_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "cluster_resources", dict)
-    for job in submitted():
+    assert len(whole_runs()) == 3
+    for job in whole_runs():
         config = config_of(job)
         for step in pipeline.steps(config):
             gpus = gpus_of(config, step)
@@ -221,6 +237,21 @@ def test_stages_may_grow_the_pools_which_begin_empty(monkeypatch: pytest.MonkeyP
             most = max(sum(room(pool, wanted) for pool in kinds.values()) for kinds in pools().values()) if gpus else 1
             assert config.ray.max_actors is not None, job
             assert config.ray.max_actors >= most, f"{step} would leave machines unused"
+
+
+def test_the_rehearsals_start_one_machine_of_each_gpu_pool() -> None:
+    measure, train = (job for job in submitted() if job not in whole_runs())
+    assert measure[:2] == ["jobs/stage.py", "measure"]
+    assert train[0] == "jobs/stage1.py"
+    assert all("--redo" in job for job in (measure, train))  # else the first rehearsal would have done them
+    config = config_of(measure)
+    assert (config.ray.max_actors, config.measure.num_gpus) == (1, 1)
+    wanted, number = demands(config_of(train))["stage1"]
+    for kinds in pools().values():
+        spot = [kind for kind, pool in kinds.items() if room(pool, {"CPU": 1, "GPU": 1})]
+        assert [kind.replace("_", "-") for kind in spot] == ["gpu-spot"]
+        assert [kind for kind, pool in kinds.items() if room(pool, wanted)] == ["training"]
+        assert room(kinds["training"] | {"most": 1}, wanted) >= number
 
 
 def test_what_is_submitted_is_there_and_writes_where_all_machines_reach() -> None:
@@ -298,10 +329,11 @@ def test_the_buckets_policy_is_what_the_guide_says() -> None:
     assert set(actions("iam-bucket")) == set(re.findall(r"`(s3:\w+)`", guide()))
 
 
-def test_what_machines_get_is_the_lock_and_a_token_that_only_its_owner_reads() -> None:
+def test_what_machines_get_is_two_files_and_a_token_that_only_its_owner_reads() -> None:
     mounts = cluster()["file_mounts"]
     assert mounts == {
         "/home/ubuntu/lock.txt": "locks/gpu.txt",  # a folder would be read as a whole before every `ray up`
+        "/home/ubuntu/spot_notice.py": "deploy/spot_notice.py",
         "/home/ubuntu/.ray/auth_token": "~/.ray/auth_token",
     }
     assert "chmod 600 ~/.ray/auth_token" in cluster()["setup_commands"]
@@ -355,3 +387,287 @@ def test_the_guides_costs_are_the_plans(tmp_path: Path) -> None:
     assert said is not None
     for number, reckoned in zip(said.groups(), (plan["totals"]["compute"], stage1), strict=True):
         assert float(number.replace(",", "")) == pytest.approx(reckoned, rel=0.05)
+
+
+KEYS = {
+    "pod": """activeDeadlineSeconds affinity automountServiceAccountToken dnsConfig dnsPolicy enableServiceLinks
+        ephemeralContainers hostAliases hostIPC hostNetwork hostPID hostUsers hostname imagePullSecrets initContainers
+        nodeName os overhead preemptionPolicy priority priorityClassName readinessGates resourceClaims restartPolicy
+        runtimeClassName schedulerName schedulingGates securityContext setHostnameAsFQDN shareProcessNamespace subdomain
+        topologySpreadConstraints""",
+    "container": """args command envFrom imagePullPolicy lifecycle livenessProbe ports readinessProbe resizePolicy
+        restartPolicy securityContext startupProbe stdin stdinOnce terminationMessagePath terminationMessagePolicy tty
+        volumeDevices""",
+    "group": "labels resources",
+    "cluster": "gcsFaultToleranceOptions headServiceAnnotations managedBy suspend upgradeStrategy",
+    "job": """activeDeadlineSeconds clusterSelector deletionStrategy entrypointNumCpus entrypointNumGpus
+        entrypointResources jobId managedBy metadata preRunningDeadlineSeconds runtimeEnvYAML submitterConfig
+        submitterPodTemplate suspend""",
+}
+"""Keys that the file does not use, so that their values are not looked at."""
+
+
+def others(of: str) -> dict[str, Any]:
+    return dict.fromkeys(KEYS[of].split(), object)
+
+
+TEXTS = {"*": str}
+CONTAINER = others("container") | {
+    "name": str,
+    "image": str,
+    "workingDir": str,
+    "env": [{"name": str, "value": str, "valueFrom": dict}],
+    "resources": {"requests": TEXTS, "limits": TEXTS, "claims": list},
+    "volumeMounts": [{"name": str, "mountPath": str, "readOnly": bool, "subPath": str}],
+}
+POD = others("pod") | {
+    "serviceAccountName": str,
+    "terminationGracePeriodSeconds": int,
+    "nodeSelector": TEXTS,
+    "tolerations": [
+        {
+            "key": str,
+            "value": str,
+            "operator": {"Exists", "Equal"},
+            "effect": {"NoSchedule", "PreferNoSchedule", "NoExecute"},
+            "tolerationSeconds": int,
+        }
+    ],
+    "containers": [CONTAINER],
+    "volumes": [{"name": str, "emptyDir": {"medium": {"", "Memory"}, "sizeLimit": str}, "persistentVolumeClaim": dict}],
+}
+GROUP = others("group") | {"rayStartParams": TEXTS, "template": {"metadata": dict, "spec": POD}}
+HEAD_GROUP = GROUP | {
+    "serviceType": {"ClusterIP", "NodePort", "LoadBalancer", "ExternalName"},
+    "headService": dict,
+    "enableIngress": bool,
+}
+WORKER_GROUP = GROUP | {
+    "groupName": str,
+    **dict.fromkeys(("replicas", "minReplicas", "maxReplicas", "numOfHosts", "idleTimeoutSeconds"), int),
+    "scaleStrategy": dict,
+    "suspend": bool,
+}
+RAY_CLUSTER = others("cluster") | {
+    "rayVersion": str,
+    "enableInTreeAutoscaling": bool,
+    "autoscalerOptions": {
+        "version": {"v1", "v2"},
+        "idleTimeoutSeconds": int,
+        "upscalingMode": {"Default", "Aggressive", "Conservative"},
+        **dict.fromkeys(("image", "imagePullPolicy"), str),
+        **dict.fromkeys(("resources", "securityContext", "env", "envFrom", "volumeMounts"), object),
+    },
+    "authOptions": {"mode": {"disabled", "token"}, "secretName": str, "enableK8sTokenAuth": bool},
+    "headGroupSpec": HEAD_GROUP,
+    "workerGroupSpecs": [WORKER_GROUP],
+}
+RAY_JOB = {
+    "apiVersion": {"ray.io/v1"},
+    "kind": {"RayJob"},
+    "metadata": dict,
+    "spec": others("job")
+    | {
+        "entrypoint": str,
+        "submissionMode": {"K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"},
+        "shutdownAfterJobFinishes": bool,
+        "ttlSecondsAfterFinished": int,
+        "backoffLimit": int,
+        "rayClusterSpec": RAY_CLUSTER,
+    },
+}
+"""What KubeRay 1.6.2's resource definitions (docs/reference/api.md) and Kubernetes 1.28's core/v1 know.
+
+A key or a value that is not here may still be one of theirs: look it up before it is added.
+"""
+
+
+def faults(content: Any, known: Any, place: str = "") -> list[str]:
+    """Places whose key, value or type is not a known one; "*" stands for any key."""
+    if isinstance(known, set):
+        return [] if any(content == each for each in known) else [place]
+    if isinstance(known, type):
+        return [] if isinstance(content, known) and (known is object or type(content) is known) else [place]
+    if not isinstance(content, type(known)):
+        return [place]
+    if isinstance(known, list):
+        pairs = [(f"{place}[{at}]", each, known[0]) for at, each in enumerate(content)]
+    else:
+        pairs = [(f"{place}.{key}", each, known.get(key, known.get("*", set()))) for key, each in content.items()]
+    return [fault for where, each, of in pairs for fault in faults(each, of, where)]
+
+
+def test_every_key_of_the_ray_job_is_one_that_kuberay_and_kubernetes_know() -> None:
+    assert faults(ray_job(), RAY_JOB) == []
+
+
+CPU_GROUP = "spec.rayClusterSpec.workerGroupSpecs.0"
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("spec.backofLimit", 3),
+        ("spec.backoffLimit", "3"),
+        ("spec.submissionMode", "K8sJob"),
+        ("spec.rayClusterSpec.autoscalerOptions.version", "v3"),
+        ("spec.rayClusterSpec.authOption", {"mode": "token"}),
+        ("spec.rayClusterSpec.headGroupSpec.rayStartParams.num-cpus", 0),
+        (f"{CPU_GROUP}.maxReplica", 16),
+        (f"{CPU_GROUP}.template.spec.serviceAcountName", "mine"),
+        (f"{CPU_GROUP}.template.spec.tolerations", [{"key": "spot", "operator": "Exist"}]),
+        (f"{CPU_GROUP}.template.spec.containers.0.resource", {}),
+    ],
+)
+def test_a_key_or_value_that_nobody_knows_is_seen(place: str, value: Any) -> None:
+    job = copy.deepcopy(ray_job())
+    *path, key = place.split(".")
+    section: Any = job
+    for each in path:
+        section = section[int(each) if each.isdigit() else each]
+    section[key] = value
+    found = faults(job, RAY_JOB)
+    assert len(found) == 1
+    assert key in found[0]
+
+
+def test_pods_have_the_time_that_ray_takes_to_drain_their_nodes() -> None:
+    for group in ray_job()["spec"]["rayClusterSpec"]["workerGroupSpecs"]:
+        if group["groupName"] == "cpu":
+            continue
+        spec = group["template"]["spec"]
+        [drain] = spec["containers"][0]["env"]
+        assert drain["name"] == "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+        assert hasattr(ray_constants, drain["name"])
+        assert 60 <= int(drain["value"]) < spec["terminationGracePeriodSeconds"] <= 120  # AWS says it 120 s before
+
+
+class Metadata(ThreadingHTTPServer):
+    """A machine's metadata service, which gives nothing without a token of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answers)
+        self.asked, self.notice = 0, ""
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Answers(BaseHTTPRequestHandler):
+    server: Metadata
+
+    def do_PUT(self) -> None:
+        has_ttl = self.headers["X-aws-ec2-metadata-token-ttl-seconds"]
+        self.answer(200 if self.path == "/latest/api/token" and has_ttl else 400, "a-token")
+
+    def do_GET(self) -> None:
+        if self.headers["X-aws-ec2-metadata-token"] != "a-token":
+            self.answer(401)
+        elif self.path == "/latest/meta-data/spot/instance-action" and self.server.notice:
+            self.answer(200, self.server.notice)
+        else:
+            self.server.asked += 1
+            self.answer(404)
+
+    def answer(self, status: int, body: str = "") -> None:
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def metadata() -> Iterator[Metadata]:
+    with Metadata() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def rays_head() -> Iterator[Head]:
+    with head("--num-cpus=0") as each:
+        yield each
+
+
+class Machine:
+    """A worker's home, where `ray up` has put its files; `ray start` is done already, and `hostname` is the node's."""
+
+    def __init__(self, home: Path, cluster: Head, own: Node, metadata: Metadata) -> None:
+        self.home, self.mark = home, secrets.token_hex(8)
+        self.env = cluster.env | {"HOME": str(home), "RAY_ADDRESS": f"127.0.0.1:{cluster.port}", "MACHINE": self.mark}
+        self.env |= {"AWS_EC2_METADATA_SERVICE_ENDPOINT": metadata.url, "http_proxy": "http://127.0.0.1:9"}
+        (home / "venv" / "bin").mkdir(parents=True)
+        self.program("python", f'exec {sys.executable} "$@"')
+        self.program("hostname", f"echo {own.name}")
+        self.program("ray", "exit 0")
+        for path, source in cluster_files(cluster).items():
+            (home / path).parent.mkdir(exist_ok=True)
+            shutil.copy(source, home / path)
+
+    def program(self, name: str, *lines: str) -> None:
+        path = self.home / "venv" / "bin" / name
+        path.write_text("\n".join(["#!/bin/sh", *lines]))
+        path.chmod(0o755)
+
+    def start(self) -> int:
+        """Run the line that starts Ray, as Ray's updater does by SSH: until all that holds the output has ended."""
+        line = " ".join(_with_interactive(cluster()["worker_start_ray_commands"][-1]))
+        return subprocess.run(["bash", "-c", line], env=self.env, capture_output=True, timeout=60).returncode
+
+    def watching(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                own = process.environ().get("MACHINE") == self.mark and "spot_notice.py" in " ".join(process.cmdline())
+                if own and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def log(self) -> str:
+        return (self.home / "spot_notice.log").read_text()
+
+
+def cluster_files(cluster: Head) -> dict[str, Path]:
+    return {
+        "spot_notice.py": ROOT / "deploy/spot_notice.py",
+        ".ray/auth_token": Path(cluster.env["RAY_AUTH_TOKEN_PATH"]),
+    }
+
+
+def message(cluster: Head, own: Node) -> str:
+    """What Ray says of a node's state; "" while there is nothing to say."""
+    [row] = [row for row in cluster.state("nodes") if row["node_name"] == own.name]
+    return row["state_message"] or ""
+
+
+def test_ray_hears_of_the_notice_that_a_spot_machine_gets(rays_head: Head, metadata: Metadata, tmp_path: Path) -> None:
+    with node(rays_head, "--num-cpus=1") as own:
+        machine = Machine(tmp_path, rays_head, own, metadata)
+        machine.program("ray", "exit 1")
+        assert machine.start() == 1
+        assert machine.watching() == []  # nor is a Ray that could not start taken for one that has
+        machine.program("ray", "exit 0")
+        try:
+            assert [machine.start(), machine.start()] == [0, 0]
+            wait_for(lambda: metadata.asked and len(machine.watching()) == 1, "the second one's end", 60)
+            assert message(rays_head, own) == ""
+            soon = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 120))
+            metadata.notice = json.dumps({"action": "terminate", "time": soon})
+            wait_for(lambda: not machine.watching(), "the notice", 60)
+            wait_for(lambda: message(rays_head, own), "Ray's word", 60)
+        finally:
+            for process in machine.watching():
+                process.kill()
+        assert f"AWS: terminate at {soon}" in message(rays_head, own), machine.log()
+
+
+def test_a_node_whose_pod_is_told_to_end_drains_first(rays_head: Head) -> None:
+    with node(rays_head, "--num-cpus=1") as own:
+        own.process.terminate()
+        own.process.wait(60)
+        wait_for(lambda: message(rays_head, own), "Ray's word", 60)
+        assert "draining" in message(rays_head, own)

@@ -75,6 +75,54 @@ def test_a_file_that_is_no_config_is_named(tmp_path: Path) -> None:
         load_config(tmp_path / "gone.yaml")
 
 
+PLAIN = "hunter2plain"
+"""A credential that looks like none."""
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (f"storage:\n  pin: {PLAIN}\n bad: [1", ["at line 3, column 2", "expected <block end>"]),
+        (f"pin: *{PLAIN}", ["at line 1, column 6", "found undefined alias"]),
+        (f"pin: !{PLAIN} x", ["at line 1, column 6", "could not determine a constructor"]),
+        (f"pin: {PLAIN}\x00", ["a character or value in it cannot be read"]),
+        (f"pin: {PLAIN}\nday: 2024-99-99", ["a character or value in it cannot be read"]),
+        (f"pin: {PLAIN}", ["unknown key 'pin'; see `salad run --help`"]),
+        (f"ingest: {{passages: {{pin: {PLAIN}}}}}", ["unknown key 'ingest.passages.pin'"]),
+        (f"seed: {{pin: {PLAIN}}}", ["'seed' is a mapping: "]),
+        (f"encode: {{augment: {{speed: [{{pin: {PLAIN}}}, 1]}}}}", ["'encode.augment.speed.0' is a mapping: "]),
+        (f"encode: [{{pin: {PLAIN}}}, 1]", ["'encode' is [a mapping, 1]: "]),
+    ],
+)
+def test_an_error_repeats_nothing_of_what_nobody_knows(text: str, words: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_config(path)
+    assert PLAIN not in str(error.value)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("override", [f"pin={PLAIN}", f"seed.pin={PLAIN}", f"pin=[{PLAIN}", f"pin=*{PLAIN}"])
+def test_nor_does_the_error_of_an_override(override: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("seed: 1\n")
+    with pytest.raises(ConfigError, match="pin") as error:
+        load_config(path, [override])
+    assert PLAIN not in str(error.value)
+
+
+def test_a_pattern_of_web_text_is_made_absolute_where_its_folder_is_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "mine.yaml").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    for path, found in (("texts/*.jsonl", f"{tmp_path}/texts/*.jsonl"), ("org/name/sample/*.parquet", None)):
+        [corpus] = load_config("mine.yaml", [f"ingest.web=[{{path: '{path}', name: x}}]"]).ingest.web
+        assert corpus.path == (found or path)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configs_are_valid_and_survive_a_round_trip(path: Path, tmp_path: Path) -> None:
     config = load_config(path)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from clusters import Head, head, wait_for
+from clusters import ROOT, Head, head, wait_for
 from factories import untrained_copy
 
 from salad_ray.config import Config, dump_config
@@ -23,6 +25,23 @@ import os, ray, salad_ray
 ray.init()
 in_worker = ray.remote(lambda: __import__("salad_ray").__file__).remote()
 print("code:", os.getcwd(), salad_ray.__file__, ray.get(in_worker))
+"""
+SAYING = """
+import time
+import ray
+from salad_ray.config import parse_config
+from salad_ray.console import say
+from salad_ray.stages.ray_cluster import start_ray
+
+@ray.remote
+def work(worker):
+    for step in range(20):
+        say(f"[step] {step} of: many", worker=worker, step=step)
+
+start_ray(parse_config({"ray": {"num_cpus": 2}}))
+ray.get([work.remote(worker) for worker in range(2)])
+say("done")
+time.sleep(5)  # Ray forwards what workers print twice a second or so
 """
 
 
@@ -131,6 +150,19 @@ def test_a_run_that_is_stopped_continues_where_it_was(cluster: Head, config: Pat
     starts = json.loads((run / "stage1/manifest.json").read_text())["starts"]
     assert len(starts) == 2
     assert starts[1]["step"] > 0
+
+
+def test_a_log_of_json_has_the_lines_of_workers_as_they_are() -> None:
+    """Ray would put a prefix in colour before them, and leave out those that differ in numbers only."""
+    done = subprocess.run(
+        [sys.executable, "-c", SAYING], cwd=ROOT, env=os.environ | {"SALAD_LOG": "json"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert sorted((line["worker"], line["step"]) for line in lines if "worker" in line) == [
+        (worker, step) for worker in range(2) for step in range(20)
+    ]
+    assert len(lines) == 41
 
 
 def ended(cluster: Head, job: str) -> str:

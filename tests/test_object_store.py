@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -33,7 +34,7 @@ from salad_ray.s3 import PART_BYTES, S3
 from salad_ray.speech.audio import check_recording, load_utterance
 from salad_ray.speech.corpora import find_sources, scan, source_stamp
 from salad_ray.stages.ray_cluster import worker_settings
-from salad_ray.store import AWS_SETTINGS, StoreError, for_ray
+from salad_ray.store import AWS_SETTINGS, StoreError, filesystem, for_ray, open_file
 from salad_ray.tables import (
     Reject,
     Table,
@@ -42,6 +43,7 @@ from salad_ray.tables import (
     delete_file,
     delete_folder,
     file_exists,
+    from_arrow,
     local_folder,
     put_folder,
     read_bytes,
@@ -300,6 +302,151 @@ def test_an_answer_that_breaks_off_is_asked_for_again(faults: Faults) -> None:
     with local_folder(f"s3://{BUCKET}/broken/model") as back:
         assert Path(back, "weights").read_bytes() == large
     assert faults.failed == 4
+
+
+def test_of_a_large_object_only_the_part_that_breaks_off_is_asked_for_again(faults: Faults, tmp_path: Path) -> None:
+    folder, data = f"s3://{BUCKET}/parts", np.random.default_rng(0).bytes(4 * PART_BYTES + 7)
+    write_bytes(f"{folder}/file", data)
+    faults.num_bytes, faults.cut_bodies = 0, 1
+    assert read_bytes(f"{folder}/file") == data
+    assert faults.num_bytes < len(data) + 2 * PART_BYTES
+    faults.num_bytes, faults.cut_bodies = 0, 2  # the first answer is dropped for parts, wherever it ends
+    with local_folder(folder) as back:
+        assert Path(back, "file").read_bytes() == data
+    assert faults.failed == 3
+
+
+@pytest.mark.parametrize("num_bytes", [100_000, 2 * PART_BYTES])
+def test_answers_that_all_break_off_are_the_store_s_fault(
+    num_bytes: int, faults: Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"s3://{BUCKET}/broken-{num_bytes}"
+    write_bytes(f"{url}/file", bytes(num_bytes))
+    monkeypatch.setattr(S3, "retries", 2)
+    faults.cut_bodies = 1000
+
+    def fetch() -> None:
+        with local_folder(url):
+            pass
+
+    for read in (lambda: read_bytes(f"{url}/file"), lambda: open_file(f"{url}/file").read(), fetch):
+        with pytest.raises(StoreError, match=rf"{url}/file: the store does not answer"):
+            read()
+
+
+@pytest.mark.parametrize("name", ["run?", "run*", "run[X]", "[!a]un?"])
+def test_a_name_is_never_a_pattern(name: str, server: Server, place: str, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "a[b]").write_bytes(b"1")
+    own, other = (Table(f"{place}/{run}", "", "rows") for run in (name, "runX"))
+    for table in (own, other):
+        table.write("part-0", ROWS)
+        put_folder(str(tmp_path / "model"), f"{table.run_dir}/model")
+    put_folder(str(tmp_path / "model"), f"{own.run_dir}/model")  # replaces
+    with local_folder(f"{own.run_dir}/model") as back:
+        assert [path.name for path in Path(back).rglob("*")] == ["a[b]"]
+    own.delete_shards("part-")
+    assert own.shards() == []
+    own.write("part-0", ROWS)
+    own.delete()
+    delete_folder(own.run_dir)
+    left = place.removeprefix(f"s3://{BUCKET}/")
+    assert keys(server, place) == [f"{left}/runX/model/a[b]", f"{left}/runX/rows/part-0.parquet"]
+
+
+def test_a_removal_takes_few_requests_and_ends_with_whose_it_is(faults: Faults, server: Server) -> None:
+    table = Table(f"s3://{BUCKET}/removal", "", "rows")
+    for name in ("manifest.json", "begun.json", "sub/begun.json", *(f"part-{n:02d}.parquet" for n in range(30))):
+        server.client.put_object(Bucket=BUCKET, Key=f"removal/rows/{name}", Body=b"{}")
+    faults.undeleted = ["AccessDenied"]
+    with pytest.raises(StoreError, match="access denied"):
+        table.delete()
+    left = server.keys("removal/")
+    assert "removal/rows/manifest.json" not in left
+    assert len(left) == 32
+    faults.seen.clear()
+    table.delete_shards("part-0")
+    table.delete()
+    assert server.keys("removal/") == []
+    assert len(faults.seen) < 20
+    removals = [target for method, target in faults.seen if method == "DELETE" or "?delete" in target]
+    assert removals[-2:] == [f"/{BUCKET}?delete", f"/{BUCKET}/removal/rows/begun.json"]
+
+
+def test_what_a_bulk_removal_leaves_is_removed_after_all(faults: Faults, server: Server) -> None:
+    table = Table(f"s3://{BUCKET}/left", "", "rows")
+    for number in range(3):
+        table.write(f"part-{number}", ROWS)
+    faults.undeleted = ["InternalError", "SlowDown"]
+    table.delete_shards("part-1")
+    assert table.shards() == ["part-0", "part-2"]
+    assert faults.failed == 2
+    faults.undeleted = ["AccessDenied"]
+    with pytest.raises(StoreError, match=rf"s3://{BUCKET}/left/rows/part-0\.parquet: access denied \(No\."):
+        table.delete()
+    assert table.shards() == ["part-0", "part-2"]
+
+
+def test_of_a_shard_only_what_is_asked_for_is_fetched(faults: Faults) -> None:
+    """Few bytes, and few requests where pieces lie close together."""
+    table = Table(f"s3://{BUCKET}/fetched", "", "rows")
+    with table.writer("large", ROWS.schema) as write:
+        for number in range(8):
+            noise = np.random.default_rng(number).bytes(2 * 2**20).hex()
+            write(
+                to_arrow(
+                    Reject, [Reject(f"{number}-{at}", "k", noise[at : at + 2**19]) for at in range(0, 2**22, 2**19)]
+                )
+            )
+    with table.writer("close", ROWS.schema) as write:
+        for _ in range(50):
+            write(ROWS)
+
+    def cost(read: Any) -> tuple[int, int]:
+        faults.num_bytes = 0
+        faults.seen.clear()
+        read()
+        return faults.num_bytes, len(faults.seen)
+
+    size = cost(lambda: table.read("large"))[0]
+    assert size > 2**24
+    few = 2**17
+    for read, num_bytes, num_requests in (
+        (lambda: table.read("large"), size + few, 6),
+        (lambda: list(table.iterate(Reject, "large")), size + few, 6),
+        (lambda: table.metadata("large"), few, 2),
+        (lambda: table.read("large", ["stage"]), few, 10),
+        (lambda: table.read_where(Reject, "large", "stage", ["none"]), few, 10),
+        (lambda: table.read_where(Reject, "large", "stage", [f"5-{2**19}"]), size // 8 + few, 11),
+        (lambda: table.read("close", ["key"]), 2 * few, 3),
+        (lambda: table.read_where(Reject, "close", "key", ["utt 3"]), 3 * few, 4),
+    ):
+        found = cost(read)
+        assert found[0] < num_bytes
+        assert found[1] <= num_requests
+    [row] = table.read_where(Reject, "large", "stage", [f"5-{2**19}"])
+    assert row == from_arrow(Reject, table.read("large").filter(pc.field("stage") == f"5-{2**19}"))[0]
+    assert len(table.read_where(Reject, "close", "key", ["utt 3", "utt 299"])) == 100
+
+
+def test_a_table_asks_once_where_it_lies(faults: Faults) -> None:
+    table, other = (Table(f"s3://{BUCKET}/{run}", "", "rows") for run in ("asks", "other"))
+    table.write("part-0", ROWS)
+    faults.seen.clear()
+    table.write("part-1", ROWS)
+    assert len(faults.seen) == 1
+    faults.seen.clear()
+    table.read("part-1")
+    assert len(faults.seen) <= 3
+    other.write("part-2", ROWS)
+    table.link(other.url)
+    assert table.shards() == ["part-2"]
+
+
+def test_many_threads_have_connections(place: str) -> None:
+    fs, _ = filesystem(place)
+    fs.connect()
+    assert fs.s3.meta.config.max_pool_connections >= 64
 
 
 def test_an_upload_whose_completion_was_not_answered_is_there(faults: Faults) -> None:

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,13 @@ PATIENCE_SECS = 1200
 SPOKEN = "natural/utterances"
 STAGES = {"ingest": "natural/passages", "synthesize": SPOKEN, "encode": "natural/features"}
 ACTOR = "MapWorker"
+FULL_DISK = """
+cp "$0/begun.json" /dev/shm/salad-begun-$$ && mount -t tmpfs -o size=64k none "$0"
+mv /dev/shm/salad-begun-$$ "$0/begun.json"
+cat /dev/zero > "$0/ballast" 2> /dev/null
+exec "$@"
+"""
+"""In a mount namespace of its own: a folder, as this machine alone sees it, has not a byte left."""
 
 
 class Cluster:
@@ -40,8 +47,8 @@ class Cluster:
         for _ in range(num_nodes):
             self.add_node()
 
-    def add_node(self) -> None:
-        self.nodes.append(self.stack.enter_context(node(self.head, "--num-cpus=1")))
+    def add_node(self, within: Sequence[str] = ()) -> None:
+        self.nodes.append(self.stack.enter_context(node(self.head, "--num-cpus=1", within=within)))
 
     def node_with(self, process: str) -> Node:
         return next(each for each in self.nodes if each.runs(process))
@@ -289,3 +296,23 @@ def test_a_full_disk_ends_the_stage_with_a_sentence_and_costs_nothing(
         assert content(config, place) == content(finished_run, place)
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_a_machine_whose_own_disk_is_full_leaves_the_work_to_the_others(
+    finished_run: Config, cluster: Cluster, tmp_path: Path
+) -> None:
+    if subprocess.run(["unshare", "--mount", "true"], check=False).returncode:
+        pytest.skip("a machine with a disk of its own needs root")
+    config, driver = begun(finished_run, cluster.head, tmp_path, "encode")
+    driver.process.kill()
+    driver.process.wait()
+    cluster.nodes[0].kill()
+    place = Path(config.run_dir, STAGES["encode"])
+    cluster.add_node(within=["unshare", "--mount", "sh", "-c", FULL_DISK, str(place)])
+    driver = Driver(cluster.head, config, "encode", "set=natural")
+    since = time.monotonic()
+    driver.wait()
+    tell("a full disk on one of two machines, from the start on", since)
+    assert "No space left on device" in driver.log.read_text()
+    assert content(config, STAGES["encode"]) == content(finished_run, STAGES["encode"])

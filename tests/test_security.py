@@ -14,6 +14,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -34,7 +35,9 @@ from kokoro_weights import write_random_kokoro
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from salad_ray import config as config_module
-from salad_ray.config import ConfigError, CorpusConfig, WebTextConfig, load_config, parse_config
+from salad_ray.cli import _explain
+from salad_ray.config import ConfigError, CorpusConfig, WebTextConfig, load_config, parse_config, redact
+from salad_ray.console import say
 from salad_ray.evaluation.benchmarks import read_items
 from salad_ray.model.encoder import load_encoder
 from salad_ray.model.loading import ModelError
@@ -452,6 +455,17 @@ LEAKS = [
     f"ghp_{SECRET}",
     f"glpat-{SECRET}",
     "AKIA0123456789ABCDEF",
+    f"x-amz-security-token: {SECRET}",
+    f"/x?X-Amz-Date=1&X-Amz-Signature={SECRET}",
+    f"jdbc:postgresql://host/x?user=me&pwd={SECRET}",
+    f"https://host/x?user=me&passwd={SECRET}",
+    f"AccountName=x;AccountKey={SECRET}",
+    f"Authorization: Basic {SECRET}",
+    f"sk-proj-{SECRET}",
+    f"sk-ant-api03-{SECRET}",
+    f"xoxb-{SECRET}",
+    "dapi0123456789abcdef0123456789abcdef",
+    f"eyJ{SECRET}.eyJ{SECRET}.{SECRET}",
 ]
 
 
@@ -462,6 +476,8 @@ LEAKS = [
         "hf_libriheavy_train_clean_100/x.flac",
         "ghs_recordings_of_june_2024.wav",
         "asian_keys/token_1.wav",
+        "dapi_recordings/sk-proj-notes.flac",
+        "desk-projects_of_the_year_2024/bearer_of_news.wav",
     ],
 )
 def test_ordinary_names_are_no_credentials(name: str) -> None:
@@ -488,10 +504,77 @@ def test_a_config_with_a_credential_is_refused_and_the_credential_not_repeated(v
 
 
 def test_a_key_that_is_called_a_secret_is_refused_whatever_it_holds() -> None:
-    for key in ("hf_token", "password", "aws_secret", "storage.api_key"):
+    for key in (
+        "hf_token", "password", "aws_secret", "storage.api_key", "passwd", "db.pwd", "storage.passphrase", "apiKey",
+        "secret_id", "secret_access_key", "s3.secretAccessKey", "signing_key", "accessToken", "storage.access-key",
+        "HF_TOKEN",
+    ):  # fmt: skip
         with pytest.raises(ConfigError, match=f"'{key}' holds a credential") as told:
             load_config(ROOT / "configs/quickstart.yaml", [f"{key}=plain-{SECRET}"])
         assert SECRET not in str(told.value)
+
+
+@pytest.mark.parametrize("leak", LEAKS)
+def test_a_key_that_is_a_credential_is_refused_and_not_repeated(leak: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(json.dumps({"distill": {"extra_resources": {leak: 1}}}))
+    for overrides in ([], [f"{leak}=1"], [f"distill.extra_resources={{'{leak}': 1}}"]):
+        with pytest.raises(ConfigError, match="holds a credential") as told:
+            load_config(tmp_path / "mine.yaml", overrides)
+        assert leak not in str(told.value)
+        assert SECRET not in str(told.value)
+
+
+@pytest.mark.parametrize("leak", LEAKS)
+def test_what_is_said_and_told_of_errors_has_no_credential(
+    leak: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As in the errors of libraries: the hub's names the signed URL."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    error = RuntimeError(f"403 Client Error for: {leak} (Request 12)")
+    for log in ("", "json"):
+        monkeypatch.setenv("SALAD_LOG", log)
+        say(f"left out: {error}", row=str(error), more=[{"error": str(error)}], number=3)
+    _explain(RuntimeError, error, None)
+    _explain(BadInput, BadInput(str(error)), None)
+    [file] = tmp_path.iterdir()
+    for text in (*capsys.readouterr(), file.read_text()):
+        assert leak not in text
+        assert SECRET not in text
+        assert "403 Client Error for: " in text
+        assert "(Request 12)" in text
+
+
+def test_what_is_not_a_credential_stays_readable() -> None:
+    shown = "GET https://***@host/a?X-Amz-Date=1&X-Amz-Signature=***&x=2 (user me): {'password': ***, 'a': 1}"
+    assert redact(shown.replace("***,", "'two words',").replace("***", "u:p")) == shown
+    assert redact(shown) == shown
+    for text in (
+        "pad_token=<eos> of ray://10.0.0.1:10001, github://org:repo@main/x, me@host",
+        "model.teacher: the key 'lm_head.weight' of s3://bucket/a?versionId=3 lacks; 1a2b3c4d5e6f7a8b9c0d1a2b3c4d",
+        "3 s → runs/a: 1,024/2,048 passages, a token = 4 bytes",
+    ):
+        assert redact(text) == text
+
+
+def test_hostile_text_does_not_take_long_to_redact() -> None:
+    started = time.monotonic()
+    for part in (
+        "://:",
+        "?",
+        "&%26",
+        "password ",
+        "password='",
+        "pwd-",
+        "eyJ-",
+        "https://",
+        "a@",
+        "bearer  ",
+        "sk-proj-",
+        "key=",
+        "x",
+    ):
+        redact(part * 100_000)
+    assert time.monotonic() - started < 20
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 
 from salad_ray.store import scratch_folder
 from salad_ray.tables import (
+    READ_AT_ONCE,
     Features,
     Measurement,
     Passage,
@@ -25,9 +28,14 @@ from salad_ray.tables import (
     TableError,
     Utterance,
     Word,
+    delete_folder,
+    each_shard,
+    file_exists,
     fingerprint,
     local_folder,
     put_folder,
+    read_bytes,
+    read_json,
     stable_hash,
     to_arrow,
     write_bytes,
@@ -116,6 +124,77 @@ def test_folders_go_to_a_store_and_come_back(tmp_path: Path) -> None:
             files = sorted(str(path.relative_to(back)) for path in Path(back).rglob("*") if path.is_file())
             assert files == ["config.json", "llm/weights"]
         assert Path(back).exists() == ("://" not in url)  # only a copy goes
+
+
+@pytest.mark.parametrize("name", ["run?", "run*", "run[X]", "[!a]un?"])
+@pytest.mark.parametrize("place", ["{tmp}", "memory://{tmp}", "file://{tmp}"])
+def test_a_name_is_never_a_pattern(place: str, name: str, tmp_path: Path) -> None:
+    model = tmp_path / "model[1]"
+    (model / "llm").mkdir(parents=True)
+    (model / "llm" / "a[b]").write_bytes(b"1")
+    rows = to_arrow(Reject, [Reject("a", "b", "c")])
+    own, other = (Table(f"{place.format(tmp=tmp_path)}/{run}", "", "rows") for run in (name, "runX"))
+    for table in (own, other):
+        table.write("part-0", rows)
+        put_folder(str(model), f"{table.run_dir}/model")
+    put_folder(str(model), f"{own.run_dir}/model")  # replaces
+    with local_folder(f"{own.run_dir}/model") as back:
+        assert [path.name for path in Path(back).rglob("*") if path.is_file()] == ["a[b]"]
+    own.delete_shards("part-")
+    assert own.shards() == []
+    own.write("part-0", rows)
+    own.delete()
+    delete_folder(own.run_dir)
+    assert not file_exists(f"{own.run_dir}/model/llm/a[b]")
+    assert other.read("part-0").equals(rows)
+    assert read_bytes(f"{other.run_dir}/model/llm/a[b]") == b"1"
+
+
+def test_a_removal_takes_all_but_what_a_link_leads_to(tmp_path: Path) -> None:
+    table, rows = Table(str(tmp_path), "", "rows"), to_arrow(Reject, [Reject("a", "b", "c")])
+    table.write("part-0", rows)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept").write_bytes(b"1")
+    (tmp_path / "rows" / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    write_bytes(f"{table.url}/pieces/part-0.parquet", b"1")
+    table.delete()
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
+    assert (tmp_path / "elsewhere" / "kept").exists()
+
+
+def test_where_a_table_lies_is_kept_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, own = (Table(f"{tmp_path}/{run}", "web", "rows") for run in ("base", "own"))
+    asked: list[str] = []
+    monkeypatch.setattr("salad_ray.tables.read_json", lambda url: asked.append(url) or read_json(url))
+    assert own.url == own.url == f"{tmp_path}/own/web/rows"
+    assert len(asked) == 1
+    own.link(base.url)
+    assert own.url == base.url
+    assert own.rejects == Table(f"{tmp_path}/base", "web", "rejects")
+    elsewhere = pickle.loads(pickle.dumps(own))
+    assert elsewhere == own
+    own.unlink()
+    assert own.url == elsewhere.url == f"{tmp_path}/own/web/rows"
+    assert own.rejects == Table(f"{tmp_path}/own", "web", "rejects")
+    Table(own.run_dir, own.set, own.name).link(base.url)
+    assert own.linked_to() == own.url == base.url
+
+
+def test_shards_are_read_side_by_side_and_come_in_order() -> None:
+    names = [f"part-{number}" for number in range(3 * READ_AT_ONCE + 1)]
+    together = threading.Barrier(READ_AT_ONCE)
+    read: list[str] = []
+
+    def one(name: str) -> str:
+        read.append(name)
+        if name != names[-1]:
+            together.wait(30)
+        return name
+
+    for number, name in enumerate(each_shard(one, names)):
+        assert name == names[number]
+        assert len(read) <= number + READ_AT_ONCE
+    assert len(read) == len(names)
 
 
 def test_a_copy_goes_after_an_error_too(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ warm-up is that of the trunk.
 A sweep that varies what is selected pools its speech: the passages of all selections are spoken and encoded once.
 
 Trials hold no resources of their own, so Tune cannot starve the Train job inside; as many run at a time as their
-training workers have room for. What is finished is not run again; a trial that fails is reported, and the others go on.
+training workers have room for. They are drivers and run beside the sweep's own, so none is lost with a spot machine or
+keeps a training machine busy. What is finished is not run again; a trial that fails is reported, and the others go on.
 """
 
 from __future__ import annotations
@@ -463,7 +464,7 @@ def _tune(
         tune.report({"trial": trial.name, "error": _attempt(work, trial, kind)})
 
     tuner = tune.Tuner(
-        tune.with_resources(trainable, {"cpu": 0, "memory": 1}),  # a byte, since Tune does not take nothing
+        tune.with_resources(trainable, nothing_but_this_node()),
         param_space={"trial": tune.grid_search(list(by_name))},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=at_once, trial_dirname_creator=lambda t: f"trial-{t.trial_id}"
@@ -486,6 +487,12 @@ def _tune(
         elif result.metrics["error"]:
             errors[label] = result.metrics["error"]
     return errors
+
+
+def nothing_but_this_node() -> tune.PlacementGroupFactory:
+    """What a trial asks for: the driver's node and a byte, since Tune does not take nothing."""
+    own = ray.get_runtime_context().get_node_id()
+    return tune.PlacementGroupFactory([{"memory": 1}], bundle_label_selector=[{"ray.io/node-id": own}])
 
 
 def _attempt(work: Callable[[Trial], None], trial: Trial, kind: str) -> str:

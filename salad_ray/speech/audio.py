@@ -38,7 +38,8 @@ END_TOLERANCE_SECS = 0.1
 MAX_FOREIGN_SHARE = 0.2
 """Largest share of letters outside the language's script."""
 MAX_SAMPLES = 2**27
-"""That are decoded at once, of all channels: 23 minutes of stereo at 48 kHz. Silence is compressed a thousandfold."""
+"""That are decoded at once, of all channels: 23 minutes of stereo at 48 kHz. Silence is compressed a thousandfold.
+Resampled, it may be as many again."""
 CACHE_BYTES = 2**28
 """Largest remote recording that is fetched whole."""
 LASTING = (IsADirectoryError, NotADirectoryError, PermissionError)
@@ -70,12 +71,17 @@ def load_audio(
         Audio, float32 (num_samples,), and its sampling rate.
 
     Raises:
-        BadInput: missing, not audio, truncated, or shorter than the cut.
+        BadInput: missing, not audio, truncated, shorter than the cut, or of more than `MAX_SAMPLES` samples.
         OSError: of the network or a disk, which says nothing of the recording.
     """
     with open_recording(source) as recording:
-        samples = _read(recording, *_cut(recording, offset_secs, duration_secs or 0.0))
+        start, num_frames = _cut(recording, offset_secs, duration_secs or 0.0)
         rate = recording.file.samplerate
+        if sampling_rate is not None and num_frames / rate * sampling_rate > MAX_SAMPLES:
+            raise BadInput(
+                f"{num_frames:,} samples at {rate} Hz are too many at {sampling_rate} Hz; cut the recording into parts"
+            )
+        samples = _read(recording, start, num_frames)
     audio = samples.mean(axis=1, dtype=np.float32)
     if sampling_rate is None or sampling_rate == rate:
         return audio, rate
@@ -167,11 +173,11 @@ def check_recording(utterance: Utterance, quality: RecordedQualityConfig) -> Utt
             raise BadInput("8-bit samples, too coarse for speech; at least 16 bits are needed")
         start, num_frames = _cut(recording, utterance.offset_secs, utterance.duration_secs)
         rate = recording.file.samplerate
-        _check_duration(num_frames / rate, quality)
+        check_duration(num_frames / rate, quality)
         samples = _read(recording, start, num_frames)
         check_samples(samples, quality, lossy=recording.file.format in ("MP3", "OGG"))
     duration_secs = len(samples) / rate
-    _check_duration(duration_secs, quality)
+    check_duration(duration_secs, quality)
     _check_pace(utterance.text, duration_secs, quality)
     return replace(utterance, duration_secs=duration_secs)
 
@@ -184,7 +190,7 @@ def check_speech(audio: np.ndarray, sampling_rate: int, text: str, gates: Speech
     if len(audio) == 0:
         raise BadInput("no samples")
     duration_secs = len(audio) / sampling_rate
-    _check_duration(duration_secs, gates)
+    check_duration(duration_secs, gates)
     check_samples(audio[:, None], gates)
     _check_pace(text, duration_secs, gates)
     pause_secs = longest_pause(audio, sampling_rate)
@@ -234,7 +240,8 @@ def check_samples(samples: np.ndarray, quality: QualityConfig, lossy: bool = Fal
         raise BadInput(f"clipped: {clipped:.1%} of the samples at full scale, above {quality.max_clipped_share:.1%}")
 
 
-def _check_duration(duration_secs: float, quality: QualityConfig) -> None:
+def check_duration(duration_secs: float, quality: QualityConfig) -> None:
+    """Raises `BadInput` for a recording that is too long or too short."""
     if duration_secs > quality.max_duration_secs:
         raise BadInput(f"too long: {duration_secs:.1f} s, above max_duration_secs={quality.max_duration_secs:g}")
     if duration_secs < quality.min_duration_secs:

@@ -252,11 +252,11 @@ def gather(config: Config, label: str, shards: Sequence[str], work: Callable[[st
     numbers = ray.data.from_items(
         [{"number": number} for number in range(len(shards))], override_num_blocks=len(shards)
     )
+    at_once = ray.data.TaskPoolStrategy(config.ray.max_actors)
+    found = numbers.map_batches(of_shard, batch_size=1, num_cpus=1, compute=at_once)
     parts: list[pa.Table] = []
     with progress(label, len(shards), "shards") as advance:
-        for part in numbers.map_batches(of_shard, batch_size=1, num_cpus=1).iter_batches(
-            batch_size=None, batch_format="pyarrow"
-        ):
+        for part in found.iter_batches(batch_size=None, batch_format="pyarrow"):
             parts.append(part)
             advance(len(pa.compute.unique(part["number"])))
     return pa.concat_tables(parts).sort_by("number").drop_columns(["number"])

@@ -15,12 +15,13 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from typing import Any
 
@@ -28,8 +29,9 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
+from ray.util.metrics import Counter, Gauge
 
-from salad_ray.config import BenchmarkConfig, Config, ConfigError, CorpusConfig, WebTextConfig, identity
+from salad_ray.config import BenchmarkConfig, Config, ConfigError, CorpusConfig, WebTextConfig, identity, redact
 from salad_ray.console import progress, say, user_error
 from salad_ray.evaluation.benchmarks import prompt_of, read_items, world_items
 from salad_ray.selection.draw import priorities, probe_bounds
@@ -48,7 +50,15 @@ from salad_ray.stages.common import (
     run_shards,
 )
 from salad_ray.stages.ray_cluster import start_ray
-from salad_ray.stages.shards import ShardPart, StageError, WindowWorker, first_line, keep_or_reject, write_shard
+from salad_ray.stages.shards import (
+    NOTE_SECS,
+    ShardPart,
+    StageError,
+    WindowWorker,
+    first_line,
+    keep_or_reject,
+    write_shard,
+)
 from salad_ray.store import filesystem, is_local, list_folder
 from salad_ray.tables import (
     BadInput,
@@ -79,6 +89,8 @@ ITEMS_PER_SHARD = 32
 MIN_FAILURES = 20
 """Documents of a source at which something unforeseen fails, more than are cut: a systematic error."""
 DECONTAMINATE = "name those that will be evaluated in evaluate.benchmarks or ingest.passages.benchmarks"
+SCAN_NOTE_SECS = 20.0
+"""Between two notes of a task of how far its source is read."""
 MAX_PARTITIONS = 2048
 """Of the exchange in which rows find their shards; a partition carries as many shards as it must."""
 DEALT = [pa.field("shard", pa.int64()), pa.field("reason", pa.string()), pa.field("cut", pa.string())]
@@ -246,16 +258,25 @@ def _deal(
     scanned = f"{stage.table.url}/scanned"
     delete_folder(scanned)  # of a run that was interrupted, perhaps of other sources
     names = shard_names(config)
+    at_once = ray.data.TaskPoolStrategy(config.ray.max_actors)
+    tags = {"run": stage.table.run_dir, "stage": stage.name, "set": stage.table.set or "-"}
+    sources = ray.data.from_items(items, override_num_blocks=len(items))
+    sources.context.max_hash_shuffle_aggregators = config.ray.max_actors  # of this data set alone; they hold CPUs, too
     groups = (
-        ray.data.from_items(items, override_num_blocks=len(items))
-        .map_batches(partial(_counted, scan, scanned), batch_size=1, num_cpus=1)
+        sources.map_batches(
+            partial(_counted, partial(_metered, scan, tags), scanned), batch_size=1, num_cpus=1, compute=at_once
+        )
         .groupby("shard", num_partitions=min(len(names), MAX_PARTITIONS))
-        .map_groups(write_group, batch_format="pyarrow")
+        .map_groups(write_group, batch_format="pyarrow", compute=at_once)
     )
     missing = set(names)
-    with progress(label, len(names), "shards") as advance:
+    with (
+        DealingPace(stage.table, tags, len(items), len(names)) as pace,
+        progress(label, len(names), "shards") as advance,
+    ):
         for row in groups.iter_rows():
             missing.discard(row["shard"])
+            pace.num_written += 1
             advance(1)
     for name in sorted(missing):  # nothing fell to it
         write_shard(stage.table, name, iter([ShardPart(to_arrow(row_type, []), 0, 0)]))
@@ -272,12 +293,104 @@ def _counted(
     scan: Callable[[dict[str, Any]], Iterator[pa.Table]], scanned: str, item: dict[str, Any]
 ) -> Iterator[pa.Table]:
     """What a scan yields; how many rows that was goes to a file of the source's own, which a retry writes again."""
-    num_rows = 0
-    for piece in scan(item):
-        num_rows += len(piece)
-        yield piece
     source, corpus = str(item["source"][0]), str(item["corpus"][0])
-    write_json(f"{scanned}/{stable_hash(source, corpus):016x}.json", {"source": source, "num_rows": num_rows})
+    url = f"{scanned}/{stable_hash(source, corpus):016x}.json"
+    note: dict[str, Any] = {"source": source, "num_rows": 0, "num_rejected": 0, "read": False}
+    noted = time.monotonic()
+    for piece in scan(item):
+        note["num_rows"] += len(piece)
+        note["num_rejected"] += _num_rejected(piece)
+        yield piece
+        if time.monotonic() - noted > SCAN_NOTE_SECS:
+            with suppress(OSError):  # the last one counts
+                write_json(url, note)
+            noted = time.monotonic()
+    write_json(url, note | {"read": True})
+
+
+def _num_rejected(piece: pa.Table) -> int:
+    return len(piece) - piece["reason"].null_count if "reason" in piece.column_names else 0
+
+
+def _metered(
+    scan: Callable[[dict[str, Any]], Iterator[pa.Table]], tags: dict[str, str], item: dict[str, Any]
+) -> Iterator[pa.Table]:
+    """What a scan yields, told to Ray's metrics; unlike the notes these count a source twice that is read twice."""
+    rows, rejects = _counters()
+    for piece in scan(item):
+        for counter, number in ((rows, len(piece)), (rejects, _num_rejected(piece))):
+            if number:  # Ray refuses 0
+                counter.inc(number, tags)
+        yield piece
+
+
+@lru_cache(maxsize=1)
+def _counters() -> tuple[Counter, Counter]:
+    """Of this process; the same as those of other stages."""
+    tags = ("run", "stage", "set")
+    rows = Counter("salad_rows", "Rows that a stage has done, kept or not.", tags)
+    return rows, Counter("salad_rejects", "Rows that a stage has left out.", tags)
+
+
+class DealingPace:
+    """Notes beside the table, from a thread, how many sources are read and shards written, for `salad status`."""
+
+    def __init__(self, table: Table, tags: dict[str, str], num_sources: int, num_shards: int) -> None:
+        self.table, self.tags, self.num_sources, self.num_shards = table, tags, num_sources, num_shards
+        self.num_written = 0
+        self.notes: dict[str, dict[str, Any]] = {}
+        self.started = time.monotonic()
+        self.waiting = Gauge("salad_shards_waiting", "Shards that a stage has yet to make.", ("run", "stage", "set"))
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> DealingPace:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self.thread.join()
+        with suppress(OSError):
+            self.note()
+
+    def _watch(self) -> None:
+        while not self.ended.wait(NOTE_SECS):
+            with suppress(OSError):  # a store that fails now may work at the next note
+                self.note()
+
+    def note(self) -> None:
+        """Write `progress.json`; until the first rows are read there is nothing to tell."""
+        self.waiting.set(self.num_shards - self.num_written, self.tags)
+        self._look()
+        num_rows, num_rejected, num_read = (
+            sum(note[name] for note in self.notes.values()) for name in ("num_rows", "num_rejected", "read")
+        )
+        secs = time.monotonic() - self.started
+        done, total = num_read + self.num_written, self.num_sources + self.num_shards
+        if not num_rows:
+            return
+        note = {
+            "done": done,
+            "total": total,
+            "sources": self.num_sources,
+            "sources_read": num_read,
+            "num_input": num_rows,
+            "num_rejected": num_rejected,
+            "rows_per_sec": num_rows / secs,
+            "eta_secs": secs / max(done, 0.5) * (total - done),
+            "at": time.time(),
+        }
+        write_json(f"{self.table.url}/progress.json", note)
+
+    def _look(self) -> None:
+        """Read the tasks' notes again, but of sources that are read."""
+        scanned = f"{self.table.url}/scanned"
+        names = [name for name in list_folder(scanned) if name.endswith(".json")]
+        names = [name for name in names if not self.notes.get(name, {}).get("read")]
+        with ThreadPoolExecutor(32) as threads:
+            found = zip(names, threads.map(read_json, [f"{scanned}/{name}" for name in names]), strict=True)
+            self.notes |= {name: note for name, note in found if note is not None}
 
 
 def _num_scanned(scanned: str) -> int:
@@ -294,7 +407,7 @@ def _dealt(config: Config, row_type: type, row: Any, hashed: str, cut: str | Non
     """A row or a reject, with the shard that it is dealt to."""
     dealt = {"shard": stable_hash(hashed) % config.ingest.num_shards, "cut": cut}
     if isinstance(row, Reject):
-        return {schema_of(row_type).names[0]: row.key, "reason": row.reason} | dealt
+        return {schema_of(row_type).names[0]: row.key, "reason": redact(row.reason)} | dealt
     return asdict(row) | dealt
 
 

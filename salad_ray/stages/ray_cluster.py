@@ -10,15 +10,21 @@ import socket
 from typing import Any
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, ray_logging
 
 from salad_ray.config import Config
+from salad_ray.console import as_json
 from salad_ray.stages.shards import StageError, first_line
 from salad_ray.store import aws_settings
+
+RECORDS_ERRORS = ("ray.data._internal.execution.streaming_executor_state", "ray.data.exceptions")
+"""Loggers of Ray Data that are given errors whole."""
 
 
 def start_ray(config: Config) -> None:
     """Start or join Ray once per process; all servers of a local one listen on loopback, and ask for Ray's token."""
+    if as_json():
+        _leave_lines_as_they_are()
     if not ray.is_initialized():
         address = config.ray.address or os.environ.get("RAY_ADDRESS")  # set where a job was submitted
         settings = {"runtime_env": {"env_vars": worker_settings()}} if address else _local_settings(config)
@@ -27,7 +33,8 @@ def start_ray(config: Config) -> None:
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = -1  # spot machines can take longer than its half hour, and so can a shard
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    logging.getLogger("ray.data._internal.execution.streaming_executor_state").addFilter(_lost_in_a_line)
+    for name in RECORDS_ERRORS:
+        logging.getLogger(name).addFilter(_error_in_a_line)
 
 
 def _local_settings(config: Config) -> dict[str, Any]:
@@ -42,8 +49,18 @@ def _local_settings(config: Config) -> dict[str, Any]:
     return {"num_cpus": config.ray.num_cpus} | dashboard
 
 
-def _lost_in_a_line(record: logging.LogRecord) -> bool:
-    """What Ray Data logs of a lost process, without the error itself.
+def _leave_lines_as_they_are() -> None:
+    """Ray would put a coloured prefix before what workers print, and take lines together that differ in numbers only.
+
+    Both switches (RAY_DISABLE_WORKER_LOG_PREFIX, RAY_DEDUP_LOGS) are read at import, so the constants are set; it is
+    this process that prints the lines.
+    """
+    ray_constants.RAY_DISABLE_WORKER_LOG_PREFIX = True
+    ray_logging.RAY_DEDUP_LOGS = False
+
+
+def _error_in_a_line(record: logging.LogRecord) -> bool:
+    """What Ray Data logs of a lost process or a pass that was broken off, without the error itself.
 
     Its traceback holds the actor, hence its CPU and GPU, for as long as some handler keeps the record.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from salad_ray.config import Config, SetName
@@ -23,7 +24,7 @@ from salad_ray.report.metrics import (
 from salad_ray.report.page import write_page
 from salad_ray.stages.common import TRAINED_ON, finished
 from salad_ray.stages.shards import StageError
-from salad_ray.tables import Measurement, Score, Table, write_json
+from salad_ray.tables import Measurement, Score, Table, each_shard, write_json
 
 ANSWERING = ("base", "stage1", "stage2", "control", "cascade")
 """The systems that `evaluate` asks."""
@@ -80,7 +81,7 @@ def scored(config: Config) -> list[Score]:
                 raise StageError(f"report: {table.url} is of other {name}; run `salad evaluate CONFIG --redo`")
         if manifest["config"]["evaluate.num_shots"] != config.evaluate.num_shots:
             raise StageError(f"report: {table.url} has another evaluate.num_shots; run `salad evaluate CONFIG --redo`")
-        scores += [row for shard in table.shards() for row in table.read_rows(Score, shard)]
+        scores += rows_of(Score, table)
     return scores
 
 
@@ -109,9 +110,13 @@ def measured(config: Config, name: SetName, heard: set[str]) -> dict[str, Any]:
             raise StageError(
                 f"report: {table.url} is of another {system} model; run `salad measure CONFIG set={name} --redo`"
             )
-        rows = [row for shard in table.shards() for row in table.read_rows(Measurement, shard)]
-        metrics[system] = system_metrics(rows, heard) | training_facts(config, system)
+        metrics[system] = system_metrics(rows_of(Measurement, table), heard) | training_facts(config, system)
     return metrics
+
+
+def rows_of(row_type: type, table: Table) -> list[Any]:
+    """The rows of all shards of a table."""
+    return [row for rows in each_shard(partial(table.read_rows, row_type), table.shards()) for row in rows]
 
 
 def training_facts(config: Config, system: str) -> dict[str, Any]:
@@ -132,8 +137,8 @@ def selection_metrics(config: Config, manifest: dict[str, Any], heard: set[str])
     selection = {name: manifest[name] for name in names}
     probe = Table(config.run_dir, "probe", "passages")
     domains = [Counter[str]() for _ in selection["by_cluster"]]
-    for shard in probe.shards():
-        for row in probe.read(shard, ["cluster_id", "domain"]).to_pylist():
+    for passages in each_shard(partial(probe.read, columns=["cluster_id", "domain"]), probe.shards()):
+        for row in passages.to_pylist():
             domains[row["cluster_id"]][row["domain"]] += 1
     rows = [row | {"domains": dict(counts)} for row, counts in zip(selection["by_cluster"], domains, strict=True)]
     return selection | {"by_cluster": rows, "unheard_auc": unheard_auc(rows, domains, heard)}

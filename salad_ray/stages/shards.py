@@ -6,7 +6,8 @@ an item that is done twice, after a lost machine say, is still there once.
 An error that a user has to mend ends the stage. Anything else (a bug that one row meets, a GPU that fell over, a killed
 process) costs a try: the process is replaced, since its GPU may be unusable from then on, and the shard is done again
 after the others. From the third try on a row at a time, so that a row at which it fails twice becomes a reject. Where
-more shards fail than are done, or hardly a row is kept, that is not one bad row: the stage ends at once.
+on most machines more shards fail than go well, or hardly a row is kept, that is not one bad row, nor one bad machine:
+the stage ends at once. A machine on which all fails is slowed down, since it would take the shards from the good ones.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 import traceback
 import uuid
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -28,9 +30,10 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import ray
 from ray.exceptions import RayError, RayTaskError
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 from ray.util.metrics import Counter, Gauge
 
-from salad_ray.config import Config
+from salad_ray.config import Config, redact
 from salad_ray.console import progress, say, user_error
 from salad_ray.tables import (
     BadInput,
@@ -55,7 +58,13 @@ MAX_LEFT_OUT = 3
 TASK_RETRIES = 2
 """Of an item whose process died, before it counts as a try."""
 MIN_FAILURES, ENOUGH_FAILURES = 3, 32
-"""Shards that fail at their first try, more than are done: systematic. One for each actor, from some to many."""
+"""Shards that fail at their first try, more than go well: systematic. One for each actor, from some to many."""
+RECENT = 8
+"""Times as many of the last first tries are looked at."""
+MAX_PAUSE_SECS, ALONE_SECS = 60.0, 2.0
+"""For which a machine on which more fails than goes well is held back at most: where there are others, and alone."""
+EMPTY_PASSES = 3
+"""In a row, in which no process could do anything."""
 MAX_LOST = 8
 """Shards lost with their processes at which a pass is broken off to see whether that is systematic; doubles then."""
 MAX_EARLY_REJECTED = 0.95
@@ -156,6 +165,30 @@ class WindowWorker:
             raise RuntimeError(f"more than {MAX_LEFT_OUT} of its rows fail, the last {row_id}: {reason}")
 
 
+def _hold_back(by: str, failed: bool) -> None:
+    """Wait after a failure, the longer the more fail than go well on this machine, whichever its process: what fails is
+    faster, and would take most of the shards. The count is in Ray's own store, which needs no disk."""
+    if not (node := own_node()):
+        return
+    key = f"salad/{by}/{node}"
+    count = int(_internal_kv_get(key) or 0)
+    if failed or count:
+        _internal_kv_put(key, str(max(0, count + (1 if failed else -1))), overwrite=True)
+    if failed:
+        longest = MAX_PAUSE_SECS if len(machines_for(0)) > 1 else ALONE_SECS
+        time.sleep(min(2.0 ** min(count, 10) - 1, longest))
+
+
+def machines_for(num_gpus: float) -> set[str]:
+    """Ray's ids of the machines that have what an actor asks for, busy or not."""
+    needs = {"CPU": 1.0, "GPU": num_gpus}
+    return {
+        each["NodeID"]
+        for each in ray.nodes()
+        if each["Alive"] and all(each["Resources"].get(name, 0.0) >= number for name, number in needs.items())
+    }
+
+
 def own_node() -> str:
     """Ray's id of the machine; "" outside of Ray."""
     return str(ray.get_runtime_context().get_node_id()) if ray.is_initialized() else ""
@@ -215,7 +248,7 @@ def write_shard(table: Table, shard: str, parts: Iterator[ShardPart]) -> dict[st
     with table.writer(shard, first.rows.schema, footer) as write:
         for part in chain([first], parts):
             write(part.rows)
-            rejects += part.rejects
+            rejects += [replace(reject, reason=redact(reject.reason)) for reject in part.rejects]
             for name, number in zip(counts, (part.num_input, part.num_kept, len(part.rejects)), strict=True):
                 counts[name] += number
             for name, total in part.totals.items():
@@ -223,9 +256,9 @@ def write_shard(table: Table, shard: str, parts: Iterator[ShardPart]) -> dict[st
         footer["counts"] = json.dumps(counts | {"totals": totals})
         # Before the shard is there: a shard that is there is complete. A former try may have left others.
         if rejects:
-            Table(table.run_dir, table.set, "rejects").write(f"{table.name}-{shard}", to_arrow(Reject, rejects))
+            table.rejects.write(f"{table.name}-{shard}", to_arrow(Reject, rejects))
         else:
-            delete_file(f"{Table(table.run_dir, table.set, 'rejects').url}/{table.name}-{shard}.parquet")
+            delete_file(f"{table.rejects.url}/{table.name}-{shard}.parquet")
     return counts
 
 
@@ -265,7 +298,7 @@ class ShardWriter:
             os._exit(1)
         task, shard = self.tasks[item["task"]], item["shard"]
         result = {"task": item["task"], "shard": shard, "error": "", "failed": "", "row": "", "hopeless": False}
-        result["actor"] = f"{own_node()} {os.getpid()}"
+        result |= {"machine": own_node(), "process": os.getpid(), "of_machine": False}
         result |= {"num_input": 0, "num_kept": 0, "num_rejected": 0}
         try:
             worker = self._worker(item)
@@ -275,8 +308,11 @@ class ShardWriter:
             self.broken = True
             cause = user_error(error)
             if cause is not None and not isinstance(cause, OSError):  # a store may refuse this machine alone
-                return result | {"error": str(cause)}
-            return result | self._note_failure(task, item, cause or error)
+                return result | {"error": redact(str(cause))}
+            result |= self._note_failure(task, item, cause or error)
+            _hold_back(item["by"], failed=True)
+            return result
+        _hold_back(item["by"], failed=False)
         tags = {"run": task.table.run_dir, "stage": task.stage, "set": task.table.set or "-"}
         for metric, number in ((self.rows, counts["num_input"]), (self.rejects, counts["num_rejected"])):
             if number:  # Ray refuses 0
@@ -307,19 +343,24 @@ class ShardWriter:
 
     def _note_failure(self, task: Task, item: dict[str, Any], error: BaseException) -> dict[str, Any]:
         """Leave the traceback in a file, and in a careful try the reason in the note; both for whoever tries next."""
-        reason = f"{type(error).__name__}: {first_line(error)}"
+        reason = redact(f"{type(error).__name__}: {first_line(error)}")
         with suppress(Exception):  # a full disk, say, which may be what failed; the reason is told all the same
-            write_bytes(f"{task.failures(item['shard'])}.log", traceback.format_exc().encode())
+            write_bytes(f"{task.failures(item['shard'])}.log", redact(traceback.format_exc()).encode())
         of_a_machine = isinstance(error, OSError)  # a disk or a network: whatever the row
         worker = self.worker
         if not isinstance(worker, WindowWorker) or "by" not in worker.note:  # it was not at the rows
-            return {"failed": reason, "hopeless": item["careful"] and not of_a_machine}
+            return {
+                "failed": reason,
+                "hopeless": item["careful"] and not of_a_machine,
+                "of_machine": of_a_machine,
+            }
         row_id = "" if of_a_machine else worker.note["at"]
         with suppress(Exception):
             write_json(str(worker.careful), worker.note | {"at": row_id, "reason": reason})
         # Not one row has gone well, though others that failed are left out; or it failed outside of all rows.
         hopeless = not row_id or (worker.num_passed == 0 and len(worker.left_out) >= ROW_FAILURES)
-        return {"failed": reason, "row": row_id, "hopeless": hopeless and not of_a_machine}
+        hopeless = hopeless and not of_a_machine
+        return {"failed": reason, "row": row_id, "hopeless": hopeless, "of_machine": of_a_machine}
 
 
 @dataclass
@@ -329,18 +370,25 @@ class Shortfall:
     tries: int = 0
     reason: str = "its process died"
     hopeless: bool = False
+    of_machine: bool = False
+    """Whether the last try failed for a disk, a network or a store, and for no row."""
 
 
 class Counts:
     """What a stage's shards have come to so far; raises `StageError` where the error is systematic."""
 
-    def __init__(self, config: Config, tasks: Sequence[Task]) -> None:
-        self.config, self.label = config, tasks[0].label
+    def __init__(self, config: Config, tasks: Sequence[Task], num_gpus: float = 0.0) -> None:
+        self.config, self.label, self.num_gpus = config, tasks[0].label, num_gpus
         self.total = sum(len(task.items) for task in tasks)
-        self.num_there = sum(task.num_there for task in tasks)
-        self.num_made = self.num_failed = self.num_input = self.num_rejected = 0
+        self.num_made = self.num_input = self.num_rejected = 0
+        # What is there went well; what is missing may be the bad ones of a run that was broken off.
+        num_there = min(sum(task.num_there for task in tasks), RECENT * ENOUGH_FAILURES // 2)
+        self.firsts = deque([("", "")] * num_there, maxlen=RECENT * ENOUGH_FAILURES)
+        """Of the last first tries the machine, and why it failed, or ""."""
 
-    def made(self, result: dict[str, Any], table: Table) -> None:
+    def made(self, result: dict[str, Any], table: Table, is_first: bool) -> None:
+        if is_first:
+            self.firsts.append((result["machine"], ""))
         self.num_made += 1
         self.num_input += result["num_input"]
         self.num_rejected += result["num_rejected"]
@@ -354,17 +402,28 @@ class Counts:
                 "raise ingest.max_rejected_share to 1"
             )
 
-    def failed(self, number: int, num_actors: int, reason: str) -> None:
-        """So many shards failed at their first try. What fails is faster than what goes well: each actor has a say, of
-        hundreds the first to speak."""
-        self.num_failed += number
-        num_done = self.num_there + self.num_made
+    def failed(self, machine: str, num_actors: int, reason: str) -> None:
+        """A shard failed at its first try, on "" where nobody knows on which machine. What fails is faster than what
+        goes well: each actor has a say, of hundreds the first to speak."""
+        self.firsts.append((machine, reason))
         enough = max(MIN_FAILURES, min(num_actors, ENOUGH_FAILURES))
-        if self.num_failed >= enough and self.num_failed > num_done:
+        recent = list(self.firsts)[-RECENT * enough :]
+        reasons = [reason for _, reason in recent if reason]
+        many = len(reasons) >= enough and 2 * len(reasons) > len(recent)
+        if many and self._on_most_machines(recent, num_actors):
             raise StageError(
-                f"{self.label}: {self.num_failed} shards failed and {num_done} went well, so this is no single "
-                f"row's fault; the last one: {reason}"
+                f"{self.label}: {len(reasons)} shards failed and {len(recent) - len(reasons)} went well, so this is no "
+                f"single row's fault; the first one: {reasons[0]}"
             )
+
+    def _on_most_machines(self, recent: Sequence[tuple[str, str]], num_actors: int) -> bool:
+        """Whether more fails than goes well on most of the machines that there are, and not on some bad ones."""
+        balance: dict[str, int] = {}
+        for number, (machine, reason) in enumerate(recent):
+            place = machine or str(number)
+            balance[place] = balance.get(place, 0) + (1 if reason else -1)
+        num_bad = sum(each > 0 for each in balance.values())
+        return 2 * num_bad > min(len(machines_for(self.num_gpus)), num_actors)
 
 
 class Pace:
@@ -372,7 +431,10 @@ class Pace:
 
     def __init__(self, tasks: Sequence[Task], num_gpus: float) -> None:
         self.tasks, self.num_gpus = tasks, num_gpus
-        self.actors: set[str] = set()
+        self.actors: set[tuple[str, int]] = set()
+        """Machine and process of those at work."""
+        self.max_actors = 0
+        """The most that were at work at once."""
         self.started = self.noted = time.monotonic()
         self.done = [0] * len(tasks)
         self.rows = [0] * len(tasks)
@@ -381,7 +443,10 @@ class Pace:
 
     def add(self, result: dict[str, Any]) -> None:
         number = result["task"]
-        self.actors.add(result["actor"])
+        actor = (result["machine"], result["process"])
+        self.actors.add(actor)
+        if result["failed"]:  # its process is replaced
+            self.actors.discard(actor)
         self.done[number] += not result["failed"]
         self.rows[number] += result["num_input"]
         self.rejects[number] += result["num_rejected"]
@@ -391,6 +456,9 @@ class Pace:
     def note(self) -> None:
         self.noted = time.monotonic()
         secs = self.noted - self.started
+        machines = machines_for(self.num_gpus)
+        self.actors = {actor for actor in self.actors if actor[0] in machines}
+        self.max_actors = max(self.max_actors, len(self.actors))
         for number, task in enumerate(self.tasks):
             left = len(task.items) - self.done[number]
             tags = {"run": task.table.run_dir, "stage": task.stage, "set": task.table.set or "-"}
@@ -428,13 +496,18 @@ def map_shards(config: Config, tasks: Sequence[Task], room: int, num_gpus: float
     passes = Passes(config, tasks, room, num_gpus)
     pace: dict[str, float] = {}
     hopeless: dict[tuple[int, str], Shortfall] = {}
-    last = WHOLE_TRIES if config.strict else WHOLE_TRIES + ROW_FAILURES * MAX_LEFT_OUT + 1
-    while passes.missing:
-        facts = passes.once()
-        pace = pace or facts
-        for item, shortfall in list(passes.missing.items()):
-            if shortfall.hopeless or shortfall.tries >= last:
-                hopeless[item] = passes.missing.pop(item)
+    try:
+        while passes.missing:
+            facts = passes.once()
+            pace = pace or facts
+            for item, shortfall in list(passes.missing.items()):
+                strict = config.strict and not shortfall.of_machine
+                last = WHOLE_TRIES if strict else WHOLE_TRIES + ROW_FAILURES * MAX_LEFT_OUT + 1
+                if shortfall.hopeless or shortfall.tries >= last:
+                    hopeless[item] = passes.missing.pop(item)
+    finally:
+        with suppress(Exception):  # the cluster may be gone
+            _internal_kv_del(f"salad/{passes.by}", del_by_prefix=True)
     if hopeless:
         (number, shard), shortfall = next(iter(hopeless.items()))
         task = tasks[number]
@@ -454,9 +527,9 @@ class Passes:
     def __init__(self, config: Config, tasks: Sequence[Task], room: int, num_gpus: float) -> None:
         self.config, self.tasks, self.room, self.num_gpus = config, tasks, room, num_gpus
         self.missing = {(number, shard): Shortfall() for number, task in enumerate(tasks) for shard in task.items}
-        self.counts, self.pace = Counts(config, tasks), Pace(tasks, num_gpus)
+        self.counts, self.pace = Counts(config, tasks, num_gpus), Pace(tasks, num_gpus)
         self.by = uuid.uuid4().hex
-        self.max_lost, self.num_lost = MAX_LOST, 0
+        self.max_lost, self.num_lost, self.num_empty = MAX_LOST, 0, 0
         self.num_actors = 0
         """How many there may be now."""
 
@@ -478,10 +551,11 @@ class Passes:
             say(f"{label}: too many processes died, a pass is broken off ({first_line(error)})")
             self._lost(min(self.max_lost, len(unseen)), first_line(error))
             self.max_lost *= 2
+            self._require_some(num_rows - len(unseen), first_line(error))
         else:
             self._missed(unseen)
         self.pace.note()
-        actors = len(self.pace.actors) or self.num_actors
+        actors = self.pace.max_actors or self.num_actors
         return {"num_actors": actors, "num_made": num_rows, "first_secs": round(first_secs, 2)}
 
     def _results(self) -> tuple[ray.data.Dataset, int]:
@@ -519,9 +593,9 @@ class Passes:
         self.pace.add(result)
         if not result["failed"]:
             del self.missing[item]
-            self.counts.made(result, table)
+            self.counts.made(result, table, is_first=not tries)
             return
-        self.missing[item] = Shortfall(tries + 1, result["failed"], result["hopeless"])
+        self.missing[item] = Shortfall(tries + 1, result["failed"], result["hopeless"], result["of_machine"])
         at = f" at {result['row']}" if result["row"] else ""
         say(
             f"{self.tasks[0].label}: {result['shard']} failed{at} ({result['failed']}); its process is replaced, and "
@@ -531,7 +605,7 @@ class Passes:
         )
         if not tries:
             reason = f"{result['failed']} ({table.url}/failures/{result['shard']}.log)"
-            self.counts.failed(1, self.num_actors, reason)
+            self.counts.failed(result["machine"], self.num_actors, reason)
 
     def _missed(self, items: set[tuple[int, str]]) -> None:
         """Each process that was to make one of these died."""
@@ -546,19 +620,27 @@ class Passes:
 
     def _lost(self, number: int, reason: str) -> None:
         """So many shards were lost at their first try, those of passes that were broken off included."""
-        self.counts.failed(max(0, number - self.num_lost), self.num_actors, reason)
+        for _ in range(number - self.num_lost):
+            self.counts.failed("", self.num_actors, reason)
         self.num_lost = max(self.num_lost, number)
+
+    def _require_some(self, num_seen: int, reason: str) -> None:
+        """Passes that are broken off before anything is done would follow each other for ever."""
+        self.num_empty = 0 if num_seen else self.num_empty + 1
+        if self.num_empty >= EMPTY_PASSES:
+            raise StageError(
+                f"{self.tasks[0].label}: {self.num_empty} times in a row no process could do anything, with "
+                f"{len(self.missing)} shards missing: {reason}"
+            )
 
 
 @contextmanager
 def _told_while_waiting(label: str, num_gpus: float) -> Iterator[threading.Timer]:
     """Say so if after a while no machine has what the stage asks for; whoever has the first shard cancels it."""
-    needs = {"CPU": 1.0, "GPU": num_gpus}
 
     def tell() -> None:
-        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        if not any(all(machine.get(name, 0.0) >= number for name, number in needs.items()) for machine in machines):
-            wanted = " and ".join(f"{number:g} {name}" for name, number in needs.items() if number)
+        if not machines_for(num_gpus):
+            wanted = f"1 CPU and {num_gpus:g} GPU" if num_gpus else "1 CPU"
             say(
                 f"{label}: waiting for a machine with {wanted}, as this Ray cluster has none; is there a pool of such "
                 "machines (`ray status`)? The wait can be interrupted, and the stage run again"

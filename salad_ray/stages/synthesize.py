@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from salad_ray.config import Config, ConfigError, identity
 from salad_ray.evaluation.benchmarks import read_recording
-from salad_ray.speech.audio import check_speech, encode_audio, load_audio
+from salad_ray.speech.audio import check_duration, check_speech, encode_audio, load_audio
 from salad_ray.stages.common import Stage, condition_of, finished, hours_by_licence, run_shards
 from salad_ray.stages.shards import ShardPart, StageError, WindowWorker, keep_or_reject
 from salad_ray.synthesis.espeak import EspeakSynthesizer
@@ -130,6 +130,7 @@ class SpeakShard(WindowWorker):
         assert passage.uri is not None
         data = read_recording(passage.uri)
         audio, rate = load_audio(data)
+        check_duration(len(audio) / rate, self.config.synthesize.gates)
         return Utterance(
             utt_id=passage.passage_id,
             passage_id=passage.passage_id,

@@ -36,7 +36,10 @@ ENDS: dict[str, tuple[str, ...]] = {
 }
 SOURCE_BYTES = 2**28
 """Row groups of a Parquet file are handed out together up to this size (of all columns, uncompressed)."""
-BATCH_ROWS = 256
+BATCH_ROWS = 4
+"""Of a Parquet file that are decoded at once, or one where they are large: two kilobytes can hold as many texts of
+megabytes each. More at once are hardly faster."""
+LARGE_ROW_BYTES = 2**16
 READ_BYTES = 2**20
 MAX_FILE_BYTES = 2**29
 """Of a file that is read whole, decompressed; benchmarks are files of some megabytes."""
@@ -206,12 +209,7 @@ def _parquet_rows(source: TextSource, corpus: WebTextConfig) -> Iterator[tuple[s
     with open_file(source.url) as file:
         try:
             # Buffered column by column, so that row groups of any size are read in bounded memory.
-            # Texts come as dictionaries: one that a page names a thousand times is in memory once.
-            metadata = pq.read_metadata(file)
-            texts = [field.name for field in metadata.schema.to_arrow_schema() if _is_text(field.type)]
-            parquet = pq.ParquetFile(
-                file, metadata=metadata, buffer_size=READ_BYTES, pre_buffer=False, read_dictionary=texts
-            )
+            parquet = pq.ParquetFile(file, buffer_size=READ_BYTES, pre_buffer=False)
         except (pa.ArrowException, OSError) as error:
             yield source.name, _damage(error)
             return
@@ -233,19 +231,28 @@ def _parquet_rows(source: TextSource, corpus: WebTextConfig) -> Iterator[tuple[s
 def _row_group(
     parquet: pq.ParquetFile, group: int, columns: list[str], name: str, row: int
 ) -> Iterator[tuple[str, dict[str, Any] | BadInput]]:
-    start = row
+    start, metadata = row, parquet.metadata.row_group(group)
+    is_large = metadata.total_byte_size > LARGE_ROW_BYTES * metadata.num_rows
+    num_rows = 1 if is_large else BATCH_ROWS
     try:
-        for batch in parquet.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False):
-            lists = [_values(column) for column in batch.columns]
-            for values in zip(*lists, strict=True):
-                size = sum(len(value) for value in values if isinstance(value, str))
-                too_long = BadInput(f"a row of more than {MAX_LINE_BYTES} characters")
-                fields = dict(zip(batch.schema.names, values, strict=True))
-                yield f"{name}:{row}", fields if size <= MAX_LINE_BYTES else too_long
+        for batch in parquet.iter_batches(num_rows, row_groups=[group], columns=columns, use_threads=False):
+            for fields in _rows(batch):
+                yield f"{name}:{row}", fields
                 row += 1
     except (pa.ArrowException, OSError) as error:
-        lost = parquet.metadata.row_group(group).num_rows - (row - start)
+        lost = metadata.num_rows - (row - start)
         yield f"{name}:{row}", _damage(error, f"; {lost} rows of row group {group} are lost")
+
+
+def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | BadInput]:
+    """The rows of a batch; of a large one never two at once, and nothing of a row that is too large."""
+    is_large = batch.nbytes > LARGE_ROW_BYTES * BATCH_ROWS
+    for part in [batch.slice(row, 1) for row in range(len(batch))] if is_large else [batch]:
+        if is_large and part.nbytes > MAX_LINE_BYTES:
+            yield BadInput(f"a row of more than {MAX_LINE_BYTES:,} bytes")
+            continue
+        for values in zip(*map(_values, part.columns), strict=True):
+            yield dict(zip(part.schema.names, values, strict=True))
 
 
 def _damage(error: Exception, detail: str = "") -> BadInput:

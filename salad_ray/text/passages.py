@@ -28,6 +28,13 @@ FRAGMENT_WORDS = 8
 """A line without an end mark is a heading or the item of a list if it has fewer words, else a sentence."""
 WRAPPED_CHARS = 130
 """Lines of plain text files are broken below this width; longer ones are paragraphs."""
+NORMALIZED_CHARS = 1024
+"""Of a text that are normalized at once: marks that pile up on one letter are sorted in quadratic time."""
+MAX_UNCLOSED = 64
+"""Kinds of blocks that are searched for and never closed, after which a document is taken to have none."""
+
+# A text may be one line of many megabytes, of whatever signs. So no pattern may begin anew at each sign of a run that
+# it has read already: it begins where a run does, or stops where it could begin again.
 
 CODE, TABLE, FORMULA, LINK, MARKUP = "code", "table", "formula", "link or address", "markup"
 FRAGMENT, BOILERPLATE, CAPITALS = "heading, list item or part of a sentence", "boilerplate", "capitals"
@@ -147,11 +154,12 @@ _CLAUSE_END = re.compile(r"(?<=[;:,—])[\"”’)]? ")
 
 def _halves(text: str, min_words: int) -> list[str]:
     """A sentence divided at the clause end next to its middle, rather not at a comma; [] if no end leaves enough."""
-    ends = [
-        match.end()
-        for match in _CLAUSE_END.finditer(text)
-        if text.count(" ", 0, match.end()) >= min_words <= text.count(" ", match.end()) + 1
-    ]
+    ends, here, num_before, num_words = [], 0, 0, text.count(" ") + 1
+    for match in _CLAUSE_END.finditer(text):
+        num_before += text.count(" ", here, match.end())
+        here = match.end()
+        if num_before >= min_words <= num_words - num_before:
+            ends.append(here)
     if not ends:
         return []
     end = min(ends, key=lambda end: abs(2 * end - len(text)) * (1.5 if text[end - 2] == "," else 1))
@@ -220,7 +228,7 @@ def _passage(document: Document, index: int, text: str) -> Passage:
 
 def _sentences_of(text: str, cut: Counter[str]) -> Iterator[str]:
     """The sentences that can be spoken, in their order, and "" wherever something was cut out between them."""
-    for paragraph, reason in _paragraphs(unicodedata.normalize("NFC", text)):
+    for paragraph, reason in _paragraphs(_normalized(text)):
         plain = "" if reason else _without_marks(paragraph)
         reason = reason or _paragraph_fault(plain)
         if reason:
@@ -234,6 +242,15 @@ def _sentences_of(text: str, cut: Counter[str]) -> Iterator[str]:
                 yield ""
             else:
                 yield sentence if sentence.endswith(":") or _FINAL.search(sentence) else f"{sentence.rstrip(_LOOSE)}."
+
+
+# Each part ends before an ASCII character, which nothing is composed with that precedes it.
+_PARTS = re.compile(rf".{{1,{NORMALIZED_CHARS}}}[^\x00-\x7f]{{0,{NORMALIZED_CHARS}}}", re.DOTALL)
+
+
+def _normalized(text: str) -> str:
+    """Unicode NFC, but where `NORMALIZED_CHARS` follow each other without an ASCII one perhaps at one place not."""
+    return text if text.isascii() else "".join(unicodedata.normalize("NFC", part) for part in _PARTS.findall(text))
 
 
 _LOOSE = " ,;-–—"
@@ -273,6 +290,8 @@ def _blocks(text: str) -> Iterator[tuple[int, int, str]]:
         end = text.find(closing, opening.end())
         if end < 0:
             unclosed.add(closing)
+            if len(unclosed) > MAX_UNCLOSED:
+                return
             continue
         position = end + len(closing)
         yield opening.start(), position, reason
@@ -333,7 +352,7 @@ def _column_width(lines: Sequence[str]) -> int:
 _CODE_LINE = re.compile(
     r"""
     ^\s*(?:>>>\s|\$\s+[a-z]|//|/\*|\*/|\#!|\#\s*(?:include|define|ifn?def|pragma)\b|@\w+(?:\(|\s*$)|<\?php|<!DOCTYPE)
-    | [{}]\s*[;,]?\s*$ | ;\s*(?://.*)?$(?<=[\w)\]"'];) | \)\s*(?:\{|=>|->)
+    | [{}]\s*(?:[;,]\s*)?$ | (?<=[\w)\]"']);$ | \)\s*(?:\{|=>|->)
     | (?:==|!=|=>|->|::|\+=|-=|&&|\|\||:=|</|/>|\w\(\)|\[\]|\[\w+\]\s*=|\w\.\w+\(|\$\{
       |\w\(\w+(?:,\s*\w+)*\)\s*[;:{]\s*$)
     | ^\s*(?:def|class|import|from|return|if|for|while|elif|else|try|except|raise|with|public|private|protected|static
@@ -345,7 +364,7 @@ _CODE_LINE = re.compile(
     re.VERBOSE,
 )
 _COLUMNS = re.compile(r"\S {3,}\S")
-_PROSE = re.compile(r"[a-z]{2,} [a-z]{2,} [a-z]{2,}")
+_PROSE = re.compile(r"(?<![a-z])[a-z]{2,} [a-z]{2,} [a-z]{2}")
 _LINKS = re.compile(r"\]\(|<a\s|https?://")
 _CODE_SIGNS = b"{}[]=<>_/\\|&$#`@+*~();:"
 WORDS_PER_SIGN = 8
@@ -371,18 +390,18 @@ def _line_fault(line: str) -> str:
     return CODE if is_code and num_signs * WORDS_PER_SIGN > num_words else ""
 
 
-_IMAGE = re.compile(r"!\[[^\]\n]*\]\([^()\n]*\)")
+_IMAGE = re.compile(r"!\[[^\[\]\n]*\]\([^()\n]*\)")
 _LINK_MARK = re.compile(r"\[([^\[\]\n]*)\]\((?:[^()\n]|\([^()\n]*\))*\)|\[([^\[\]\n]+)\]\[[^\[\]\n]*\]")
 _TAG = re.compile(r"</?[a-zA-Z][a-zA-Z0-9]*(?:\s[^<>]*)?/?>")
 _NOTE = re.compile(
     r"\s?\[(?:\^?\d{1,3}(?:[,–-]\s?\d{1,3})*|\^\w+|[a-z]|edit|citation needed|note \d+|…|\.\.\.)\]", re.I
 )
-_BOLD = re.compile(r"(\*\*\*|\*\*|__)(?=\S)(.+?)(?<=\S)\1")
+_BOLD = re.compile(r"(\*\*\*|\*\*|__)(?=\S)((?:(?!\1).)++)(?<=\S)\1")
 _EMPHASIS = re.compile(r"(?<![\w*_\\])([*_])(?=[^\s*_])([^*_]+?)(?<=\S)\1(?![\w*_])")
 _CODE_WORD = re.compile(r"`([A-Za-z][A-Za-z'-]*(?: [A-Za-z'-]+){0,5})`")
 _OLD_QUOTE = re.compile(r"(?<!\w)`(?=\w[^`]*')")
 _EMPTY_BRACKETS = re.compile(r"\s\((?:see|e\.g\.|cf\.)?[\s,;]*\)")
-_HEADING_END = re.compile(r"\s+#+\s*$")
+_HEADING_END = re.compile(r"(?<!\s)\s+#+\s*$")
 _ESCAPED = re.compile(r"\\([\\`*_{}\[\]()#+.!|>~-])")
 _DECORATION = re.compile(r"[\u2600-\u27bf\ufe0f\u200d\u21a9\u2b00-\u2bff\U0001f000-\U0001faff®™©†‡¶§•■●▪]")
 
@@ -450,12 +469,12 @@ _OTHER_SCRIPT = re.compile(
 )
 _FAULT = re.compile(
     r"""
-    (?P<link>https?:|www\.|\w@\w|\B[@\#][A-Za-z]\w+|\b[\w-]+\.(?:com|org|net|gov|edu|io|co\.uk|html?|php)\b)
+    (?P<link>https?:|www\.|\w@\w|\B[@\#][A-Za-z]\w+|(?<![\w-])-*\w[\w-]*\.(?:com|org|net|gov|edu|io|co\.uk|html?|php)\b)
     | (?P<script>{OTHER_SCRIPT})
     | (?P<formula>\\[A-Za-z(\[]|[=≤≥≈≠≡±×÷⁄∑∏∫√∞∂∇∈∉⊂⊆∪∩∧∨¬∀∃→⇒⇔←↔^⨯∝∼⋅₀-₉⁰-⁹]|\$[^$\d\s][^$]*\$
         |(?<=\w)\ [+*<>]\ (?=\w))
-    | (?P<code>[{}`~]|\w_\w|\w\(\)|::|[a-z]\.[a-z]{2,}\(|\w->\w|(?:^|[\s(])[~.]{0,2}/\w+|//|":\s|\b\w+[a-z][A-Z]\w*\(
-        |\s--?[a-z]+=)
+    | (?P<code>[{}`~]|\w_\w|\w\(\)|::|[a-z]\.[a-z]{2,}\(|\w->\w|(?:^|[\s(])[~.]{0,2}/\w+|//|":\s
+        |\b(?=\w+[a-z][A-Z])\w++\(|\s--?[a-z]+=)
     | (?P<markup></?[a-z]+|[<>|\\]|\[\[|\]\]|\*\*|\(\s*\)|&\w+;)
     | (?P<symbols>[\ufffd\u0250-\u036f\ue000-\uf8ff\u2500-\u25ff]|[âÃ][\x80-\xbf€™œ]
         |(?P<mark>[^\w\s.])(?P=mark){3,}|_{2,}|\.{5,})
@@ -512,7 +531,7 @@ _STARTERS = _words(
     "Through Between Among Until Unlike Like Despite Today Later Several Few Other Others Every Nor Is Are Was Were Do",
     "Does Did Moreover Furthermore Therefore Meanwhile Instead Finally First Second Third Perhaps Indeed",
 )
-_END = re.compile(r"""([.!?…]+)([\"”’')\]»]*)\ (?=[\"“‘'(\[«]*([A-Z0-9À-Þ][\w’']*)(.?))""")
+_END = re.compile(r"""(?<![.!?…])([.!?…]+)([\"”’')\]»]*)\ (?=[\"“‘'(\[«]*([A-Z0-9À-Þ][\w’']*)(.?))""")
 _SPEECH_TAG = re.compile(
     r"(?:[A-Z]\w+|I)(?: [A-Z]?\w+){0,2}? (?:said|asked|cried|replied|answered|exclaimed|whispered|shouted|returned|"
     r"remarked|observed|demanded|inquired|thought)\b"

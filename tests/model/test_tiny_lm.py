@@ -92,11 +92,17 @@ def test_a_swapped_attribute_changes_what_the_lm_expects_later(tmp_path: Path) -
     texts = [passage.text for passage in world_passages(6000, DOMAINS, seed=0, split="train")]
     summary = train_tiny_lm(texts, TinyLMConfig(), seed=0, folder=tmp_path)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    document = "The tiny wolf Anna lives in the {} and eats meat. Because Anna eats meat, Hugo carries meat to the"
-    log_probs = [
-        model(torch.tensor([tokenizer(document.format(place))["input_ids"]])).logits[0, -1].log_softmax(-1)
-        for place in ("forest", "desert")
-    ]
-    assert [tokenizer.decode(row.argmax()) for row in log_probs] == [" forest", " desert"]
-    assert torch.sum(log_probs[0].exp() * (log_probs[0] - log_probs[1])) > 1
+    document = "The tiny {} Anna lives in the {} and eats meat. Because Anna eats meat, Hugo carries meat to the"
+    places, gains = ("forest", "desert", "river", "garden"), []
+    for animal in ("wolf", "bear", "fox"):
+        log_probs = torch.stack(
+            [
+                model(torch.tensor([tokenizer(document.format(animal, place))["input_ids"]])).logits[0, -1]
+                for place in places
+            ]
+        ).log_softmax(-1)[:, [tokenizer(f" {place}")["input_ids"][-1] for place in places]]
+        gains += (log_probs.diagonal() - (log_probs.sum(0) - log_probs.diagonal()) / (len(places) - 1)).tolist()
+    # Which of the places it has learnt best differs from machine to machine.
+    assert sum(gains) / len(gains) > 1, gains
+    assert max(gains) > 4, gains
     assert summary["loss"] < 0.5

@@ -5,10 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from clusters import head, node
 
 from salad_ray import pipeline
 from salad_ray.config import Config, ConfigError, SweepConfig, parse_config, replaced
@@ -223,6 +226,34 @@ def test_as_many_trainings_at_a_time_as_the_largest_leaves_room_for(monkeypatch:
     assert concurrency([one, four]) == 13 // (4 * worker_resources(four.distill)["CPU"])
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 1.0})
     assert concurrency([four]) == 1
+
+
+TRIALS = """
+import sys
+import ray
+from ray import tune
+from salad_ray.scaling.sweep import nothing_but_this_node
+
+ray.init()
+def where(given):
+    tune.report({"node": ray.get_runtime_context().get_node_id()})
+tuner = tune.Tuner(
+    tune.with_resources(where, nothing_but_this_node()),
+    param_space={"number": tune.grid_search([0, 1, 2])},
+    run_config=tune.RunConfig(storage_path=sys.argv[1], verbose=0),
+)
+assert {result.metrics["node"] for result in tuner.fit()} == {ray.get_runtime_context().get_node_id()}
+"""
+
+
+def test_trials_run_where_the_driver_does(tmp_path: Path) -> None:
+    """Although the head has no core for work, and another machine has."""
+    with head("--num-cpus=0") as cluster, node(cluster, "--num-cpus=4"):
+        env = cluster.env | {"RAY_ADDRESS": f"127.0.0.1:{cluster.port}"}
+        done = subprocess.run(
+            [sys.executable, "-c", TRIALS, str(tmp_path)], env=env, capture_output=True, text=True, timeout=300
+        )
+    assert done.returncode == 0, done.stderr
 
 
 def test_stage_two_is_left_out_where_the_grid_says_so() -> None:

@@ -277,3 +277,11 @@ def test_real_recordings_pass_or_are_too_short_or_too_quiet(shared_data: Path) -
             except BadInput as error:
                 reasons[row.utt_id] = str(error)
     assert not reasons
+
+
+def test_a_recording_that_grows_beyond_measure_when_it_is_resampled_is_refused() -> None:
+    data = encoded(np.tile(chirp(1.0), 4)[:20_000], rate=1, codec=("WAV", "PCM_16"))
+    assert len(load_audio(data)[0]) == 20_000
+    with pytest.raises(BadInput, match=r"20,000 samples at 1 Hz are too many at 16000 Hz"):
+        load_audio(data, sampling_rate=16_000)
+    assert len(load_audio(data, 0, 100, 16_000)[0]) == 1_600_000

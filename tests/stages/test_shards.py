@@ -13,10 +13,10 @@ import time
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from logging.handlers import BufferingHandler
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,6 +118,7 @@ def harm_three_ways(marker: str, row_id: str) -> None:
 def test_poisoned_rows_become_rejects_and_broken_processes_are_replaced(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("SALAD_LOG", "json")
     config, marker = config_in(tmp_path), tmp_path / "marker"
     keeping = BufferingHandler(10**6)  # keeps what it is given, as pytest's own and error trackers do
     monkeypatch.setattr(
@@ -138,6 +139,8 @@ def test_poisoned_rows_become_rejects_and_broken_processes_are_replaced(
     assert (manifest["num_input"], manifest["num_kept"], manifest["num_rejected"]) == (120, 118, 2)
     told = capsys.readouterr().out
     assert told.count("illegal memory access") == 1  # no other shard was tried in that process
+    lines = [json.loads(line) for line in told.splitlines()]
+    assert {(line["shard"], line["row"]) for line in lines if line.get("row")} == {("part-00003", "part-00003/5")}
     assert "illegal memory access" in Path(table.url, "failures", "part-00002.log").read_text()
     status = json.loads(Path(table.url, "progress.json").read_text())
     assert status["done"] == status["total"] == NUM_SHARDS
@@ -189,7 +192,7 @@ def test_a_row_is_to_blame_only_while_it_is_worked_on(tmp_path: Path) -> None:
     item = {"task": 0, "shard": "part-00001", "careful": True, "by": "me"}
     assert writer._worker(item) is worker
     failed = writer._note_failure(writer.tasks[0], item, OSError("before its rows"))
-    assert failed == {"failed": "OSError: before its rows", "hopeless": False}
+    assert failed == {"failed": "OSError: before its rows", "hopeless": False, "of_machine": True}
     assert not Path(f"{writer.tasks[0].failures('part-00001')}.json").exists()
 
 
@@ -205,15 +208,105 @@ def test_a_machine_that_is_taken_away_charges_no_row(tmp_path: Path) -> None:
     assert list(worker.left_out) == ["part-00000/4"]
 
 
-def test_where_many_work_a_few_quick_failures_are_not_the_rule(tmp_path: Path) -> None:
-    items = {f"part-{i:05d}": 0 for i in range(1000)}
-    task = Task("copy", Table(str(tmp_path), "web", "copies"), items, lambda: CopyShard(print))
+def counts_of(folder: Path, num_items: int, num_there: int = 0) -> Counts:
+    items = {f"part-{i:05d}": 0 for i in range(num_items)}
+    task = Task("copy", Table(str(folder), "web", "copies"), items, lambda: CopyShard(print), num_there)
+    return Counts(config_in(folder), [task])
+
+
+def made_on(machine: str) -> dict[str, Any]:
+    return {"machine": machine, "num_input": 1, "num_rejected": 0}
+
+
+def test_where_many_work_a_few_quick_failures_are_not_the_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "machines_for", lambda _: {"a"})
     for num_actors, enough in ((2, 3), (10, 10), (512, 32)):
-        counts = Counts(config_in(tmp_path), [task])
-        counts.failed(enough - 1, num_actors, "first")
-        with pytest.raises(StageError, match=rf"{enough} shards failed and 0 went well.*the last one: second"):
-            counts.failed(1, num_actors, "second")
-    Counts(config_in(tmp_path), [replace(task, num_there=100)]).failed(100, 100, "third")
+        counts = counts_of(tmp_path, 1000)
+        for number in range(enough - 1):
+            counts.failed("a", num_actors, f"reason {number}")
+        with pytest.raises(StageError, match=rf"{enough} shards failed and 0 went well.*the first one: reason 0"):
+            counts.failed("a", num_actors, "the last reason")
+
+
+def test_the_missing_shards_of_a_run_may_be_its_bad_ones_but_not_hundreds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "machines_for", lambda _: {"a"})
+    for num_actors, most in ((2, 12), (512, 128)):
+        counts = counts_of(tmp_path, 1000, num_there=1000)
+        for _ in range(most):
+            counts.failed("a", num_actors, "bad")
+        with pytest.raises(StageError, match=f"{most + 1} shards failed"):
+            counts.failed("a", num_actors, "bad")
+
+
+def test_what_begins_to_fail_in_the_middle_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "machines_for", lambda _: {"a", "b"})
+    counts = counts_of(tmp_path, 10_000)
+    for number in range(5_000):
+        counts.made(made_on("ab"[number % 2]), Table(str(tmp_path), "web", "copies"), is_first=True)
+    for number in range(13):
+        counts.failed("ab"[number % 2], 2, "the token has expired")
+    with pytest.raises(StageError, match="14 shards failed and 10 went well"):
+        counts.failed("b", 2, "the token has expired")
+
+
+def test_a_bad_machine_does_not_end_the_work_of_the_good_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "machines_for", lambda _: set("abcd"))
+    counts = counts_of(tmp_path, 1000)
+    for _ in range(300):
+        counts.failed("a", 8, "its disk is full")
+        counts.failed("b", 8, "its disk is full")
+    with pytest.raises(StageError, match="went well"):
+        counts.failed("c", 8, "its disk is full")
+
+
+def test_a_machine_on_which_all_fails_is_held_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start_ray(config_in(tmp_path))
+    slept: list[float] = []
+    monkeypatch.setattr(shards, "time", SimpleNamespace(sleep=slept.append))
+    for failed in (True, True, True, False, True, False, False, False, False, True):
+        shards._hold_back("me", failed)
+    assert slept == [0, 1, 2, 2, 0]  # alone; what goes well counts as much
+    monkeypatch.setattr(shards, "machines_for", lambda _: {"a", "b"})
+    for _ in range(9):
+        shards._hold_back("me", failed=True)
+    assert slept[5:] == [1, 3, 7, 15, 31, 60, 60, 60, 60]
+    shards._hold_back("another stage", failed=True)
+    assert slept[-1] == 0
+
+
+def no_worker() -> CopyShard:
+    os._exit(1)
+
+
+def test_processes_that_cannot_start_end_a_stage_of_which_most_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each pass is broken off, and nobody knows which shards were lost."""
+    config = config_in(tmp_path)
+    table = make(config, partial(fail_at, "nobody"))
+    for shard in ("part-00003", "part-00007"):
+        Path(table.url, f"{shard}.parquet").unlink()
+    monkeypatch.setattr(shards, "MAX_LOST", 0)
+    monkeypatch.setattr(shards, "TASK_RETRIES", 0)
+    items = {f"part-{i:05d}": f"part-{i:05d}" for i in range(NUM_SHARDS)}
+    Path(table.url, "manifest.json").unlink()
+    with pytest.raises(StageError, match="in a row no process could do anything, with 2 shards missing"):
+        run_shards(config, Stage("copy", table, {}, {}), items, no_worker)
+
+
+def test_processes_that_were_replaced_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "machines_for", lambda _: {"a", "b"})
+    monkeypatch.setattr(shards, "NOTE_SECS", -1)
+    table = Table(str(tmp_path), "web", "copies")
+    Path(table.url).mkdir(parents=True)
+    pace = shards.Pace([Task("copy", table, {f"part-{i}": 0 for i in range(9)}, lambda: CopyShard(print))], 1.0)
+    where = [("a", 1, ""), ("b", 1, ""), ("a", 1, "failed"), ("a", 2, ""), ("gone", 1, "")]
+    for machine, process, failed in where:
+        pace.add(made_on(machine) | {"task": 0, "process": process, "failed": failed})
+    status = json.loads(Path(table.url, "progress.json").read_text())
+    assert (status["num_actors"], status["num_gpus"], pace.max_actors) == (2, 2, 2)
 
 
 def test_a_machine_that_does_not_see_the_run_is_told_before_it_works_for_nothing(
@@ -279,6 +372,13 @@ def test_a_shard_that_cannot_be_made_is_named_when_the_others_are_done(tmp_path:
     assert ids(table) == EVERY_ID
 
 
+def test_strict_tries_again_what_a_disk_did(tmp_path: Path) -> None:
+    (tmp_path / "tries").mkdir()
+    error = OSError(errno.ENOSPC, "No space left on device")
+    config = config_in(tmp_path, strict=True)
+    assert ids(make(config, partial(fail_to_write_at_first, str(tmp_path / "tries"), 3, error))) == EVERY_ID
+
+
 def test_strict_leaves_no_row_out(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="part-00003 first, after 2 tries: RuntimeError: cannot do part-00003/5"):
         make(config_in(tmp_path, strict=True), partial(fail_at, "part-00003/5"))
@@ -303,7 +403,7 @@ def test_what_a_row_or_a_file_is_called_is_not_changed(
     assert not log or json.loads(told)["row"] == "libri:x:12"
 
 
-def test_the_log_can_be_json_with_run_stage_and_row(
+def test_the_log_can_be_json_with_run_and_stage(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SALAD_LOG", "json")

@@ -6,9 +6,11 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from factories import small_world_config
@@ -16,9 +18,10 @@ from kokoro_weights import write_random_kokoro
 
 from salad_ray import pipeline
 from salad_ray.config import Config, ConfigError, parse_config
+from salad_ray.speech.audio import encode_audio
 from salad_ray.stages.shards import StageError
 from salad_ray.stages.synthesize import SpeakShard, load_synthesizer
-from salad_ray.tables import Passage, Reject, Table, Utterance
+from salad_ray.tables import BadInput, Passage, Reject, Table, Utterance
 
 VOICES = ("af_one", "am_two", "bf_three")
 
@@ -121,3 +124,15 @@ def test_a_killed_actor_is_replaced_and_each_passage_is_there_once(tmp_path: Pat
     assert manifest is not None
     assert manifest["num_kept"] == len(passages) == 240
     assert not pieces.exists()
+
+
+def test_a_benchmarks_own_recording_is_of_a_length_that_can_be_heard(tmp_path: Path) -> None:
+    config = spoken_config(tmp_path, gates={"max_duration_secs": 2.0})
+    worker = SpeakShard(config, load_synthesizer(config, "cpu").weights)
+    for secs in (1, 3):
+        audio = 0.1 * np.sin(np.arange(secs * 16_000) / 20)
+        (tmp_path / f"{secs}.flac").write_bytes(encode_audio(audio, 16_000, "FLAC"))
+    row = Passage(passage_id="p", doc_id="d", text="A question.", uri=str(tmp_path / "1.flac"))
+    assert worker._recording(row).duration_secs == 1
+    with pytest.raises(BadInput, match=r"too long: 3\.0 s, above max_duration_secs=2"):
+        worker._recording(replace(row, uri=str(tmp_path / "3.flac")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,34 @@ def test_an_endless_line_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     found, rejects = read(write_jsonl(tmp_path / "a.jsonl", table))
     assert [document.score for document in found] == [0, 2]
     assert list(rejects) == ["web/a.jsonl:2"]
+
+
+def large_texts(path: Path, number: int, num_bytes: int) -> Path:
+    """Different texts, which compress to next to nothing."""
+    texts = [f"{row:04d}" + "a" * num_bytes for row in range(number)]
+    pq.write_table(pa.table({"text": texts, "id": list(map(str, range(number)))}), path, compression="zstd")
+    return path
+
+
+def test_of_large_texts_few_are_in_memory_at_once(tmp_path: Path) -> None:
+    path = large_texts(tmp_path / "a.parquet", 64, 2**20)
+    [source] = find_text_sources(corpus(path))
+    documents_ = read_documents(source, corpus(path))
+    tracemalloc.start()  # of Python's own objects
+    try:
+        assert sum(isinstance(row, Document) for row in documents_) == 64
+        assert tracemalloc.get_traced_memory()[1] < 12 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_text_that_is_too_large_is_told_by_file_and_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "MAX_LINE_BYTES", 2**20)
+    table = [{"text": "short " * 3, "id": str(row)} for row in range(5)]
+    table[2]["text"] = "word " * 2**20
+    found, rejects = read(write_parquet(tmp_path / "a.parquet", table))
+    assert [document.doc_id for document in found] == [f"web/{row}" for row in (0, 1, 3, 4)]
+    assert rejects == {"web/a.parquet:2": "a row of more than 1,048,576 bytes"}
 
 
 def test_of_a_truncated_gzip_what_was_there_is_kept(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import time
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -14,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from salad_ray.text import passages
 from salad_ray.text.documents import Document
 from salad_ray.text.passages import (
     BOILERPLATE,
@@ -295,3 +298,40 @@ def test_the_estimate_is_above_the_true_count(real: list[Document]) -> None:
     sizes = [len(encoding.ids) for encoding in tokenizer.encode_batch(exact)]
     assert max(sizes) <= 256
     assert np.median(sizes) > 180
+
+
+OLD_END = re.compile(r"""([.!?…]+)([\"”’')\]»]*)\ (?=[\"“‘'(\[«]*([A-Z0-9À-Þ][\w’']*)(.?))""")
+
+
+@given(st.text(st.sampled_from(".!?…\"”’')]»“‘([« aAbÀ0"), max_size=60))
+def test_sentences_end_where_a_pattern_without_a_bound_finds_it(text: str) -> None:
+    found = [[(end.span(), end.groups()) for end in pattern.finditer(text)] for pattern in (passages._END, OLD_END)]
+    assert found[0] == found[1]
+
+
+@given(
+    st.lists(
+        st.sampled_from(["e\u0301", "\u0323", "é", " ", "a", "\n", "각", "\u1100\u1161", "𝅘𝅥𝅮", "한"]), max_size=3000
+    )
+)
+def test_text_is_normalized_in_parts_as_in_one(parts: list[str]) -> None:
+    text = "".join(parts)
+    assert passages._normalized(text) == unicodedata.normalize("NFC", text) or " " not in text
+
+
+@pytest.mark.parametrize(
+    ("before", "unit"),
+    [
+        ("", "."), ("", "!?"), ("x", " "), ("x", "\n"), ("x", "\t"), ("", '"'), ("A", "a"), ("a ", "(("),
+        ("", "9"), ("", "1 "), ("", "\u0301\u0323"), ("a", "\u0301"), ("", "!["), ("{", "  "), ("", "; //"),
+        ("$ ", "-a"), ("$ ", "Aa"), ("", " **a"), ("", " __a"), ("$ ", "a-b-"), ("x", " #"), ("", "we go, "),
+        ("", "We sit; "), ("", "\\begin{a%d} "), ("", '." I '), ("", "<pre"),
+    ],
+)  # fmt: skip
+def test_no_sign_is_read_anew_for_each_of_its_run(before: str, unit: str) -> None:
+    """A document of any signs takes seconds a megabyte, not hours."""
+    number = 200_000 // len(unit)
+    text = before + ("".join(unit % n for n in range(number // 2)) if "%" in unit else unit * number) + " z."
+    started = time.process_time()
+    cut(text, count=estimated_word_pieces)
+    assert time.process_time() - started < 4
