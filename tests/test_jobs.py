@@ -121,6 +121,21 @@ def test_a_failing_job_says_why_in_a_sentence_and_exits_1(cluster: Head, config:
     assert "Traceback" not in log
 
 
+@pytest.mark.slow
+def test_a_whole_run_is_gone_through_and_stage_two_trained(cluster: Head, finished_run: Config, tmp_path: Path) -> None:
+    shutil.copytree(finished_run.run_dir, tmp_path / "run")
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_config(finished_run.model_copy(update={"run_dir": str(tmp_path / "run")})))
+    done = submit(cluster, "jobs/run.py", "--config", str(file))
+    assert done.returncode == 0, done.stdout
+    assert of_job(done.stdout).count("done already") > 10
+    shutil.rmtree(tmp_path / "run" / "stage2")
+    done = submit(cluster, "jobs/stage2.py", "--config", str(file))
+    assert done.returncode == 0, done.stdout
+    assert "stage2: step" in of_job(done.stdout)
+    assert (tmp_path / "run/stage2/model/config.json").is_file()
+
+
 def test_a_run_that_is_stopped_continues_where_it_was(cluster: Head, config: Path) -> None:
     run = config.parent / "run"
     first = submit(cluster, "jobs/stage.py", "ingest", "--config", str(config), "set=heldout")

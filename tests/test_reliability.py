@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clusters import Head, Node, head, node
+from clusters import Head, Node, head, node, wait_for
 from factories import small_world_config, untrained_copy
+from object_store import BUCKET, s3_server
 
 from salad_ray.config import Config, dump_config, parse_config
-from salad_ray.tables import Table
+from salad_ray.s3 import S3
+from salad_ray.tables import Table, put_folder
 from salad_ray.text.world import DOMAINS, world_passages
 
 pytestmark = pytest.mark.timeout(3600)  # a minute a test, but for machines that are busy with other things
@@ -316,3 +318,37 @@ def test_a_machine_whose_own_disk_is_full_leaves_the_work_to_the_others(
     tell("a full disk on one of two machines, from the start on", since)
     assert "No space left on device" in driver.log.read_text()
     assert content(config, STAGES["encode"]) == content(finished_run, STAGES["encode"])
+
+
+@pytest.mark.slow
+def test_a_job_whose_run_is_on_an_object_store_outlives_one_of_its_nodes(
+    finished_run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All at once: a submitted job, nodes that share the store alone, and one of them dies."""
+    place = STAGES["encode"]
+    with s3_server() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        S3.clear_instance_cache()
+        config = copied(finished_run, tmp_path, place).model_copy(update={"run_dir": f"s3://{BUCKET}/run"})
+        put_folder(str(tmp_path / "run"), config.run_dir)
+        shutil.rmtree(tmp_path / "run")
+        (tmp_path / "config.yaml").write_text(dump_config(config))
+        cluster = Cluster(2)
+        with cluster.stack:
+            job = ["jobs/stage.py", "encode", "--config", str(tmp_path / "config.yaml"), "set=natural"]
+            options = ["--no-wait", "--submission-id=far", "--working-dir", "."]
+            submitted = cluster.head.ray("job", "submit", *options, "--", "python", *job)
+            assert submitted.returncode == 0, submitted.stdout
+            wait_for(lambda: Table(config.run_dir, *place.split("/")).shards(), "a shard on the store")
+            cluster.node_with(ACTOR).kill()
+            since = time.monotonic()
+            assert Table(config.run_dir, *place.split("/")).manifest() is None, "it was done before the node died"
+            wait_for(
+                lambda: cluster.head.request("jobs/far")["status"] in ("SUCCEEDED", "FAILED", "STOPPED"), "its end"
+            )
+            tell("a node of a job on a store dies", since)
+            log = cluster.head.request("jobs/far/logs")["logs"]
+            assert cluster.head.request("jobs/far")["status"] == "SUCCEEDED", log
+        assert "64 kept" in log
+        assert content(config, place) == content(finished_run, place)
