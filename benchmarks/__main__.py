@@ -41,7 +41,7 @@ BENCHMARKS = {
     "kokoro": Benchmark(6, "Kokoro in batches beside one text at a time", "ours/bare ≥ 1; 3 on a GPU"),
     "synthesis": Benchmark(6, "eSpeak NG through the stage beside a bare loop", "ours/bare ≥ 0.9"),
     "engine": Benchmark(6, "Web text through ingest, embed, cluster, probe and select", "time linear, memory flat"),
-    "nodes": Benchmark(12, "Stages on two nodes and on one; the driver's memory", "efficiency near 1; memory flat"),
+    "nodes": Benchmark(15, "Stages on two nodes and on one; the driver's memory", "efficiency near 1; memory flat"),
     "scoring": Benchmark(6, "Scoring with a shared prompt beside each choice alone", "≥ 2 × faster, same numbers"),
     "reader": Benchmark(3, "Reading beside what a training rank needs; planning", "≥ 3 × the need; waiting < 5 %"),
     "recorded": Benchmark(

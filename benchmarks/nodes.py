@@ -1,4 +1,5 @@
-"""Synthesis and embedding on one node and on two, each of one core; the driver's memory at 1 k and 100 k passages.
+"""Synthesis and embedding on one node and on two, each of one core; the driver's memory at 1 k and 100 k passages, and
+with many shards of nothing.
 
     python -m benchmarks.nodes
 
@@ -14,6 +15,7 @@ import json
 import resource
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,13 @@ from benchmarks.engine import write_text
 from benchmarks.side_by_side import PAIRS, in_subprocess, one_thread_each, ratio_row, take_turns
 from salad_ray import pipeline
 from salad_ray.config import Config, parse_config
-from salad_ray.tables import Table
+from salad_ray.stages.common import Stage, run_shards
+from salad_ray.stages.shards import ShardPart
+from salad_ray.tables import Passage, Table, to_arrow
 
 SPOKEN, EMBEDDED = 2_000, 24_000
 SIZES = (1_000, 100_000)
+SHARDS = (400, 4_000)
 ROWS_PER_SHARD = 250
 STAGES = {"synthesize": ("natural", "utterances"), "embed": ("web", "embeddings")}
 STORE_BYTES = 100 * 2**20
@@ -39,6 +44,7 @@ def run(pairs: int = PAIRS) -> list[dict[str, Any]]:
     with one_thread_each():
         nodes = take_turns(lambda _: on_nodes(2, SPOKEN, EMBEDDED), lambda _: on_nodes(1, SPOKEN, EMBEDDED), pairs)
         small, large = (on_nodes(2, 0, size) for size in SIZES)
+        few, many = (in_subprocess("benchmarks.nodes", "shards", str(number)) for number in SHARDS)
     of_stages = [
         ratio_row(
             f"{stage}: a node of two, one alone",
@@ -51,7 +57,10 @@ def run(pairs: int = PAIRS) -> list[dict[str, Any]]:
     sizes = f"{SIZES[1]:,} passages, {SIZES[0]:,}"
     driver = ratio_row(f"driver: {sizes}", "MiB", [large["driver"]], [small["driver"]])
     spilled = {"ours": large["spilled"], "bare": small["spilled"], "ours/bare": None, "min": None, "max": None}
-    return [*of_stages, driver, driver | {"name": f"spilled: {sizes}"} | spilled]
+    of_shards = ratio_row(
+        f"driver: {SHARDS[1]:,} shards of a row, {SHARDS[0]:,}", "MiB", [many["driver"]], [few["driver"]]
+    )
+    return [*of_stages, driver, driver | {"name": f"spilled: {sizes}"} | spilled, of_shards]
 
 
 def on_nodes(*settings: int) -> dict[str, float]:
@@ -87,6 +96,23 @@ def measure(num_nodes: int, num_spoken: int, num_web: int) -> dict[str, float]:
     return facts
 
 
+class OneRow:
+    """A worker whose shards cost nothing, so that what is left is the driver's part."""
+
+    def __call__(self, shard: str) -> Iterator[ShardPart]:
+        yield ShardPart(to_arrow(Passage, [Passage(passage_id=shard, doc_id=shard, text="")]), 1, 1)
+
+
+def measure_shards(num_shards: int) -> dict[str, float]:
+    """The driver's largest resident set, in MiB."""
+    with tempfile.TemporaryDirectory(prefix="salad-bench-") as folder:
+        config = parse_config({"run_dir": f"{folder}/run", "ray": {"num_cpus": 2}})
+        stage = Stage("one row", Table(config.run_dir, "web", "rows"), {}, {})
+        run_shards(config, stage, {f"part-{number:05d}": f"{number}" for number in range(num_shards)}, OneRow)
+        ray.shutdown()
+    return {"driver": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10}
+
+
 def config_of(address: str, folder: Path, num_spoken: int, num_web: int, num_rows: int) -> Config:
     """The world is spoken; web text is read from a file. The more rows, the more shards."""
     web = folder / "web.parquet"
@@ -108,7 +134,9 @@ def config_of(address: str, folder: Path, num_spoken: int, num_web: int, num_row
 
 def main() -> None:
     if "--bare" in sys.argv:
-        print(json.dumps(measure(*map(int, sys.argv[2:]))))
+        settings = sys.argv[2:]
+        facts = measure_shards(int(settings[1])) if settings[0] == "shards" else measure(*map(int, settings))
+        print(json.dumps(facts))
     else:
         for row in run():
             print(json.dumps(row))
