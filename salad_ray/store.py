@@ -128,22 +128,22 @@ def scratch_folder() -> Iterator[str]:
     """
     for folder in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
         _remove_if_left(folder)
-    with tempfile.TemporaryDirectory(prefix=_SCRATCH, ignore_cleanup_errors=True) as made, _locked(made):
-        yield made
-
-
-@contextmanager
-def _locked(folder: str | Path) -> Iterator[int]:
-    """Raises `OSError` where another process holds it; a lock ends with its process, however that ends."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield descriptor
-    finally:
-        os.close(descriptor)
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH, ignore_cleanup_errors=True) as made:
+        descriptor = os.open(made, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # some network file systems lock no folders, and then nothing is cleaned
+                fcntl.flock(descriptor, fcntl.LOCK_EX)  # until this process ends, however that is
+            yield made
+        finally:
+            os.close(descriptor)
 
 
 def _remove_if_left(folder: Path) -> None:
-    with suppress(OSError), _locked(folder) as descriptor:  # held, another user's, or gone meanwhile
-        if time.time() - os.fstat(descriptor).st_mtime > _HELD_BY_SECS:
-            shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # another process holds it, or it is another user's, or gone meanwhile
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            if time.time() - os.fstat(descriptor).st_mtime > _HELD_BY_SECS:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(descriptor)

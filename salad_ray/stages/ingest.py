@@ -93,6 +93,8 @@ SCAN_NOTE_SECS = 20.0
 """Between two notes of a task of how far its source is read."""
 MAX_PARTITIONS = 2048
 """Of the exchange in which rows find their shards; a partition carries as many shards as it must."""
+MAX_AGGREGATORS = 128
+"""Processes in which the rows of a partition meet: Ray's own number, above which this would be no bound."""
 DEALT = [pa.field("shard", pa.int64()), pa.field("reason", pa.string()), pa.field("cut", pa.string())]
 """Where a row is dealt to; of a reject, whose key stands in the first column, the reason; and with the first row of a
 document, as JSON, what was cut out of it."""
@@ -261,7 +263,8 @@ def _deal(
     at_once = ray.data.TaskPoolStrategy(config.ray.max_actors)
     tags = {"run": stage.table.run_dir, "stage": stage.name, "set": stage.table.set or "-"}
     sources = ray.data.from_items(items, override_num_blocks=len(items))
-    sources.context.max_hash_shuffle_aggregators = config.ray.max_actors  # of this data set alone; they hold CPUs, too
+    if config.ray.max_actors:  # of this data set alone; they hold CPUs, too
+        sources.context.max_hash_shuffle_aggregators = min(config.ray.max_actors, MAX_AGGREGATORS)
     groups = (
         sources.map_batches(
             partial(_counted, partial(_metered, scan, tags), scanned), batch_size=1, num_cpus=1, compute=at_once
@@ -294,7 +297,7 @@ def _counted(
 ) -> Iterator[pa.Table]:
     """What a scan yields; how many rows that was goes to a file of the source's own, which a retry writes again."""
     source, corpus = str(item["source"][0]), str(item["corpus"][0])
-    url = f"{scanned}/{stable_hash(source, corpus):016x}.json"
+    name = f"{stable_hash(source, corpus):016x}"
     note: dict[str, Any] = {"source": source, "num_rows": 0, "num_rejected": 0, "read": False}
     noted = time.monotonic()
     for piece in scan(item):
@@ -302,10 +305,10 @@ def _counted(
         note["num_rejected"] += _num_rejected(piece)
         yield piece
         if time.monotonic() - noted > SCAN_NOTE_SECS:
-            with suppress(OSError):  # the last one counts
-                write_json(url, note)
+            with suppress(OSError):  # a store that fails now may work at the next note
+                write_json(f"{scanned}/reading/{name}.json", note)
             noted = time.monotonic()
-    write_json(url, note | {"read": True})
+    write_json(f"{scanned}/{name}.json", note | {"read": True})
 
 
 def _num_rejected(piece: pa.Table) -> int:
@@ -348,11 +351,12 @@ class DealingPace:
         self.thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.ended.set()
-        self.thread.join()
-        with suppress(OSError):
-            self.note()
+        if kind is None:  # else a store that is silent would keep back why this ends
+            self.thread.join()
+            with suppress(OSError):
+                self.note()
 
     def _watch(self) -> None:
         while not self.ended.wait(NOTE_SECS):
@@ -386,11 +390,12 @@ class DealingPace:
     def _look(self) -> None:
         """Read the tasks' notes again, but of sources that are read."""
         scanned = f"{self.table.url}/scanned"
-        names = [name for name in list_folder(scanned) if name.endswith(".json")]
-        names = [name for name in names if not self.notes.get(name, {}).get("read")]
-        with ThreadPoolExecutor(32) as threads:
-            found = zip(names, threads.map(read_json, [f"{scanned}/{name}" for name in names]), strict=True)
-            self.notes |= {name: note for name, note in found if note is not None}
+        for folder in (f"{scanned}/reading", scanned):  # the whole one of a source replaces what it had before
+            names = [name for name in list_folder(folder) if name.endswith(".json")]
+            names = [name for name in names if not self.notes.get(name, {}).get("read")]
+            with ThreadPoolExecutor(32) as threads:
+                found = zip(names, threads.map(read_json, [f"{folder}/{name}" for name in names]), strict=True)
+                self.notes |= {name: note for name, note in found if note is not None}
 
 
 def _num_scanned(scanned: str) -> int:

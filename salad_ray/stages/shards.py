@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import ray
 from ray.exceptions import RayError, RayTaskError
-from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_list, _internal_kv_put
 from ray.util.metrics import Counter, Gauge
 
 from salad_ray.config import Config, redact
@@ -63,8 +63,8 @@ RECENT = 8
 """Times as many of the last first tries are looked at."""
 MAX_PAUSE_SECS, ALONE_SECS = 60.0, 2.0
 """For which a machine on which more fails than goes well is held back at most: where there are others, and alone."""
-EMPTY_PASSES = 3
-"""In a row, in which no process could do anything."""
+EMPTY_PASSES = 6
+"""Passes in a row that are broken off before anything is done; each may lose twice as many shards as the one before."""
 MAX_LOST = 8
 """Shards lost with their processes at which a pass is broken off to see whether that is systematic; doubles then."""
 MAX_EARLY_REJECTED = 0.95
@@ -165,28 +165,41 @@ class WindowWorker:
             raise RuntimeError(f"more than {MAX_LEFT_OUT} of its rows fail, the last {row_id}: {reason}")
 
 
-def _hold_back(by: str, failed: bool) -> None:
-    """Wait after a failure, the longer the more fail than go well on this machine, whichever its process: what fails is
-    faster, and would take most of the shards. The count is in Ray's own store, which needs no disk."""
-    if not (node := own_node()):
-        return
-    key = f"salad/{by}/{node}"
-    count = int(_internal_kv_get(key) or 0)
-    if failed or count:
-        _internal_kv_put(key, str(max(0, count + (1 if failed else -1))), overwrite=True)
-    if failed:
-        longest = MAX_PAUSE_SECS if len(machines_for(0)) > 1 else ALONE_SECS
-        time.sleep(min(2.0 ** min(count, 10) - 1, longest))
+class Machines:
+    """Which machines have actors of a stage, and how much fails there; in Ray's own store, which needs no disk.
 
+    Args:
+        by: whose passes they are.
+    """
 
-def machines_for(num_gpus: float) -> set[str]:
-    """Ray's ids of the machines that have what an actor asks for, busy or not."""
-    needs = {"CPU": 1.0, "GPU": num_gpus}
-    return {
-        each["NodeID"]
-        for each in ray.nodes()
-        if each["Alive"] and all(each["Resources"].get(name, 0.0) >= number for name, number in needs.items())
-    }
+    def __init__(self, by: str) -> None:
+        self.prefix = f"salad/{by}/"
+
+    def join(self) -> None:
+        """An actor starts on this one."""
+        with suppress(Exception):  # Ray's store may be away for a moment, and so may Ray
+            _internal_kv_put(f"{self.prefix}{own_node()}", "0", overwrite=False)
+
+    def hold_back(self, failed: bool) -> None:
+        """Wait after a failure, the longer the more fails than goes well on this machine, whichever its process: what
+        fails is faster, and would take most of the shards."""
+        with suppress(Exception):
+            key = f"{self.prefix}{own_node()}"
+            count = int(_internal_kv_get(key) or 0)
+            if failed or count:
+                _internal_kv_put(key, str(max(0, count + (1 if failed else -1))), overwrite=True)
+            if failed:
+                longest = MAX_PAUSE_SECS if len(self.alive()) > 1 else ALONE_SECS
+                time.sleep(min(2.0 ** min(count, 10) - 1, longest))
+
+    def alive(self) -> set[str]:
+        """Ray's ids of those that have or had an actor, and are still there."""
+        joined = {key.decode().removeprefix(self.prefix) for key in _internal_kv_list(self.prefix)}
+        return joined & {each["NodeID"] for each in ray.nodes() if each["Alive"]}
+
+    def forget(self) -> None:
+        with suppress(Exception):  # the cluster may be gone
+            _internal_kv_del(self.prefix, del_by_prefix=True)
 
 
 def own_node() -> str:
@@ -284,8 +297,9 @@ def first_line(error: BaseException) -> str:
 class ShardWriter:
     """The actor: turns items into shards; makes the worker of a table when the first item of that table comes."""
 
-    def __init__(self, tasks: Sequence[Task]) -> None:
-        self.tasks = tasks
+    def __init__(self, tasks: Sequence[Task], by: str = "") -> None:
+        self.tasks, self.machines = tasks, Machines(by)
+        self.machines.join()
         self.current = -1
         self.worker: Worker | None = None
         self.broken = False
@@ -310,9 +324,11 @@ class ShardWriter:
             if cause is not None and not isinstance(cause, OSError):  # a store may refuse this machine alone
                 return result | {"error": redact(str(cause))}
             result |= self._note_failure(task, item, cause or error)
-            _hold_back(item["by"], failed=True)
+            if not item["tries"]:  # later passes have the bad shards, which fail on good machines
+                self.machines.hold_back(failed=True)
             return result
-        _hold_back(item["by"], failed=False)
+        if not item["tries"]:
+            self.machines.hold_back(failed=False)
         tags = {"run": task.table.run_dir, "stage": task.stage, "set": task.table.set or "-"}
         for metric, number in ((self.rows, counts["num_input"]), (self.rejects, counts["num_rejected"])):
             if number:  # Ray refuses 0
@@ -327,7 +343,8 @@ class ShardWriter:
             self.worker, self.current = task.make_worker(), item["task"]
         assert self.worker is not None
         if isinstance(self.worker, WindowWorker):
-            self.worker.careful = f"{task.failures(item['shard'])}.json" if item["careful"] else None
+            careful = item["tries"] >= WHOLE_TRIES
+            self.worker.careful = f"{task.failures(item['shard'])}.json" if careful else None
             self.worker.by, self.worker.note, self.worker.num_passed = item["by"], {}, 0
         return self.worker
 
@@ -351,7 +368,7 @@ class ShardWriter:
         if not isinstance(worker, WindowWorker) or "by" not in worker.note:  # it was not at the rows
             return {
                 "failed": reason,
-                "hopeless": item["careful"] and not of_a_machine,
+                "hopeless": item["tries"] >= WHOLE_TRIES and not of_a_machine,
                 "of_machine": of_a_machine,
             }
         row_id = "" if of_a_machine else worker.note["at"]
@@ -377,13 +394,12 @@ class Shortfall:
 class Counts:
     """What a stage's shards have come to so far; raises `StageError` where the error is systematic."""
 
-    def __init__(self, config: Config, tasks: Sequence[Task], num_gpus: float = 0.0) -> None:
-        self.config, self.label, self.num_gpus = config, tasks[0].label, num_gpus
+    def __init__(self, config: Config, tasks: Sequence[Task], machines: Machines) -> None:
+        self.config, self.label, self.machines = config, tasks[0].label, machines
         self.total = sum(len(task.items) for task in tasks)
         self.num_made = self.num_input = self.num_rejected = 0
-        # What is there went well; what is missing may be the bad ones of a run that was broken off.
-        num_there = min(sum(task.num_there for task in tasks), RECENT * ENOUGH_FAILURES // 2)
-        self.firsts = deque([("", "")] * num_there, maxlen=RECENT * ENOUGH_FAILURES)
+        self.num_there = sum(task.num_there for task in tasks)
+        self.firsts: deque[tuple[str, str]] = deque(maxlen=RECENT * ENOUGH_FAILURES)
         """Of the last first tries the machine, and why it failed, or ""."""
 
     def made(self, result: dict[str, Any], table: Table, is_first: bool) -> None:
@@ -407,30 +423,33 @@ class Counts:
         goes well: each actor has a say, of hundreds the first to speak."""
         self.firsts.append((machine, reason))
         enough = max(MIN_FAILURES, min(num_actors, ENOUGH_FAILURES))
-        recent = list(self.firsts)[-RECENT * enough :]
+        # What is there went well; what is missing may be the bad ones of a run that was broken off.
+        there = [("", "")] * min(self.num_there, RECENT * enough // 2)
+        recent = [*there, *self.firsts][-RECENT * enough :]
         reasons = [reason for _, reason in recent if reason]
         many = len(reasons) >= enough and 2 * len(reasons) > len(recent)
-        if many and self._on_most_machines(recent, num_actors):
+        if many and self._on_most_machines(recent):
             raise StageError(
                 f"{self.label}: {len(reasons)} shards failed and {len(recent) - len(reasons)} went well, so this is no "
                 f"single row's fault; the first one: {reasons[0]}"
             )
 
-    def _on_most_machines(self, recent: Sequence[tuple[str, str]], num_actors: int) -> bool:
-        """Whether more fails than goes well on most of the machines that there are, and not on some bad ones."""
+    def _on_most_machines(self, recent: Sequence[tuple[str, str]]) -> bool:
+        """Whether more fails than goes well on most of the machines at work, and not on some bad ones. Of shards that
+        were lost with their processes nobody knows where that was: they count as a machine each."""
         balance: dict[str, int] = {}
         for number, (machine, reason) in enumerate(recent):
             place = machine or str(number)
             balance[place] = balance.get(place, 0) + (1 if reason else -1)
         num_bad = sum(each > 0 for each in balance.values())
-        return 2 * num_bad > min(len(machines_for(self.num_gpus)), num_actors)
+        return 2 * num_bad > len(self.machines.alive())
 
 
 class Pace:
     """Notes beside each table how far it is, for `salad status`, and what Ray's dashboard and Prometheus show."""
 
-    def __init__(self, tasks: Sequence[Task], num_gpus: float) -> None:
-        self.tasks, self.num_gpus = tasks, num_gpus
+    def __init__(self, tasks: Sequence[Task], num_gpus: float, machines: Machines) -> None:
+        self.tasks, self.num_gpus, self.machines = tasks, num_gpus, machines
         self.actors: set[tuple[str, int]] = set()
         """Machine and process of those at work."""
         self.max_actors = 0
@@ -456,8 +475,8 @@ class Pace:
     def note(self) -> None:
         self.noted = time.monotonic()
         secs = self.noted - self.started
-        machines = machines_for(self.num_gpus)
-        self.actors = {actor for actor in self.actors if actor[0] in machines}
+        alive = self.machines.alive()
+        self.actors = {actor for actor in self.actors if actor[0] in alive}
         self.max_actors = max(self.max_actors, len(self.actors))
         for number, task in enumerate(self.tasks):
             left = len(task.items) - self.done[number]
@@ -506,8 +525,7 @@ def map_shards(config: Config, tasks: Sequence[Task], room: int, num_gpus: float
                 if shortfall.hopeless or shortfall.tries >= last:
                     hopeless[item] = passes.missing.pop(item)
     finally:
-        with suppress(Exception):  # the cluster may be gone
-            _internal_kv_del(f"salad/{passes.by}", del_by_prefix=True)
+        passes.machines.forget()
     if hopeless:
         (number, shard), shortfall = next(iter(hopeless.items()))
         task = tasks[number]
@@ -527,8 +545,9 @@ class Passes:
     def __init__(self, config: Config, tasks: Sequence[Task], room: int, num_gpus: float) -> None:
         self.config, self.tasks, self.room, self.num_gpus = config, tasks, room, num_gpus
         self.missing = {(number, shard): Shortfall() for number, task in enumerate(tasks) for shard in task.items}
-        self.counts, self.pace = Counts(config, tasks, num_gpus), Pace(tasks, num_gpus)
         self.by = uuid.uuid4().hex
+        self.machines = Machines(self.by)
+        self.counts, self.pace = Counts(config, tasks, self.machines), Pace(tasks, num_gpus, self.machines)
         self.max_lost, self.num_lost, self.num_empty = MAX_LOST, 0, 0
         self.num_actors = 0
         """How many there may be now."""
@@ -554,6 +573,7 @@ class Passes:
             self._require_some(num_rows - len(unseen), first_line(error))
         else:
             self._missed(unseen)
+            self.num_empty = 0
         self.pace.note()
         actors = self.pace.max_actors or self.num_actors
         return {"num_actors": actors, "num_made": num_rows, "first_secs": round(first_secs, 2)}
@@ -565,7 +585,7 @@ class Passes:
                 "task": number,
                 "shard": shard,
                 "payload": json.dumps(self.tasks[number].items[shard]),
-                "careful": shortfall.tries >= WHOLE_TRIES,
+                "tries": shortfall.tries,
                 "by": self.by,
             }
             for (number, shard), shortfall in self.missing.items()
@@ -575,7 +595,7 @@ class Passes:
             warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
             results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
                 ShardWriter,
-                fn_constructor_args=([replace(task, items={}) for task in self.tasks],),
+                fn_constructor_args=([replace(task, items={}) for task in self.tasks], self.by),
                 compute=ray.data.ActorPoolStrategy(min_size=max(1, min(self.room, num_actors)), max_size=num_actors),
                 num_cpus=1,
                 num_gpus=self.num_gpus or None,
@@ -637,10 +657,12 @@ class Passes:
 @contextmanager
 def _told_while_waiting(label: str, num_gpus: float) -> Iterator[threading.Timer]:
     """Say so if after a while no machine has what the stage asks for; whoever has the first shard cancels it."""
+    needs = {"CPU": 1.0, "GPU": num_gpus}
 
     def tell() -> None:
-        if not machines_for(num_gpus):
-            wanted = f"1 CPU and {num_gpus:g} GPU" if num_gpus else "1 CPU"
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if not any(all(machine.get(name, 0.0) >= number for name, number in needs.items()) for machine in machines):
+            wanted = " and ".join(f"{number:g} {name}" for name, number in needs.items() if number)
             say(
                 f"{label}: waiting for a machine with {wanted}, as this Ray cluster has none; is there a pool of such "
                 "machines (`ray status`)? The wait can be interrupted, and the stage run again"

@@ -40,6 +40,8 @@ BATCH_ROWS = 4
 """Of a Parquet file that are decoded at once, or one where they are large: two kilobytes can hold as many texts of
 megabytes each. More at once are hardly faster."""
 LARGE_ROW_BYTES = 2**16
+LARGE_DICTIONARY_BYTES = 2**22
+"""Of texts in a row group of which rows name one or another, perhaps all of them the largest."""
 READ_BYTES = 2**20
 MAX_FILE_BYTES = 2**29
 """Of a file that is read whole, decompressed; benchmarks are files of some megabytes."""
@@ -232,7 +234,9 @@ def _row_group(
     parquet: pq.ParquetFile, group: int, columns: list[str], name: str, row: int
 ) -> Iterator[tuple[str, dict[str, Any] | BadInput]]:
     start, metadata = row, parquet.metadata.row_group(group)
-    is_large = metadata.total_byte_size > LARGE_ROW_BYTES * metadata.num_rows
+    chunks = [metadata.column(index) for index in range(metadata.num_columns)]
+    named = sum(chunk.total_uncompressed_size for chunk in chunks if any("DICT" in each for each in chunk.encodings))
+    is_large = metadata.total_byte_size > LARGE_ROW_BYTES * metadata.num_rows or named > LARGE_DICTIONARY_BYTES
     num_rows = 1 if is_large else BATCH_ROWS
     try:
         for batch in parquet.iter_batches(num_rows, row_groups=[group], columns=columns, use_threads=False):

@@ -70,7 +70,7 @@ def test_status_reads_the_note_of_an_ingest_at_work(web: Path, tmp_path: Path) -
     assert len(list(ingest._counted(scan, f"{table.url}/scanned", item))) == 1
     pace.note()
     row = pipeline._table_status(table)
-    assert "4 to go" in row["state"]
+    assert row["state"].startswith("1/2 sources read, 0 shards, ")
     assert "ETA" in row["state"]
     assert (row["rows"], row["rejects"]) == ("10", "1")
 
@@ -80,8 +80,13 @@ def test_a_source_that_is_being_read_is_told_of(tmp_path: Path, monkeypatch: pyt
     item = {"source": np.array(["a"]), "corpus": np.array(["{}"])}
     pieces = ingest._counted(lambda _: iter([pa.table({"a": [1, 2]})] * 2), f"{tmp_path}/scanned", item)
     next(pieces), next(pieces)
-    [note] = (tmp_path / "scanned").glob("*.json")
+    [note] = (tmp_path / "scanned/reading").glob("*.json")
     assert read_json(str(note)) == {"source": "a", "num_rows": 2, "num_rejected": 0, "read": False}
+    assert ingest._num_scanned(f"{tmp_path}/scanned") == 0
+    list(pieces)
+    again = ingest._counted(lambda _: iter([pa.table({"a": [1, 2]})] * 2), f"{tmp_path}/scanned", item)
+    next(again), next(again)  # after a machine was lost; what was read is still what it was
+    assert ingest._num_scanned(f"{tmp_path}/scanned") == 4
 
 
 def test_no_more_shards_are_gathered_at_once_than_max_actors(tmp_path: Path) -> None:

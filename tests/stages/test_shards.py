@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import ray
 from factories import small_world_config
+from ray.experimental.internal_kv import _internal_kv_list
 
 from salad_ray import pipeline
 from salad_ray.config import Config, parse_config
@@ -29,7 +30,17 @@ from salad_ray.console import say, show
 from salad_ray.stages import shards
 from salad_ray.stages.common import Stage, run_shards
 from salad_ray.stages.ray_cluster import start_ray
-from salad_ray.stages.shards import Counts, ShardPart, ShardWriter, StageError, Task, WindowWorker
+from salad_ray.stages.shards import (
+    Counts,
+    Machines,
+    ShardPart,
+    ShardWriter,
+    StageError,
+    Task,
+    WindowWorker,
+    own_node,
+    write_shard,
+)
 from salad_ray.store import StoreError
 from salad_ray.tables import Passage, Reject, Table, to_arrow
 
@@ -189,7 +200,7 @@ def test_a_row_is_to_blame_only_while_it_is_worked_on(tmp_path: Path) -> None:
     list(worker("part-00000"))
     assert worker.note["failures"] == {}
     worker.note["left_out"] = {"part-00000/4": "of this shard alone"}
-    item = {"task": 0, "shard": "part-00001", "careful": True, "by": "me"}
+    item = {"task": 0, "shard": "part-00001", "tries": 2, "by": "me"}
     assert writer._worker(item) is worker
     failed = writer._note_failure(writer.tasks[0], item, OSError("before its rows"))
     assert failed == {"failed": "OSError: before its rows", "hopeless": False, "of_machine": True}
@@ -211,7 +222,7 @@ def test_a_machine_that_is_taken_away_charges_no_row(tmp_path: Path) -> None:
 def counts_of(folder: Path, num_items: int, num_there: int = 0) -> Counts:
     items = {f"part-{i:05d}": 0 for i in range(num_items)}
     task = Task("copy", Table(str(folder), "web", "copies"), items, lambda: CopyShard(print), num_there)
-    return Counts(config_in(folder), [task])
+    return Counts(config_in(folder), [task], Machines("me"))
 
 
 def made_on(machine: str) -> dict[str, Any]:
@@ -219,7 +230,7 @@ def made_on(machine: str) -> dict[str, Any]:
 
 
 def test_where_many_work_a_few_quick_failures_are_not_the_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "machines_for", lambda _: {"a"})
+    monkeypatch.setattr(Machines, "alive", lambda _: {"a"})
     for num_actors, enough in ((2, 3), (10, 10), (512, 32)):
         counts = counts_of(tmp_path, 1000)
         for number in range(enough - 1):
@@ -231,7 +242,7 @@ def test_where_many_work_a_few_quick_failures_are_not_the_rule(tmp_path: Path, m
 def test_the_missing_shards_of_a_run_may_be_its_bad_ones_but_not_hundreds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "machines_for", lambda _: {"a"})
+    monkeypatch.setattr(Machines, "alive", lambda _: {"a"})
     for num_actors, most in ((2, 12), (512, 128)):
         counts = counts_of(tmp_path, 1000, num_there=1000)
         for _ in range(most):
@@ -241,7 +252,7 @@ def test_the_missing_shards_of_a_run_may_be_its_bad_ones_but_not_hundreds(
 
 
 def test_what_begins_to_fail_in_the_middle_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "machines_for", lambda _: {"a", "b"})
+    monkeypatch.setattr(Machines, "alive", lambda _: {"a", "b"})
     counts = counts_of(tmp_path, 10_000)
     for number in range(5_000):
         counts.made(made_on("ab"[number % 2]), Table(str(tmp_path), "web", "copies"), is_first=True)
@@ -252,7 +263,7 @@ def test_what_begins_to_fail_in_the_middle_is_noticed(tmp_path: Path, monkeypatc
 
 
 def test_a_bad_machine_does_not_end_the_work_of_the_good_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "machines_for", lambda _: set("abcd"))
+    monkeypatch.setattr(Machines, "alive", lambda _: set("abcd"))
     counts = counts_of(tmp_path, 1000)
     for _ in range(300):
         counts.failed("a", 8, "its disk is full")
@@ -265,15 +276,35 @@ def test_a_machine_on_which_all_fails_is_held_back(tmp_path: Path, monkeypatch: 
     start_ray(config_in(tmp_path))
     slept: list[float] = []
     monkeypatch.setattr(shards, "time", SimpleNamespace(sleep=slept.append))
+    machines = Machines("me")
+    machines.join()
+    assert machines.alive() == {own_node()}
     for failed in (True, True, True, False, True, False, False, False, False, True):
-        shards._hold_back("me", failed)
+        machines.hold_back(failed)
     assert slept == [0, 1, 2, 2, 0]  # alone; what goes well counts as much
-    monkeypatch.setattr(shards, "machines_for", lambda _: {"a", "b"})
+    monkeypatch.setattr(Machines, "alive", lambda _: {"a", "b"})
     for _ in range(9):
-        shards._hold_back("me", failed=True)
+        machines.hold_back(failed=True)
     assert slept[5:] == [1, 3, 7, 15, 31, 60, 60, 60, 60]
-    shards._hold_back("another stage", failed=True)
+    Machines("another stage").hold_back(failed=True)
     assert slept[-1] == 0
+    machines.forget()
+    assert _internal_kv_list("salad/me/") == []
+    assert _internal_kv_list("salad/another stage/") != []
+
+
+def test_rejects_and_failures_repeat_no_credentials(tmp_path: Path) -> None:
+    table, signed = Table(str(tmp_path), "web", "copies"), "https://store/a?X-Amz-Signature=abcdef0123456789"
+    rejects = [Reject("copy", "row", f"403 of {signed}")]
+    write_shard(table, "part-0", iter([ShardPart(to_arrow(Passage, []), 1, 0, rejects)]))
+    writer = ShardWriter([Task("copy", table, {}, lambda: CopyShard(print))])
+    try:
+        raise RuntimeError(f"403 of {signed}")
+    except RuntimeError as error:
+        failed = writer._note_failure(writer.tasks[0], {"shard": "part-0", "tries": 0}, error)
+    log = Path(table.url, "failures", "part-0.log").read_text()
+    told = [failed["failed"], table.rejects.read_rows(Reject, table.rejects.shards()[0])[0].reason, log]
+    assert ["X-Amz-Signature=***" in text and "abcdef" not in text for text in told] == [True] * 3
 
 
 def no_worker() -> CopyShard:
@@ -297,11 +328,12 @@ def test_processes_that_cannot_start_end_a_stage_of_which_most_is_done(
 
 
 def test_processes_that_were_replaced_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "machines_for", lambda _: {"a", "b"})
+    monkeypatch.setattr(Machines, "alive", lambda _: {"a", "b"})
     monkeypatch.setattr(shards, "NOTE_SECS", -1)
     table = Table(str(tmp_path), "web", "copies")
     Path(table.url).mkdir(parents=True)
-    pace = shards.Pace([Task("copy", table, {f"part-{i}": 0 for i in range(9)}, lambda: CopyShard(print))], 1.0)
+    task = Task("copy", table, {f"part-{i}": 0 for i in range(9)}, lambda: CopyShard(print))
+    pace = shards.Pace([task], 1.0, Machines("me"))
     where = [("a", 1, ""), ("b", 1, ""), ("a", 1, "failed"), ("a", 2, ""), ("gone", 1, "")]
     for machine, process, failed in where:
         pace.add(made_on(machine) | {"task": 0, "process": process, "failed": failed})
@@ -315,7 +347,7 @@ def test_a_machine_that_does_not_see_the_run_is_told_before_it_works_for_nothing
     monkeypatch.setattr(shards, "SEEN_SECS", 1.5)
     table = Table(str(tmp_path / "at home"), "web", "copies")
     writer = ShardWriter([Task("copy", table, {}, lambda: CopyShard(print))])
-    item = {"task": 0, "shard": "part-00000", "payload": '"part-00000"', "careful": False, "by": "me"}
+    item = {"task": 0, "shard": "part-00000", "payload": '"part-00000"', "tries": 0, "by": "me"}
     assert "does not see" in writer(item)["error"]
     assert not list(tmp_path.iterdir())
 
