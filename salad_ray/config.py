@@ -638,7 +638,7 @@ class DistillConfig(Section):
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(2, ge=1)
     max_failures: int = Field(3, ge=0)
-    """Worker-group failures that Ray Train may recover from."""
+    """Worker-group failures that Ray Train may recover from; machines that are taken away with notice do not count."""
     log_every: int = Field(10, ge=1)
     wandb_project: str | None = None
     mlflow_experiment: str | None = None
