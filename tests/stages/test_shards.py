@@ -150,7 +150,7 @@ def test_poisoned_rows_become_rejects_and_broken_processes_are_replaced(
     assert (manifest["num_input"], manifest["num_kept"], manifest["num_rejected"]) == (120, 118, 2)
     told = capsys.readouterr().out
     assert told.count("illegal memory access") == 1  # no other shard was tried in that process
-    lines = [json.loads(line) for line in told.splitlines()]
+    lines = [json.loads(line) for line in told.splitlines() if line.startswith("{")]  # the rest is of the segfault
     assert {(line["shard"], line["row"]) for line in lines if line.get("row")} == {("part-00003", "part-00003/5")}
     assert "illegal memory access" in Path(table.url, "failures", "part-00002.log").read_text()
     status = json.loads(Path(table.url, "progress.json").read_text())
