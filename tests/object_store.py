@@ -73,6 +73,9 @@ def s3_server() -> Iterator[Server]:
     try:
         yield Server(endpoint, client)
     finally:
+        for key in Server(endpoint, client).keys(""):  # what it holds is the process', and would be the next server's
+            client.delete_object(Bucket=BUCKET, Key=key)
+        client.delete_bucket(Bucket=BUCKET)
         moto.stop()
 
 
