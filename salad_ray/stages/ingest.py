@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
-from functools import lru_cache, partial
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -29,7 +29,6 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
-from ray.util.metrics import Counter, Gauge
 
 from salad_ray.config import BenchmarkConfig, Config, ConfigError, CorpusConfig, WebTextConfig, identity, redact
 from salad_ray.console import progress, say, user_error
@@ -55,8 +54,10 @@ from salad_ray.stages.shards import (
     ShardPart,
     StageError,
     WindowWorker,
+    count_rows,
     first_line,
     keep_or_reject,
+    waiting_gauge,
     write_shard,
 )
 from salad_ray.store import filesystem, is_local, list_folder
@@ -319,20 +320,9 @@ def _metered(
     scan: Callable[[dict[str, Any]], Iterator[pa.Table]], tags: dict[str, str], item: dict[str, Any]
 ) -> Iterator[pa.Table]:
     """What a scan yields, told to Ray's metrics; unlike the notes these count a source twice that is read twice."""
-    rows, rejects = _counters()
     for piece in scan(item):
-        for counter, number in ((rows, len(piece)), (rejects, _num_rejected(piece))):
-            if number:  # Ray refuses 0
-                counter.inc(number, tags)
+        count_rows(tags, len(piece), _num_rejected(piece))
         yield piece
-
-
-@lru_cache(maxsize=1)
-def _counters() -> tuple[Counter, Counter]:
-    """Of this process; the same as those of other stages."""
-    tags = ("run", "stage", "set")
-    rows = Counter("salad_rows", "Rows that a stage has done, kept or not.", tags)
-    return rows, Counter("salad_rejects", "Rows that a stage has left out.", tags)
 
 
 class DealingPace:
@@ -343,7 +333,7 @@ class DealingPace:
         self.num_written = 0
         self.notes: dict[str, dict[str, Any]] = {}
         self.started = time.monotonic()
-        self.waiting = Gauge("salad_shards_waiting", "Shards that a stage has yet to make.", ("run", "stage", "set"))
+        self.waiting = waiting_gauge()
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
 

@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -294,6 +295,27 @@ def first_line(error: BaseException) -> str:
     return lines[-1] if isinstance(error, RayTaskError) else lines[0]
 
 
+METRIC_TAGS = ("run", "stage", "set")
+
+
+@lru_cache(maxsize=1)
+def _counters() -> tuple[Counter, Counter]:
+    """Of this process."""
+    rows = Counter("salad_rows", "Rows that a stage has done, kept or not.", METRIC_TAGS)
+    return rows, Counter("salad_rejects", "Rows that a stage has left out.", METRIC_TAGS)
+
+
+def count_rows(tags: dict[str, str], num_rows: int, num_rejected: int) -> None:
+    """Tell Ray's metrics what a stage has done."""
+    for counter, number in zip(_counters(), (num_rows, num_rejected), strict=True):
+        if number:  # Ray refuses 0
+            counter.inc(number, tags)
+
+
+def waiting_gauge() -> Gauge:
+    return Gauge("salad_shards_waiting", "Shards that a stage has yet to make.", METRIC_TAGS)
+
+
 class ShardWriter:
     """The actor: turns items into shards; makes the worker of a table when the first item of that table comes."""
 
@@ -303,9 +325,6 @@ class ShardWriter:
         self.current = -1
         self.worker: Worker | None = None
         self.broken = False
-        tags = ("run", "stage", "set")
-        self.rows = Counter("salad_rows", "Rows that a stage has done, kept or not.", tags)
-        self.rejects = Counter("salad_rejects", "Rows that a stage has left out.", tags)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         if self.broken:  # whatever failed here may have left it unusable: Ray starts another, which tries this item
@@ -330,9 +349,7 @@ class ShardWriter:
         if not item["tries"]:
             self.machines.hold_back(failed=False)
         tags = {"run": task.table.run_dir, "stage": task.stage, "set": task.table.set or "-"}
-        for metric, number in ((self.rows, counts["num_input"]), (self.rejects, counts["num_rejected"])):
-            if number:  # Ray refuses 0
-                metric.inc(number, tags)
+        count_rows(tags, counts["num_input"], counts["num_rejected"])
         return result | counts
 
     def _worker(self, item: dict[str, Any]) -> Worker:
@@ -458,7 +475,7 @@ class Pace:
         self.done = [0] * len(tasks)
         self.rows = [0] * len(tasks)
         self.rejects = [0] * len(tasks)
-        self.waiting = Gauge("salad_shards_waiting", "Shards that a stage has yet to make.", ("run", "stage", "set"))
+        self.waiting = waiting_gauge()
 
     def add(self, result: dict[str, Any]) -> None:
         number = result["task"]
