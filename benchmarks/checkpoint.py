@@ -30,7 +30,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from benchmarks.side_by_side import in_subprocess
 from salad_ray.config import DistillConfig
 from salad_ray.distill.checkpoints import CheckpointReader, CheckpointWriter, latest
-from salad_ray.distill.trainer import deepspeed_config
+from salad_ray.distill.engine import deepspeed_config
 from salad_ray.distill.zero import optimizer_step, partitions, restored
 
 PAIRS = 5

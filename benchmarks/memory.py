@@ -13,22 +13,18 @@ import gc
 import json
 import os
 import sys
-from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
-import deepspeed
 import torch
-from deepspeed.runtime.zero import GatheredParameters
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.side_by_side import in_subprocess, one_thread_each
 from salad_ray.config import AdapterConfig, DistillConfig, PackConfig
-from salad_ray.distill.step import DTYPES, batch_loss
-from salad_ray.distill.trainer import deepspeed_config
+from salad_ray.distill.engine import forward_backward, make_engine
+from salad_ray.distill.step import DTYPES
 from salad_ray.model.adapter import Adapter
-from salad_ray.model.speech_lm import EncoderSpec, SpeechLM, SpeechLMConfig, parameter_groups
+from salad_ray.model.speech_lm import EncoderSpec, SpeechLM, SpeechLMConfig
 from salad_ray.scaling.memory import Shape, training_memory
 from salad_ray.sequences.batch import Batch
 
@@ -92,8 +88,7 @@ def measure(name: str) -> dict[str, float]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "29578",
     }
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("gloo")
+    torch.distributed.init_process_group("gloo")
     shape, settings, pack = parts(name)
     dtype = DTYPES[settings.precision]
     teacher = Qwen2ForCausalLM(shape.llm).to(dtype).requires_grad_(False).eval()
@@ -101,24 +96,11 @@ def measure(name: str) -> dict[str, float]:
     adapter = Adapter(shape.adapter, ENCODER_DIM, shape.llm.hidden_size).to(dtype)
     encoder = EncoderSpec("log_mel", None, None, 16000, 12.5, ENCODER_DIM)
     student = SpeechLM(SpeechLMConfig("bench", None, encoder, shape.adapter), llm, adapter, None)
-    if settings.activation_checkpointing:
-        student.gradient_checkpointing()
-    groups = parameter_groups(student, 1e-4, 1e-4, 0.1)
-    engine, *_ = deepspeed.initialize(
-        model=student.train(),
-        optimizer=torch.optim.AdamW(groups),
-        config=deepspeed_config(settings, 1, sum(parameter.numel() for parameter in student.parameters())),
-        dist_init_required=False,
-    )
+    engine = make_engine(student.train(), settings, 1, torch.device("cpu"))
     batch = make_batch(settings.micro_batch_rows, pack.context, shape.llm.vocab_size).to("cpu", dtype)
 
     def step() -> None:
-        head = engine.module.head
-        with ExitStack() as stack:
-            gathered = GatheredParameters([head], enabled=settings.zero_stage == 3)
-            gather = partial(stack.enter_context, gathered)
-            loss = batch_loss(engine, head, teacher, batch, 1.0, settings.loss_chunk_size, gather)
-            engine.backward(loss.loss)
+        forward_backward(engine, teacher, batch, settings, len(batch.labels), 1)
         engine.step()
 
     step()

@@ -12,8 +12,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
-import ray
-
 from salad_ray.console import console
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +29,8 @@ def one_thread_each() -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()
+        if "ray" in sys.modules:  # machines without Ray use this file, too
+            sys.modules["ray"].shutdown()
         console.quiet = quiet
         os.environ.pop("OMP_NUM_THREADS")
         if before is not None:

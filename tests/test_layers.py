@@ -11,17 +11,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 BASE = {"config", "tables", "store", "s3", "console", "lease", "__init__"}
 ON_RAY = {"distill.trainer", "distill.worker", "scaling.sweep"}
+ON_DEEPSPEED = {"distill.engine"}
 TOP = {"pipeline", "cli"}
 HEAVY = {"ray", "deepspeed"}
 
 
 def layer(module: str) -> int:
-    """0 base, 1 pure room, 2 stages and what else runs on Ray, 3 pipeline and cli."""
+    """0 base, 1 pure room, 2 stages and what else runs on Ray or DeepSpeed, 3 pipeline and cli."""
     if module in BASE or module == "":
         return 0
     if module in TOP:
         return 3
-    return 2 if module.startswith("stages") or module in ON_RAY else 1
+    return 2 if module.startswith("stages") or module in ON_RAY | ON_DEEPSPEED else 1
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -70,6 +71,18 @@ def test_stages_meet_only_through_tables(module: str) -> None:
 def test_only_stages_and_trainers_know_ray(module: str) -> None:
     path = ROOT / "salad_ray" / (module.replace(".", "/") + ".py")
     assert not {name.split(".")[0] for name in imports(path)} & HEAVY
+
+
+@pytest.mark.parametrize("module", sorted(ON_DEEPSPEED))
+def test_the_engine_runs_without_ray(module: str) -> None:
+    """Also through what it imports: benchmarks use it on machines that have no Ray."""
+    seen, ahead = set(), {module}
+    while ahead:
+        name = ahead.pop()
+        seen.add(name)
+        found = {top.split(".")[0] for top in imports(ROOT / "salad_ray" / (name.replace(".", "/") + ".py"))}
+        assert "ray" not in found, name
+        ahead |= own_imports(name) - seen
 
 
 def test_jobs_import_only_the_cli() -> None:

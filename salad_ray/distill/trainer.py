@@ -14,9 +14,8 @@ import os
 import resource
 import time
 import warnings
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,6 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns, in every process, that it found no other
-
-import deepspeed
-from deepspeed.runtime.zero import GatheredParameters
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
 from ray.util.metrics import Gauge
@@ -44,16 +38,9 @@ from salad_ray.distill.checkpoints import (
     latest,
     new_token,
 )
+from salad_ray.distill.engine import forward_backward, make_engine
 from salad_ray.distill.logger import Logger
-from salad_ray.distill.step import (
-    BUCKET,
-    DTYPES,
-    batch_loss,
-    global_scale,
-    learning_rate_factor,
-    peak_flops,
-    training_flops,
-)
+from salad_ray.distill.step import DTYPES, learning_rate_factor, peak_flops, training_flops
 from salad_ray.distill.worker import work
 from salad_ray.distill.zero import optimizer_step, partitions, restored
 from salad_ray.model.speech_lm import (
@@ -62,7 +49,6 @@ from salad_ray.model.speech_lm import (
     SpeechLM,
     load_text_lm,
     load_tokenizer,
-    parameter_groups,
     tokenizer_hash,
     weights_fingerprint,
 )
@@ -199,29 +185,11 @@ def _first_cause(error: WorkerGroupError) -> Exception:
     return next((cause for cause in causes if isinstance(cause, (*MENDABLE, StoreError))), error)
 
 
-def deepspeed_config(settings: DistillConfig, num_micro_batches: int, num_parameters: int) -> dict[str, Any]:
-    """What the engine needs to know; the optimizer and the learning rate are ours.
-
-    Its buffer for gradients has `reduce_bucket_size` elements, however few parameters there are.
-    """
-    return {
-        "train_micro_batch_size_per_gpu": settings.micro_batch_rows,
-        "gradient_accumulation_steps": num_micro_batches,
-        "gradient_clipping": settings.max_grad_norm,
-        "bf16": {"enabled": settings.precision == "bf16"},
-        "zero_optimization": {"stage": settings.zero_stage, "reduce_bucket_size": min(BUCKET, num_parameters)},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
-    }
-
-
 def train_worker(job: Job) -> None:
     """What every Ray Train worker does."""
     # It announces every report, metrics and all.
     logging.getLogger("ray.train.v2._internal.execution.context").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    # DeepSpeed would compile a shared-memory all-reduce for CPUs, which needs a C++ compiler; gloo needs nothing.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     log_facts.update(run=job.config.run_dir, stage=job.name)
     if "stopped" in (read_json(_result_url(job)) or {}):
         return
@@ -298,26 +266,9 @@ class Distiller:
 
     def _make_engine(self, student: SpeechLM) -> Any:
         """The student under DeepSpeed; its optimizer steps parameters of two groups, adapter and LLM."""
-        settings = self.settings
         self.num_student = sum(parameter.numel() for parameter in student.parameters())
         self._verify_start(student)
-        if settings.activation_checkpointing:
-            student.gradient_checkpointing()
-        groups = parameter_groups(
-            student, settings.learning_rate, settings.adapter_learning_rate, settings.weight_decay
-        )
-        for group in groups:
-            group["peak_lr"] = group["lr"]
-        optimizer = torch.optim.AdamW(groups, betas=settings.betas, fused=self.device.type == "cuda")
-        engine, *_ = deepspeed.initialize(
-            model=student.to(self.device),
-            optimizer=optimizer,
-            config=deepspeed_config(settings, self.reader.num_micro_batches, self.num_student),
-            dist_init_required=False,
-        )
-        if settings.compile:
-            engine.compile()
-        return engine
+        return make_engine(student, self.settings, self.reader.num_micro_batches, self.device)
 
     def _open_reader(self, path: str) -> LaneReader:
         run_dir, active = self.config.run_dir, None
@@ -404,20 +355,9 @@ class Distiller:
     def _forward_backward(self, batch: Batch, num_labels: int) -> Tensor:
         """Accumulate the gradient of one micro-batch; returns its `SUMS`."""
         batch = batch.to(self.device, self.dtype)
-        head = self.engine.module.head
-        with ExitStack() as stack:
-            gathered = GatheredParameters([head], enabled=self.settings.zero_stage == 3)
-            loss = batch_loss(
-                self.engine,
-                head,
-                self.teacher,
-                batch,
-                self.settings.alpha,
-                self.settings.loss_chunk_size,
-                partial(stack.enter_context, gathered),
-            )
-            scale = global_scale(len(batch.labels), num_labels, self.world_size, self.reader.num_micro_batches)
-            self.engine.backward(loss.loss * scale)
+        loss = forward_backward(
+            self.engine, self.teacher, batch, self.settings, num_labels, self.reader.num_micro_batches
+        )
         count = len(batch.labels)
         flops = training_flops(self.num_student, self.num_teacher, self.teacher.config, batch)
         means = (loss.loss.item(), loss.kl.item(), loss.nll.item())

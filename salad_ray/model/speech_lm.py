@@ -49,6 +49,7 @@ from salad_ray.model.loading import weights_fingerprint as weights_fingerprint
 from salad_ray.sequences.batch import Batch
 
 FORMAT = "salad_ray.speech_lm/1"
+_KNOWS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not in torch 2.11
 # Settings with which known architectures bend their logits away from hidden · headᵀ.
 _LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "logit_softcap")
 
@@ -223,6 +224,10 @@ def _varlen_attention(
 
     query (B, heads, T, head_dim), key and value (B, kv_heads, T, head_dim) → (B, T, heads, head_dim).
     """
+    settings: dict[str, Any] = {"enable_gqa": True}
+    if not _KNOWS_GQA:
+        settings, groups = {}, query.shape[1] // key.shape[1]
+        key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
     query_flat, key_flat, value_flat = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
     output: Any = varlen_attn(
         query_flat,
@@ -234,7 +239,7 @@ def _varlen_attention(
         max_length_q,
         scale=scaling,
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-        enable_gqa=True,
+        **settings,
     )
     return output.unflatten(0, (query.shape[0], query.shape[2])), None
 

@@ -13,12 +13,14 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import pairwise
-
-from misaki.espeak import EspeakFallback
-from misaki.token import MToken
-from phonemizer.backend import EspeakBackend
+from typing import TYPE_CHECKING
 
 from salad_ray.tables import BadInput
+
+if TYPE_CHECKING:
+    from misaki.espeak import EspeakFallback
+
+# misaki and phonemizer are imported where they are used: who brings phonemes along needs neither.
 
 MAX_PHONEMES = 510
 """What Kokoro takes at once: 512 positions, less the marks of beginning and end."""
@@ -115,6 +117,8 @@ def sounds_of(piece: str, british: bool) -> str:
         return "ɐ"  # alone, eSpeak would name the letter
     if not piece:
         return ""
+    from misaki.token import MToken
+
     with _lock:
         phonemes, _ = _espeak(british)(MToken(piece, tag="", whitespace=""))
     return " ".join((phonemes or "").split())
@@ -122,6 +126,9 @@ def sounds_of(piece: str, british: bool) -> str:
 
 @cache
 def _espeak(british: bool) -> EspeakFallback:
+    from misaki.espeak import EspeakFallback
+    from phonemizer.backend import EspeakBackend
+
     fallback = EspeakFallback(british)
     fallback.backend = EspeakBackend(
         "en-gb" if british else "en-us",

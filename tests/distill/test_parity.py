@@ -10,9 +10,7 @@ import os
 import socket
 import subprocess
 import sys
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from salad_ray.config import AdapterConfig, DistillConfig
-from salad_ray.distill.step import DTYPES, batch_loss, global_scale
+from salad_ray.distill.step import DTYPES, batch_loss
 from salad_ray.model.speech_lm import EncoderSpec, SpeechLM, load_text_lm, parameter_groups
 from salad_ray.sequences.batch import Batch, Sample, collate, sample_of, without_labels
 from salad_ray.sequences.interleave import interleave
@@ -50,7 +48,8 @@ class Case:
 
     @property
     def settings(self) -> DistillConfig:
-        return SETTINGS.model_copy(update={"zero_stage": self.zero_stage, "precision": self.precision})
+        changes = {"zero_stage": self.zero_stage, "precision": self.precision}
+        return SETTINGS.model_copy(update=changes | {"activation_checkpointing": self.recompute})
 
 
 CASES = [Case(stage, precision) for precision in DTYPES for stage in (1, 2, 3)]
@@ -110,10 +109,7 @@ def make_optimizer(student: SpeechLM) -> torch.optim.AdamW:
 
 def work(folder: str) -> None:
     """Entry of each of the two processes."""
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("gloo", verbose=False)
+    torch.distributed.init_process_group("gloo")
     torch.set_num_threads(1)
     for case in CASES:
         outcome = engine_step(case, folder)
@@ -123,27 +119,20 @@ def work(folder: str) -> None:
 
 def engine_step(case: Case, folder: str) -> Outcome:
     """One step exactly as the trainer makes it."""
-    import deepspeed
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
-    from salad_ray.distill.trainer import deepspeed_config
+    from salad_ray.distill.engine import forward_backward, make_engine
 
     teacher, student = load(folder, DTYPES[case.precision])
-    if case.recompute:
-        student.gradient_checkpointing()
-    engine, *_ = deepspeed.initialize(
-        model=student,
-        optimizer=make_optimizer(student),
-        config=deepspeed_config(case.settings, NUM_MICRO_BATCHES, sum(p.numel() for p in student.parameters())),
-        dist_init_required=False,
-    )
+    engine = make_engine(student, case.settings, NUM_MICRO_BATCHES, torch.device("cpu"))
     batches = micro_batches(torch.distributed.get_rank())
     num_labels = torch.tensor([sum(len(batch.labels) for batch in batches)])
     torch.distributed.all_reduce(num_labels)
     grads = {}
     for index, batch in enumerate(batches):
-        backward(engine, teacher, batch, int(num_labels), case)
+        batch = batch.to("cpu", DTYPES[case.precision])
+        forward_backward(engine, teacher, batch, case.settings, int(num_labels), NUM_MICRO_BATCHES)
         if index == len(batches) - 1:
             grads = {name: safe_get_full_grad(p).float().clone() for name, p in engine.module.named_parameters()}
         engine.step()
@@ -151,18 +140,6 @@ def engine_step(case: Case, folder: str) -> Outcome:
         used = {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
     weights = {name: safe_get_full_fp32_param(p).clone() for name, p in engine.module.named_parameters()}
     return Outcome(grads, weights, used, float(engine.get_global_grad_norm()))
-
-
-def backward(engine: Any, teacher: nn.Module, batch: Batch, num_labels: int, case: Case) -> None:
-    """As `Distiller._forward_backward`."""
-    from deepspeed.runtime.zero import GatheredParameters
-
-    head = engine.module.head
-    batch = batch.to("cpu", DTYPES[case.precision])
-    with ExitStack() as stack:
-        gather = partial(stack.enter_context, GatheredParameters([head], enabled=case.zero_stage == 3))
-        loss = batch_loss(engine, head, teacher, batch, SETTINGS.alpha, gather_head=gather)
-        engine.backward(loss.loss * global_scale(len(batch.labels), num_labels, NUM_WORKERS, NUM_MICRO_BATCHES))
 
 
 # The reference.

@@ -1,0 +1,94 @@
+"""The DeepSpeed engine around the student, and one micro-batch through it.
+
+Nothing here knows Ray: the trainer uses it inside Ray Train's workers, tests and benchmarks under torch.distributed
+alone, so that what is tested and measured is what trains.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns, in every process, that it found no other
+
+import deepspeed
+from deepspeed.runtime.zero import GatheredParameters
+
+from salad_ray.config import DistillConfig
+from salad_ray.distill.losses import DistillationLoss
+from salad_ray.distill.step import BUCKET, batch_loss, global_scale
+from salad_ray.model.speech_lm import SpeechLM, parameter_groups
+from salad_ray.sequences.batch import Batch
+
+# DeepSpeed would compile a shared-memory all-reduce for CPUs, which needs a C++ compiler; gloo needs nothing.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def make_engine(student: SpeechLM, settings: DistillConfig, num_micro_batches: int, device: torch.device) -> Any:
+    """The student under DeepSpeed, on its device, with AdamW over the groups of `parameter_groups`.
+
+    torch.distributed must be running. Each group keeps its peak learning rate as `peak_lr`.
+
+    Args:
+        num_micro_batches: forward and backward passes of one optimizer step.
+    """
+    if settings.activation_checkpointing:
+        student.gradient_checkpointing()
+    groups = parameter_groups(student, settings.learning_rate, settings.adapter_learning_rate, settings.weight_decay)
+    for group in groups:
+        group["peak_lr"] = group["lr"]
+    optimizer = torch.optim.AdamW(groups, betas=settings.betas, fused=device.type == "cuda")
+    num_parameters = sum(parameter.numel() for parameter in student.parameters())
+    engine, *_ = deepspeed.initialize(
+        model=student.to(device),
+        optimizer=optimizer,
+        config=deepspeed_config(settings, num_micro_batches, num_parameters),
+        dist_init_required=False,
+    )
+    if settings.compile:
+        engine.compile()
+    return engine
+
+
+def deepspeed_config(settings: DistillConfig, num_micro_batches: int, num_parameters: int) -> dict[str, Any]:
+    """What the engine needs to know; the optimizer and the learning rate are ours.
+
+    Its buffer for gradients has `reduce_bucket_size` elements, however few parameters there are.
+    """
+    return {
+        "train_micro_batch_size_per_gpu": settings.micro_batch_rows,
+        "gradient_accumulation_steps": num_micro_batches,
+        "gradient_clipping": settings.max_grad_norm,
+        "bf16": {"enabled": settings.precision == "bf16"},
+        "zero_optimization": {"stage": settings.zero_stage, "reduce_bucket_size": min(BUCKET, num_parameters)},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+
+
+def forward_backward(
+    engine: Any, teacher: nn.Module, batch: Batch, settings: DistillConfig, num_labels: int, num_micro_batches: int
+) -> DistillationLoss:
+    """One micro-batch: its loss, and its gradient added to the engine's. `engine.step()` must follow.
+
+    Args:
+        batch: on the engine's device, frames in its precision.
+        num_labels: of the whole step, over all workers and micro-batches.
+    """
+    head = engine.module.head
+    with ExitStack() as stack:
+        gathered = GatheredParameters([head], enabled=settings.zero_stage == 3)
+        gather_head = partial(stack.enter_context, gathered)
+        loss = batch_loss(
+            engine, head, teacher, batch, settings.alpha, settings.loss_chunk_size, gather_head=gather_head
+        )
+        scale = global_scale(len(batch.labels), num_labels, dist.get_world_size(), num_micro_batches)
+        engine.backward(loss.loss * scale)
+    return loss
