@@ -6,7 +6,13 @@ INSTALLED := .venv/installed-$(EXTRA)
 MOSHI := .venv/installed-moshi
 HARNESS := .venv/harness
 
-.PHONY: install moshi harness quickstart test test-all check bench lock clean
+WHEELS ?= wheels
+WHEELS_PYTHON ?= 3.12
+# What benchmarks.gpu takes beyond torch, sentence-transformers, numpy, pyarrow, fsspec, rich and pyyaml.
+WHEELS_OF := annotated-types cffi hjson kokoro liger-kernel loguru msgpack py-cpuinfo pycparser pydantic pydantic-core \
+	soundfile soxr transformers typing-inspection
+
+.PHONY: install moshi harness quickstart test test-all check bench gpu-wheels lock clean
 
 install: $(INSTALLED)
 
@@ -53,6 +59,18 @@ check: $(INSTALLED) $(MOSHI)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks
 
+# Packages for `python -m benchmarks.gpu` on a machine without a network: docs/gpu.md. DeepSpeed has no wheel; it is built.
+gpu-wheels: $(INSTALLED)
+	rm -rf $(WHEELS)
+	@for name in $(WHEELS_OF); do grep "^$$name==" locks/cpu.txt || exit 1; done > .venv/gpu-wheels.txt
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --dest $(WHEELS) \
+		--python-version $(WHEELS_PYTHON) --implementation cp --platform manylinux2014_x86_64 \
+		$(foreach glibc,2_28 2_27 2_17,--platform manylinux_$(glibc)_x86_64) --requirement .venv/gpu-wheels.txt
+	DS_BUILD_OPS=0 $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(WHEELS) \
+		"$$(grep '^deepspeed==' locks/cpu.txt)"
+	@bytes=$$(cat $(WHEELS)/*.whl | wc -c); echo "$$(ls $(WHEELS) | wc -l) wheels, $$((bytes >> 10)) KiB, in $(WHEELS)/"; \
+		test $$bytes -lt $$((64 << 20)) || { echo 'more than 64 MiB, which may not be carried everywhere'; exit 1; }
+
 # The CPU lock leaves torch's CUDA packages out: torch itself names those that its build needs, exactly.
 lock: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet uv
@@ -62,4 +80,4 @@ lock: $(INSTALLED)
 		--extra cpu --extra dev | grep -Ev '^(nvidia-|triton|cuda-)' > locks/cpu.txt
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs $(WHEELS)

@@ -103,9 +103,9 @@ def _bare(side: str, folder: str, num_clusters: int, seed: int) -> dict[str, flo
     labels = labels_of(sample)
     return {
         "secs": secs,
-        "largest": _largest(labels, num_clusters),
-        "unseen": _largest(labels_of(unseen), num_clusters),
-        "inertia": _inertia(sample, labels, num_clusters),
+        "largest": largest(labels, num_clusters),
+        "unseen": largest(labels_of(unseen), num_clusters),
+        "inertia": inertia(sample, labels, num_clusters),
         "peak": peak,
     }
 
@@ -138,11 +138,11 @@ def _peak_gb() -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 1e6
 
 
-def _largest(labels: np.ndarray, num_clusters: int) -> float:
+def largest(labels: np.ndarray, num_clusters: int) -> float:
     return float(np.bincount(labels, minlength=num_clusters).max() * num_clusters / len(labels))
 
 
-def _inertia(x: np.ndarray, labels: np.ndarray, num_clusters: int) -> float:
+def inertia(x: np.ndarray, labels: np.ndarray, num_clusters: int) -> float:
     """Mean squared distance to the mean of the own cluster, whatever centroids a side reports."""
     squares = 0.0
     for cluster in range(num_clusters):

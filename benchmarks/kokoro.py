@@ -27,7 +27,6 @@ from kokoro.model import KModel
 
 from benchmarks.side_by_side import PAIRS, ratio_row, take_turns
 from salad_ray.synthesis.kokoro import SAMPLING_RATE, BatchedKokoro, KokoroSynthesizer, Utterance, load_kokoro
-from salad_ray.synthesis.phonemes import to_parts
 from tests.kokoro_weights import double_precision, fix_source, in_double, write_random_kokoro
 
 VOICES = ("af_heart", "bm_george")
@@ -75,11 +74,11 @@ def run(
 def _compare_rates(path: str, device: str, texts: Sequence[str], pairs: int) -> list[dict[str, Any]]:
     synthesizer, model = KokoroSynthesizer(path, VOICES, device), load_kokoro(path).to(device)
     utterances = _utterances(synthesizer, [*texts] * COPIES[device])
-    _ours(synthesizer.model, utterances[:2])  # what is done once, such as choosing kernels
-    _theirs(model, utterances[:2])
+    in_batches(synthesizer.model, utterances[:2])  # what is done once, such as choosing kernels
+    one_by_one(model, utterances[:2])
     turns = take_turns(
-        lambda _: _timed(lambda: _ours(synthesizer.model, utterances)),
-        lambda _: _timed(lambda: _theirs(model, utterances)),
+        lambda _: _timed(lambda: in_batches(synthesizer.model, utterances)),
+        lambda _: _timed(lambda: one_by_one(model, utterances)),
         pairs,
     )
     ours, theirs = turns[0][0][1], turns[0][1][1]
@@ -95,16 +94,16 @@ def _compare_audio(path: str, texts: Sequence[str]) -> list[dict[str, Any]]:
     """Largest differences of samples on the CPU, the batch padded."""
     model = load_kokoro(path)
     utterances = _utterances(KokoroSynthesizer(path, VOICES), texts)
-    single = _theirs(model, utterances)
+    single = one_by_one(model, utterances)
     with torch.backends.mkldnn.flags(enabled=False):
-        itself = _difference(_theirs(model, utterances), single)
-    ours = _difference(_ours(BatchedKokoro(load_kokoro(path), TOGETHER), utterances), single)
+        itself = difference(one_by_one(model, utterances), single)
+    ours = difference(in_batches(BatchedKokoro(load_kokoro(path), TOGETHER), utterances), single)
     with double_precision():
         doubled = [replace(utterance, style=utterance.style.double()) for utterance in utterances]
-        expected = _theirs(in_double(load_kokoro(path)), doubled)
-        double = _difference(_ours(BatchedKokoro(in_double(load_kokoro(path)), TOGETHER), doubled), expected)
-    silent = _ours(BatchedKokoro(fix_source(load_kokoro(path)), TOGETHER), utterances)
-    quiet = _difference(silent, _theirs(fix_source(model), utterances))
+        expected = one_by_one(in_double(load_kokoro(path)), doubled)
+        double = difference(in_batches(BatchedKokoro(in_double(load_kokoro(path)), TOGETHER), doubled), expected)
+    silent = in_batches(BatchedKokoro(fix_source(load_kokoro(path)), TOGETHER), utterances)
+    quiet = difference(silent, one_by_one(fix_source(model), utterances))
     return [
         _value_row("largest difference, float64", "", double),
         _value_row("largest difference, float32, the source fixed", "", quiet),
@@ -114,6 +113,8 @@ def _compare_audio(path: str, texts: Sequence[str]) -> list[dict[str, Any]]:
 
 def _utterances(synthesizer: KokoroSynthesizer, texts: Sequence[str]) -> list[Utterance]:
     """The texts by both voices in turn."""
+    from salad_ray.synthesis.phonemes import to_parts
+
     utterances = []
     for seed, text in enumerate(texts):
         voice = VOICES[seed % len(VOICES)]
@@ -122,11 +123,11 @@ def _utterances(synthesizer: KokoroSynthesizer, texts: Sequence[str]) -> list[Ut
     return utterances
 
 
-def _ours(model: BatchedKokoro, utterances: Sequence[Utterance]) -> Spoken:
+def in_batches(model: BatchedKokoro, utterances: Sequence[Utterance]) -> Spoken:
     return model.speak(utterances)
 
 
-def _theirs(model: KModel, utterances: Sequence[Utterance]) -> Spoken:
+def one_by_one(model: KModel, utterances: Sequence[Utterance]) -> Spoken:
     spoken = []
     for utterance in utterances:
         torch.manual_seed(utterance.noise_seed)
@@ -143,7 +144,7 @@ def _timed(speak: Callable[[], Spoken]) -> tuple[float, Spoken]:
     return sum(len(audio) for audio, _ in spoken) / SAMPLING_RATE / secs, spoken
 
 
-def _difference(left: Spoken, right: Spoken) -> float:
+def difference(left: Spoken, right: Spoken) -> float:
     return max(float(np.abs(ours - theirs).max()) for (ours, _), (theirs, _) in zip(left, right, strict=True))
 
 

@@ -87,16 +87,18 @@ def worker(*arguments: object) -> Any:
     return json.loads(subprocess.run(command, cwd=root, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
-def make_inputs(num: int, width: int, dtype: torch.dtype, vocab: int = VOCAB) -> tuple[Tensor, ...]:
+def make_inputs(
+    num: int, width: int, dtype: torch.dtype, vocab: int = VOCAB, device: torch.device | str = "cpu"
+) -> tuple[Tensor, ...]:
     """Logits with a standard deviation of 3, the teacher's near the student's: KL ≈ 0.4 nats. No temporaries."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        return torch.empty(shape, dtype=dtype).normal_(0, scale, generator=generator)
+        return torch.empty(shape, dtype=dtype, device=device).normal_(0, scale, generator=generator)
 
     hidden, head = normal(num, width), normal(vocab, width, scale=3 * width**-0.5)
     teacher_hidden, teacher_head = hidden + normal(num, width, scale=0.3), head.clone()
-    labels = torch.randint(vocab, (num,), generator=generator)
+    labels = torch.randint(vocab, (num,), generator=generator, device=device)
     return hidden.requires_grad_(), head.requires_grad_(), teacher_hidden, teacher_head, labels
 
 
@@ -164,12 +166,16 @@ def resident(field: str) -> int:
 
 def error_task(variants: str, num: int, width: int, dtype: torch.dtype) -> dict[str, list[float]]:
     """Relative errors of value, hidden gradient and head gradient."""
-    inputs = make_inputs(num, width, dtype)
+    return compare_with_exact(variants.split(","), make_inputs(num, width, dtype))
+
+
+def compare_with_exact(variants: Iterable[str], inputs: tuple[Tensor, ...]) -> dict[str, list[float]]:
+    """Relative errors of value, hidden gradient and head gradient, against a dense float64 reference."""
     exact = tuple(tensor.detach().double() if tensor.is_floating_point() else tensor for tensor in inputs)
     expected = outcome(dense, (exact[0].requires_grad_(), exact[1].requires_grad_(), *exact[2:]))
     errors = {}
-    for variant in variants.split(","):
-        pairs = zip(outcome(make_loss(variant, num), inputs), expected, strict=True)
+    for variant in variants:
+        pairs = zip(outcome(make_loss(variant, len(inputs[0])), inputs), expected, strict=True)
         errors[variant] = [float((value.double() - right).norm() / right.norm()) for value, right in pairs]
     return errors
 

@@ -632,6 +632,7 @@ class DistillConfig(Section):
     """Of each worker, such as {training: 1}: resources that only the nodes meant for training have."""
     activation_checkpointing: bool = False
     compile: bool = False
+    """Run the decoder layers of student and teacher through torch.compile; on a CPU that takes a C++ compiler."""
     loss_chunk_size: int | None = Field(None, ge=1)
     """Positions whose logits exist at once; none chooses a sixteenth."""
     checkpoint_every: int = Field(500, ge=1)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import PreTrainedModel
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns, in every process, that it found no other
@@ -41,6 +42,8 @@ def make_engine(student: SpeechLM, settings: DistillConfig, num_micro_batches: i
     """
     if settings.activation_checkpointing:
         student.gradient_checkpointing()
+    if settings.compile:
+        compile_layers(student.llm)
     groups = parameter_groups(student, settings.learning_rate, settings.adapter_learning_rate, settings.weight_decay)
     for group in groups:
         group["peak_lr"] = group["lr"]
@@ -52,9 +55,17 @@ def make_engine(student: SpeechLM, settings: DistillConfig, num_micro_batches: i
         config=deepspeed_config(settings, num_micro_batches, num_parameters),
         dist_init_required=False,
     )
-    if settings.compile:
-        engine.compile()
     return engine
+
+
+def compile_layers(llm: PreTrainedModel, backend: str = "inductor") -> None:
+    """Compile each decoder layer by itself, in place, student's and teacher's alike.
+
+    All layers of one shape share their code, so that compiling takes seconds. The model as a whole would be compiled
+    anew for nearly every batch, since the number and length of its speech spans and labels differ.
+    """
+    for layer in llm.get_decoder().layers:
+        layer.compile(backend=backend)
 
 
 def deepspeed_config(settings: DistillConfig, num_micro_batches: int, num_parameters: int) -> dict[str, Any]:

@@ -23,7 +23,6 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
 from ray.util.metrics import Gauge
@@ -38,7 +37,7 @@ from salad_ray.distill.checkpoints import (
     latest,
     new_token,
 )
-from salad_ray.distill.engine import forward_backward, make_engine
+from salad_ray.distill.engine import compile_layers, forward_backward, make_engine
 from salad_ray.distill.logger import Logger
 from salad_ray.distill.step import DTYPES, learning_rate_factor, peak_flops, training_flops
 from salad_ray.distill.worker import work
@@ -248,6 +247,8 @@ class Distiller:
         teacher = load_text_lm(path, self.job.teacher["revision"], self.dtype, self.config.model.attention)
         self.num_teacher = teacher.num_parameters()
         self.teacher_weights = weights_fingerprint(teacher)
+        if self.settings.compile:
+            compile_layers(teacher)
         return teacher.requires_grad_(False).eval().to(self.device)
 
     def _make_student(self, path: str) -> SpeechLM:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from salad_ray.config import AdapterConfig
@@ -34,6 +35,21 @@ class ExactBuffers(nn.Module):
             if moved.dtype != buffer.dtype:
                 setattr(self.get_submodule(owner), leaf, buffer.to(moved.device))
         return self
+
+
+def checkpoint_layers(module: nn.Module, enabled: bool = True) -> int:
+    """Recompute the activations of every decoder layer in the backward instead of keeping them, or keep them again.
+
+    What `activation_checkpointing_enable` of transformers 5.23 does, and `gradient_checkpointing_enable` of older ones.
+
+    Returns:
+        The number of layers.
+    """
+    layers: list[Any] = [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer.gradient_checkpointing = enabled
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+    return len(layers)
 
 
 class Adapter(ExactBuffers):
@@ -85,13 +101,6 @@ class Adapter(ExactBuffers):
             # No mask: sdpa is then purely causal, so what pads a span on the right cannot reach its frames.
             hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
         return self.output(self.norm(hidden)[frame_mask])
-
-    def gradient_checkpointing(self) -> None:
-        """Recompute each layer's activations in the backward instead of keeping them."""
-        layers: list[Any] = list(self.layers)
-        for layer in layers:
-            layer.gradient_checkpointing = True
-            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
     def _initialise(self, output_rms: float, generator: torch.Generator) -> None:
         """Normal weights that keep the scale: 1 / √fan-in, less on the residual branches, zero biases.

@@ -15,7 +15,6 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
-from transformers.utils.hub import resolve_revision
 
 # What transformers and its parsers raise for a folder, hub id or setting that cannot be used, and torch for a pickle.
 UNUSABLE = (
@@ -54,6 +53,10 @@ def hub_commit(path: str, revision: str | None) -> str | None:
     To know what was loaded, load this one: transformers keeps no note of it. None for a folder, and where neither the
     hub nor its cache answers, which loading itself will say better.
     """
+    if Path(path).expanduser().is_dir():
+        return None
+    from transformers.utils.hub import resolve_revision  # not in 5.17, with which folders can be loaded
+
     return getattr(resolve_revision(path, revision), "resolved", None)
 
 

@@ -35,7 +35,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from salad_ray.config import AdapterConfig
-from salad_ray.model.adapter import Adapter, ExactBuffers
+from salad_ray.model.adapter import Adapter, ExactBuffers, checkpoint_layers
 from salad_ray.model.loading import (
     UNUSABLE,
     load_pretrained,
@@ -102,10 +102,18 @@ class SpeechLM(ExactBuffers):
         """Last hidden states (B, T, D) of text alone."""
         return hidden_states(self.llm, token_ids, position_ids)
 
-    def gradient_checkpointing(self) -> None:
-        """Recompute activations in the backward: less memory, about a third more time."""
-        self.llm.activation_checkpointing_enable({"use_reentrant": False})
-        self.adapter.gradient_checkpointing()
+    def gradient_checkpointing(self, enabled: bool = True) -> None:
+        """Recompute activations in the backward: less memory, about a third more time.
+
+        Raises:
+            ModelError: the LLM has no layers that can be recomputed.
+        """
+        if not checkpoint_layers(self.llm, enabled):
+            raise ModelError(
+                f"{self.config.teacher}: the layers of {type(self.llm).__name__} cannot be recomputed in the backward; "
+                "set distill.activation_checkpointing=false"
+            )
+        checkpoint_layers(self.adapter, enabled)
 
     @classmethod
     def from_teacher(

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
 from factories import make_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks.gpu.shapes import varlen_on_cpu
 from salad_ray.config import AdapterConfig
 from salad_ray.model import speech_lm
 from salad_ray.model.speech_lm import (
@@ -129,23 +129,12 @@ def segments_alone(batch: Batch, rows: list[list[list[int]]]) -> list[tuple[slic
     return parts
 
 
-def fake_varlen(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, *args: Any, **settings: Any) -> Tensor:
-    """What flash attention over segments computes: (positions, heads, head_dim), in fp32."""
-    outputs = []
-    for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-        parts = (states[None, start:end].transpose(1, 2) for states in (query, key, value))
-        scale = settings.get("scale", settings.get("softmax_scale"))
-        output = F.scaled_dot_product_attention(*parts, is_causal=True, scale=scale, enable_gqa=True)
-        outputs.append(output.transpose(1, 2)[0])
-    return torch.cat(outputs)
-
-
 def set_attention(llm: PreTrainedModel, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Choose an attention; the flash kernels, which need a GPU, are stood in for, what feeds them is real."""
 
     def flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **settings: Any) -> Tensor:
         assert torch.equal(cu_seqlens_q, cu_seqlens_k)
-        return fake_varlen(q, k, v, cu_seqlens_q, **settings)
+        return varlen_on_cpu(q, k, v, cu_seqlens_q, scale=settings["softmax_scale"])
 
     def process(**settings: Any) -> dict[str, Any]:
         assert settings["is_causal"]
@@ -157,7 +146,7 @@ def set_attention(llm: PreTrainedModel, attention: str, monkeypatch: pytest.Monk
     flash_module = transformers.modeling_flash_attention_utils
     functions = ((refuse, flash, refuse, refuse, refuse), (process, refuse))
     monkeypatch.setattr(flash_module, "lazy_import_flash_attention", lambda name: functions)
-    monkeypatch.setattr(speech_lm, "varlen_attn", fake_varlen)
+    monkeypatch.setattr(speech_lm, "varlen_attn", varlen_on_cpu)
     llm.config._attn_implementation = attention
 
 

@@ -1,0 +1,215 @@
+"""Whether a GPU computes what a CPU computes: each row is a check, with its tolerance.
+
+Half precision is held against fp32 or float64 from the same weights. Where there is an established way to compute the
+same in half precision (dense PyTorch, sdpa), the tolerance is a little more than the error of that way: being exact is
+not asked for, being worse than the usual is not accepted. `usual` is the error of that way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from benchmarks.gpu.shapes import (
+    Shape,
+    make_batches,
+    make_llm,
+    make_pair,
+    shape_of,
+    start_process_group,
+    use_attention,
+    varlen_anywhere,
+)
+from benchmarks.gpu.worker import Context, missing
+from benchmarks.loss import compare_with_exact, make_inputs
+from salad_ray.config import DistillConfig
+from salad_ray.distill.losses import divergence
+from salad_ray.distill.step import batch_loss
+from salad_ray.model.speech_lm import SpeechLM, hidden_states, lm_head, parameter_groups
+from salad_ray.sequences.batch import Batch
+
+Row = dict[str, Any]
+
+FP32_TOLERANCES = (1e-5, 1e-4, 1e-4)
+"""Relative, of the loss, of the gradient of the hidden states and of the head's."""
+NO_WORSE = 1.2
+"""Times the error of the established way, and `SLACK` for errors that are nearly zero."""
+SLACK = 1e-4
+SAME_KL = 1e-5
+"""Nats between the student before step 0 and its teacher, which have the same weights and take the same kernels."""
+STEP_TOLERANCES = {"loss": 0.01, "gradient": 0.1, "gradient norm": 0.02, "update": 0.35}
+"""Relative errors of a bf16 step against fp32. The first update of AdamW is a sign for every weight, and signs of
+gradients near zero are noise in bf16: hence the last one."""
+
+SETTINGS = DistillConfig(zero_stage=2, precision="bf16", learning_rate=1e-4, adapter_learning_rate=1e-3)
+
+
+def rows(context: Context) -> Iterator[Row]:
+    """All checks; those that need a package that is missing say so."""
+    with varlen_anywhere(context):
+        yield from loss_rows(context)
+        yield from attention_rows(context)
+        yield from start_rows(context)
+        yield from step_rows(context)
+
+
+def check(name: str, error: float, tolerance: float, usual: float | None = None) -> Row:
+    """A row; an error that is not a number is no match."""
+    return {"name": name, "error": error, "tolerance": tolerance, "usual": usual, "ok": bool(error <= tolerance)}
+
+
+def relative(value: Tensor, reference: Tensor) -> float:
+    return float((value.double() - reference.double()).norm() / reference.double().norm())
+
+
+def loss_rows(context: Context) -> Iterator[Row]:
+    """The distillation loss against a dense one in float64, and in bf16 beside dense PyTorch in bf16."""
+    num, width, vocab = (64, 32, 500) if context.tiny else (512, 2048, 151_936)
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = make_inputs(num, width, dtype, vocab, context.device)
+        errors = compare_with_exact(("ours", "dense"), inputs)
+        for index, part in enumerate(("value", "hidden gradient", "head gradient")):
+            ours, dense = errors["ours"][index], errors["dense"][index]
+            is_exact = dtype == torch.float32
+            tolerance = FP32_TOLERANCES[index] if is_exact else NO_WORSE * dense + SLACK
+            yield check(f"loss, {str(dtype).removeprefix('torch.')}: {part}", ours, tolerance, usual=dense)
+
+
+def attention_rows(context: Context) -> Iterator[Row]:
+    """`varlen` in packed rows beside sdpa, both in bf16 against sdpa in fp32; and segments do not see each other."""
+    shape = shape_of(context, num_layers=4)
+    [batch] = make_batches(shape, num_rows=2, num_batches=1)
+    batch = batch.to(context.device)
+    exact, llm = (make_llm(shape, context.device, dtype, "sdpa") for dtype in (torch.float32, torch.bfloat16))
+    exact.load_state_dict(llm.state_dict())
+    reference = states_and_gradient(exact, batch)
+    found = {}
+    for attention in ("sdpa", "varlen"):
+        use_attention(llm, attention)
+        found[attention] = [relative(*pair) for pair in zip(states_and_gradient(llm, batch), reference, strict=True)]
+    for index, part in enumerate(("states", "gradient")):
+        sdpa = found["sdpa"][index]
+        tolerance = NO_WORSE * sdpa + SLACK
+        yield check(f"varlen in packed rows, bfloat16: {part}", found["varlen"][index], tolerance, usual=sdpa)
+    for attention in ("sdpa", "varlen"):
+        use_attention(llm, attention)
+        yield check(f"{attention}: what another first segment changes in the others", leak(llm, batch), 0.0)
+
+
+def states_and_gradient(llm: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Last hidden states of the text at its real positions, and the gradient of a fixed projection of them."""
+    embeddings = llm.get_input_embeddings()(batch.teacher_ids).detach().requires_grad_()
+    states = hidden_states(llm, embeddings, batch.teacher_position_ids)
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(states.shape, generator=generator).to(states)
+    real = real_positions(batch)
+    (states * direction)[real].sum().backward()
+    assert embeddings.grad is not None
+    return states.detach()[real], embeddings.grad[real]
+
+
+def real_positions(batch: Batch) -> Tensor:
+    """(B, U) the teacher's positions up to a row's last id that is not 0, as padding is."""
+    return batch.teacher_ids.flip(1).ne(0).cumsum(1).flip(1) > 0
+
+
+def leak(llm: PreTrainedModel, batch: Batch) -> float:
+    """Largest change of a state of the second segment or a later one when the first one has other tokens."""
+    starts = batch.teacher_position_ids[0].eq(0).nonzero().flatten()
+    others = int(starts[1])
+    changed = batch.teacher_ids[:1].clone()
+    changed[:, :others] = (changed[:, :others] + 1) % llm.config.vocab_size
+    with torch.no_grad():
+        before, after = (
+            hidden_states(llm, ids, batch.teacher_position_ids[:1])[0, others:].float()
+            for ids in (batch.teacher_ids[:1], changed)
+        )
+    return float((after - before).abs().max())
+
+
+def start_rows(context: Context) -> Iterator[Row]:
+    """Student = teacher before step 0, in bf16 and in train mode, also inside the engine; as a KL over text."""
+    shape = shape_of(context, num_layers=4)
+    teacher, student = make_pair(shape, context.device, torch.bfloat16, "varlen")
+    [batch] = make_batches(shape, num_rows=2, num_batches=1)
+    batch = batch.to(context.device)
+    yield check("student = teacher before step 0: KL in nats", text_kl(student, teacher, batch), SAME_KL)
+    try:
+        engine = make_step_engine(student, context)
+    except ImportError as error:
+        yield {"name": "the same inside the engine", "left_out": missing(error)}
+        return
+    kl = text_kl(engine.module, teacher, batch)
+    yield check("the same inside the engine", kl, SAME_KL)
+
+
+def text_kl(student: SpeechLM, teacher: nn.Module, batch: Batch) -> float:
+    """Mean over all positions of rows of text."""
+    with torch.no_grad():
+        ours = student.text_hidden(batch.teacher_ids, batch.teacher_position_ids).flatten(0, 1)
+        theirs = hidden_states(teacher, batch.teacher_ids, batch.teacher_position_ids).flatten(0, 1)
+    kl, _ = divergence(ours, student.head, theirs, lm_head(teacher), batch.teacher_ids.flatten())
+    return float(kl.abs().max())
+
+
+def make_step_engine(student: SpeechLM, context: Context) -> Any:
+    from salad_ray.distill.engine import make_engine
+
+    start_process_group(context)
+    return make_engine(student, SETTINGS, 1, context.device)
+
+
+def step_rows(context: Context) -> Iterator[Row]:
+    """One step of the engine, in bf16 with `varlen`, against the same step in fp32 with sdpa on a CPU."""
+    try:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+    except ImportError as error:
+        yield {"name": "a step in bf16 against fp32 on a CPU", "left_out": missing(error)}
+        return
+    from salad_ray.distill.engine import forward_backward
+
+    shape = shape_of(context, num_layers=2, positions=512)
+    [batch] = make_batches(shape, num_rows=1, num_batches=1)
+    teacher, student = make_pair(shape, context.device, torch.bfloat16, "varlen")
+    expected = plain_step(shape, student.state_dict(), teacher.state_dict(), batch)
+    engine = make_step_engine(student, context)
+    before = {name: p.detach().float().cpu() for name, p in engine.module.named_parameters()}
+    moved = batch.to(context.device, torch.bfloat16)
+    loss = forward_backward(engine, teacher, moved, SETTINGS, len(batch.labels), 1)
+    grads = {name: safe_get_full_grad(p).float().cpu() for name, p in engine.module.named_parameters()}
+    engine.step()
+    after = {name: safe_get_full_fp32_param(p).float().cpu() for name, p in engine.module.named_parameters()}
+    updates = {name: after[name] - before[name] for name in before}
+    found = outcome(float(loss.loss), grads, updates)
+    for part, tolerance in STEP_TOLERANCES.items():
+        yield check(f"a step in bf16 against fp32 on a CPU: {part}", relative(found[part], expected[part]), tolerance)
+
+
+def plain_step(
+    shape: Shape, student_weights: dict[str, Tensor], teacher_weights: dict[str, Tensor], batch: Batch
+) -> dict[str, Tensor]:
+    """The step in plain PyTorch, fp32, on the CPU, from the same weights."""
+    cpu = torch.device("cpu")
+    teacher, student = make_pair(shape, cpu, torch.float32, "sdpa")
+    teacher.load_state_dict(teacher_weights)
+    student.load_state_dict(student_weights)
+    loss = batch_loss(student, student.head, teacher, batch.to(cpu, torch.float32), SETTINGS.alpha)
+    loss.loss.backward()
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    grads = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+    groups = parameter_groups(student, SETTINGS.learning_rate, SETTINGS.adapter_learning_rate, SETTINGS.weight_decay)
+    nn.utils.clip_grad_norm_(student.parameters(), SETTINGS.max_grad_norm)
+    torch.optim.AdamW(groups, betas=SETTINGS.betas).step()
+    updates = {name: p.detach() - before[name] for name, p in student.named_parameters()}
+    return outcome(float(loss.loss), grads, updates)
+
+
+def outcome(loss: float, grads: dict[str, Tensor], updates: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What of a step is compared; tensors in the order of their names."""
+    gradient = torch.cat([grads[name].flatten() for name in sorted(grads)])
+    update = torch.cat([updates[name].flatten() for name in sorted(updates)])
+    return {"loss": torch.tensor(loss), "gradient": gradient, "gradient norm": gradient.norm(), "update": update}

@@ -1,0 +1,61 @@
+"""Sections of benchmarks.gpu that misbehave, for test_gpu_benchmark.py."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.worker import Context
+
+
+def good(context: Context) -> Iterator[dict[str, Any]]:
+    print("a line for the log")  # noqa: T201
+    yield {"name": "a number", "value": 1.5}
+
+
+def fails(context: Context) -> Iterator[dict[str, Any]]:
+    yield {"name": "before"}
+    raise ValueError("this section is broken")
+
+
+def dies(context: Context) -> Iterator[dict[str, Any]]:
+    yield {"name": "before"}
+    os.abort()
+
+
+def overruns(context: Context) -> Iterator[dict[str, Any]]:
+    """It also leaves a process behind, which must not outlive it."""
+    child = subprocess.Popen(["sleep", "600"])
+    Path(context.folder, "child.pid").write_text(str(child.pid))
+    yield {"name": "before"}
+    time.sleep(600)
+
+
+def is_wrong(context: Context) -> Iterator[dict[str, Any]]:
+    yield {"name": "a check", "error": 2.0, "tolerance": 1.0, "ok": False}
+
+
+def lacks_a_package(context: Context) -> Iterator[dict[str, Any]]:
+    import a_package_that_nobody_has  # type: ignore[import-not-found]
+
+    yield {"name": str(a_package_that_nobody_has)}
+
+
+def needs_a_later_version(context: Context) -> Iterator[dict[str, Any]]:
+    from transformers import AModelOfTomorrow  # type: ignore[attr-defined]
+
+    yield {"name": str(AModelOfTomorrow)}
+
+
+def has_a_bug(context: Context) -> Iterator[dict[str, Any]]:
+    from salad_ray.tables import nothing_of_this_name  # type: ignore[attr-defined]
+
+    yield {"name": str(nothing_of_this_name)}
+
+
+def is_silent(context: Context) -> Iterator[dict[str, Any]]:
+    yield from ()
