@@ -25,6 +25,7 @@ from benchmarks.side_by_side import ROOT
 from salad_ray import pipeline
 from salad_ray.config import Config, load_config
 from salad_ray.console import console
+from salad_ray.flow import steps
 from salad_ray.tables import Table, read_json
 
 SEEDS = 5
@@ -69,7 +70,7 @@ def forget_stage2(config: Config) -> None:
     manifest = read_json(f"{config.run_dir}/active/selection/manifest.json")
     if manifest is None or manifest["gamma"] == config.select.gamma:
         return
-    flow = pipeline.steps(config)
+    flow = steps(config)
     first = next(index for index, step in enumerate(flow) if step.stage == "select")
     for step in flow[first:]:
         if step.stage == "measure":  # the other systems are the same as before

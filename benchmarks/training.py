@@ -29,6 +29,7 @@ from salad_ray import pipeline
 from salad_ray.config import Config, load_config
 from salad_ray.distill.step import DTYPES, batch_loss, learning_rate_factor
 from salad_ray.distill.trainer import Job, train
+from salad_ray.flow import steps
 from salad_ray.model.speech_lm import EncoderSpec, SpeechLM, load_text_lm, parameter_groups
 from salad_ray.sequences.batch import Batch
 from salad_ray.sequences.loader import LaneReader
@@ -77,7 +78,7 @@ def prepare(folder: str, num_steps: int, num_documents: int) -> Config:
         "distill.micro_batch_rows=4",
     )
     config = load_config(ROOT / "configs" / "quickstart.yaml", overrides)
-    for step in takewhile(lambda step: step.stage != "stage1", pipeline.steps(config)):
+    for step in takewhile(lambda step: step.stage != "stage1", steps(config)):
         if step.set != config.measured_sets[0]:
             pipeline.run_stage(config, step.stage, step.set or config.set)
     return config

@@ -29,27 +29,9 @@ from salad_ray.config import (
     section_of,
 )
 from salad_ray.console import console, say, user_error
+from salad_ray.flow import STAGES, steps
 from salad_ray.lease import only_driver
 from salad_ray.tables import write_json
-
-# What each stage does, and which sections of the config it reads.
-STAGES = {
-    "ingest": ("Read recordings or text, check them, and write utterances or passages.", ("ingest", "world")),
-    "embed": ("Embed the passages of the web text.", ("embed",)),
-    "cluster": ("Cluster the embeddings by balanced k-means, and say what each cluster is about.", ("cluster",)),
-    "probe": ("Draw a few passages of every cluster, to measure what the model makes of them.", ("probe",)),
-    "select": ("Draw passages for synthesis where the model misunderstands: P_web · M^γ.", ("select",)),
-    "teacher": ("Verify and pin the text LLM; for the embedded world, train it.", ("model",)),
-    "align": ("Give recorded utterances word times.", ("align",)),
-    "synthesize": ("Speak passages, with word times.", ("synthesize",)),
-    "encode": ("Turn speech into the encoder's features.", ("encode",)),
-    "pack": ("Draw interleavings and pack them into training rows.", ("pack",)),
-    "stage1": ("Distil the text LLM into the speech-adapted one.", ("distill", "model")),
-    "stage2": ("Continue before Stage I's decay, on natural and active speech.", ("stage2", "distill")),
-    "measure": ("Measure forgetting, misalignment and distillation loss on held-out passages.", ("measure",)),
-    "evaluate": ("Answer the benchmarks' items, read as text and heard as speech.", ("evaluate",)),
-    "report": ("Print the gap tables; write report/metrics.json and report/page.html.", ()),
-}
 
 app = typer.Typer(
     name="salad",
@@ -139,7 +121,7 @@ def run(
     resolved = load(config, overrides)
     if dry_run:
         say(dump_config(resolved))
-        say("stages: " + " → ".join(f"{step.stage} {step.set}".strip() for step in pipeline.steps(resolved)))
+        say("stages: " + " → ".join(f"{step.stage} {step.set}".strip() for step in steps(resolved)))
         return
     with only_driver(resolved.run_dir):
         pipeline.run_all(resolved)
@@ -272,13 +254,11 @@ def add_stage(name: str, summary: str, sections: tuple[str, ...]) -> None:
     def command(
         config: ConfigPath,
         overrides: Overrides = None,
-        redo: Annotated[bool, typer.Option("--redo", help="Delete this stage's output first.")] = False,
+        redo: Annotated[bool, typer.Option("--redo", help="Delete this stage's own output first.")] = False,
     ) -> None:
         resolved = load(config, overrides)
         with only_driver(resolved.run_dir):
-            if redo:
-                pipeline.redo(resolved, name, resolved.set)
-            pipeline.run_stage(resolved, name, resolved.set, anew=redo)
+            pipeline.make(resolved, name, resolved.set, anew=redo)
 
     keys = "\n\n".join(line for section in sections for line in describe(section_named(section), section))
     app.command(name=name, help=summary, epilog=keys)(command)
@@ -335,8 +315,8 @@ def _explain(
     sys.stderr.write(redact(f"salad: {kind.__name__}: {last[0]}\nsalad: the whole story is in {file.name}\n"))
 
 
-for _name, (_summary, _sections) in STAGES.items():
-    add_stage(_name, _summary, _sections)
+for _name, _about in STAGES.items():
+    add_stage(_name, _about.summary, _about.sections)
 
 if __name__ == "__main__":
     main()

@@ -1,16 +1,16 @@
-"""The order of the stages, and what `salad run` and `salad status` make of it."""
+"""Running the flow: the whole of it, a stage with what it needs, sweeps, plans; and how far a run is."""
 
 from __future__ import annotations
 
 import importlib
 import os
 import time
-from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from salad_ray.config import Config, ConfigError, SetName, dump_config, load_config, replaced
 from salad_ray.console import clock, log_facts, say, show
+from salad_ray.flow import Step, steps, steps_of, with_needs
 from salad_ray.tables import (
     Table,
     Utterance,
@@ -26,71 +26,6 @@ if TYPE_CHECKING:
     from salad_ray.scaling.rates import Rates
 
 
-@dataclass(frozen=True)
-class Step:
-    """One stage on one set ("" for stages of the whole run), and the tables it writes."""
-
-    stage: str
-    set: str
-    tables: tuple[str, ...]
-
-
-def steps(config: Config) -> list[Step]:
-    """The whole flow for this config, in order."""
-    flow = []
-    if config.has_web or config.model.teacher == "world":
-        flow.append(Step("ingest", "web", ("passages",)))
-    flow.append(Step("teacher", "", ("teacher",)))
-    flow += (
-        _recorded("natural", config.align.aligner != "none") if config.ingest.corpora else _spoken("ingest", "natural")
-    )
-    if "heldout" in config.measured_sets:
-        flow += _spoken("ingest", "heldout")
-    flow.append(Step("pack", "natural", ("plan",)))
-    flow.append(Step("stage1", "", ("stage1",)))
-    systems = ["untrained", "stage1"]
-    if config.stage2 is not None:
-        trained = ("stage2", "control") if config.stage2.control else ("stage2",)
-        flow += _data_engine()
-        flow.append(Step("stage2", "", trained))
-        systems += trained
-    tables = tuple(f"measurements_{system}" for system in systems)
-    flow += [Step("measure", name, tables) for name in config.measured_sets]
-    if config.has_benchmark:
-        asked = ["base", *systems[1:], *(["cascade"] if config.evaluate.cascade != "none" else [])]
-        own = ("exemplars",) if config.evaluate.has_pool else ()
-        flow += _spoken("ingest", "benchmark", "items", *own)
-        flow.append(Step("evaluate", "benchmark", tuple(f"scores_{system}" for system in asked)))
-    flow.append(Step("report", "", ("report",)))
-    return flow
-
-
-def _data_engine() -> list[Step]:
-    """From web text, and what Stage I makes of a probe of it, to actively selected speech."""
-    return [
-        Step("embed", "web", ("embeddings",)),
-        Step("cluster", "web", ("clusters", "centroids")),
-        *_spoken("probe", "probe"),
-        Step("measure", "probe", ("measurements_stage1",)),
-        *_spoken("select", "active", "selection"),
-        Step("pack", "active", ("plan",)),
-    ]
-
-
-def _spoken(writer: str, name: str, *others: str) -> list[Step]:
-    """Text that a synthesiser speaks, and the stage that writes it, beside other tables."""
-    return [
-        Step(writer, name, (*others, "passages")),
-        Step("synthesize", name, ("utterances",)),
-        Step("encode", name, ("features",)),
-    ]
-
-
-def _recorded(name: str, aligned: bool) -> list[Step]:
-    align = [Step("align", name, ("aligned",))] if aligned else []
-    return [Step("ingest", name, ("catalog", "utterances")), *align, Step("encode", name, ("features",))]
-
-
 def stage_module(stage: str) -> ModuleType:
     """The stage's module; imported late, since `salad --help` should not wait for torch."""
     return importlib.import_module(f"salad_ray.stages.{stage}")
@@ -99,11 +34,30 @@ def stage_module(stage: str) -> ModuleType:
 def run_all(config: Config) -> None:
     """Every stage in order; what is done is skipped, what was interrupted continues."""
     started = time.monotonic()
-    flow = steps(config)
+    _run_steps(config, steps(config), started)
+    say(f"done in {clock(time.monotonic() - started)}; everything lies in {config.run_dir}")
+
+
+def make(config: Config, stage: str, set_name: str, anew: bool = False) -> None:
+    """One stage, and before it all that it needs and that is not there yet; `anew` deletes its own output first.
+
+    Raises:
+        ConfigError: the stage has no part in this config, or does not work on this set.
+    """
+    wanted = steps_of(config, stage, set_name)
+    if not wanted:
+        sets = ", ".join(step.set for step in steps(config) if step.stage == stage)
+        where = f"works on {sets}, not on set={set_name}" if sets else "has no part"
+        raise ConfigError(f"in this config the stage '{stage}' {where}")
+    if anew:
+        redo(config, stage, set_name)
+    _run_steps(config, with_needs(config, wanted), time.monotonic(), wanted if anew else [])
+
+
+def _run_steps(config: Config, flow: list[Step], started: float, anew: list[Step] | None = None) -> None:
     for number, step in enumerate(flow, 1):
         say(f"[{number}/{len(flow)}, {clock(time.monotonic() - started)}] {step.stage} {step.set}".rstrip())
-        run_stage(config, step.stage, step.set or config.set)
-    say(f"done in {clock(time.monotonic() - started)}; everything lies in {config.run_dir}")
+        run_stage(config, step.stage, step.set or config.set, anew=step in (anew or []))
 
 
 def run_stage(config: Config, stage: str, set_name: SetName | str, anew: bool = False) -> None:
@@ -168,7 +122,7 @@ def run_sweeps(config: Config, only: str | None = None, redo: bool = False) -> N
     if redo:
         for name in chosen:
             delete_folder(f"{config.run_dir}/sweeps/{name}")  # what it took over are references
-    results = [run_sweep(config, name, Flow(steps, run_stage)) for name in chosen]
+    results = [run_sweep(config, name, Flow(run_stage)) for name in chosen]
     page = f"{config.run_dir}/report/page.html"
     write_page([config.run_dir], page)
     for result in results:
@@ -280,12 +234,9 @@ def _gpus() -> list[Any]:
 
 def redo(config: Config, stage: str, set_name: str) -> None:
     """Delete what this stage wrote for this set; raises `ConfigError` if it has no part in this config."""
-    flow = [step for step in steps(config) if step.stage == stage]
-    chosen = [step for step in flow if step.set in ("", set_name)]
-    if not chosen and set_name == Config.model_fields["set"].default:  # no set was named
-        chosen = [step for step in flow if step.set != "probe" or stage != "measure"]
+    chosen = steps_of(config, stage, set_name)
     if not chosen:
-        sets = ", ".join(step.set for step in flow) or "no set"
+        sets = ", ".join(step.set for step in steps(config) if step.stage == stage) or "no set"
         raise ConfigError(f"--redo: in this config the stage '{stage}' works on {sets}, not on set={set_name}")
     for step in chosen:
         for table in step.tables:

@@ -23,6 +23,7 @@ from transformers import AutoConfig, PreTrainedConfig, Qwen2Config
 from salad_ray.config import PICKED_PER_SHARD, STAGE2_SHARE, Config, ConfigError, DistillConfig, path_name
 from salad_ray.console import clock
 from salad_ray.distill.step import DTYPES, PEAK_FLOPS
+from salad_ray.flow import Step
 from salad_ray.model.loading import UNUSABLE, reason
 from salad_ray.scaling.memory import BYTES, Shape, layer_bytes, num_parameters, training_memory
 from salad_ray.scaling.rates import (
@@ -31,7 +32,6 @@ from salad_ray.scaling.rates import (
     DERIVED,
     Rates,
     StageRate,
-    Step,
     gpus_of,
     kind_of,
     weakest,

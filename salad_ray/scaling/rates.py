@@ -13,12 +13,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from salad_ray.config import Config, ConfigError, Section, all_keys
+from salad_ray.flow import Step
 from salad_ray.model.speech_lm import ModelError, load_tokenizer
 from salad_ray.sequences.interleave import tokenize
 from salad_ray.sequences.plan import plan_shard_name
@@ -120,19 +121,6 @@ class Rates(Section):
         if empty:
             raise ValueError(f"'stages.{empty[0]}.unit' is null, but only training follows from FLOP; give its seconds")
         return self
-
-
-class Step(Protocol):
-    """A step of the pipeline."""
-
-    @property
-    def stage(self) -> str: ...
-
-    @property
-    def set(self) -> str: ...
-
-    @property
-    def tables(self) -> tuple[str, ...]: ...
 
 
 def weakest(sources: Iterable[str]) -> str:

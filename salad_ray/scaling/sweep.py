@@ -39,10 +39,10 @@ from salad_ray.console import clock, console, say, user_error
 from salad_ray.distill.checkpoints import checkpoint_at
 from salad_ray.distill.step import decay_start
 from salad_ray.distill.trainer import Job, TrainingStopped, train, worker_resources
+from salad_ray.flow import Step, steps
 from salad_ray.model.speech_lm import EncoderSpec
 from salad_ray.report.card import model_card, speech_data
 from salad_ray.scaling.law import LawError, MisalignmentLaw, fit_misalignment_law
-from salad_ray.scaling.rates import Step
 from salad_ray.stages.common import PickPassages, Stage, finished, picked_shards, run_shards
 from salad_ray.stages.pack import steps_of
 from salad_ray.stages.ray_cluster import start_ray
@@ -61,9 +61,8 @@ WITHIN = 0.05
 
 @dataclass(frozen=True)
 class Flow:
-    """What the pipeline lends: its steps for a config, and how to run one of its stages."""
+    """What the pipeline lends: how to run one of its stages."""
 
-    steps: Callable[[Config], Sequence[Step]]
     run_stage: Callable[[Config, str, str], None]
 
     def run(self, config: Config, chosen: Iterable[Step]) -> None:
@@ -165,7 +164,7 @@ def run_sweep_of_runs(config: Config, name: str, trials: list[Trial], flow: Flow
     """Every combination as a run of its own, from the first stage that the grid changes."""
     sweep = config.sweeps[name]
     is_selection = all(key.startswith(SELECTION) for key in sweep.grid) and not sweep.seeds
-    flow.run(config, shared_steps(config, flow, "select" if is_selection else "stage1", sweep.evaluate))
+    flow.run(config, shared_steps(config, "select" if is_selection else "stage1", sweep.evaluate))
     failed: dict[str, str] = {}
     if is_selection:
         drawn, failed = prepared(trials, partial(_draw, flow=flow))
@@ -199,26 +198,26 @@ def _draw(trial: Trial, flow: Flow) -> Table:
     return draw_selection(trial.config)
 
 
-def shared_steps(config: Config, flow: Flow, first: str, evaluate: bool) -> list[Step]:
+def shared_steps(config: Config, first: str, evaluate: bool) -> list[Step]:
     """Steps of the run itself that no trial changes: those before `first`, then what has no part in training."""
-    steps = list(flow.steps(config))
-    place = next(index for index, step in enumerate(steps) if step.stage == first)
+    whole = steps(config)
+    place = next(index for index, step in enumerate(whole) if step.stage == first)
     asked = ("ingest", "synthesize", "encode") if evaluate else ()
-    later = [step for step in steps[place:] if step.set == "benchmark" and step.stage in asked]
-    measured = [step for step in steps[place:] if step.stage == "measure" and step.set in config.measured_sets]
-    return [*steps[:place], *later, *measured]
+    later = [step for step in whole[place:] if step.set == "benchmark" and step.stage in asked]
+    measured = [step for step in whole[place:] if step.stage == "measure" and step.set in config.measured_sets]
+    return [*whole[:place], *later, *measured]
 
 
-def trial_steps(config: Config, flow: Flow, evaluate: bool) -> list[Step]:
+def trial_steps(config: Config, evaluate: bool) -> list[Step]:
     """Steps of a trial; questions are asked only if the sweep says so."""
-    return [step for step in flow.steps(config) if evaluate or (step.set != "benchmark" and step.stage != "evaluate")]
+    return [step for step in steps(config) if evaluate or (step.set != "benchmark" and step.stage != "evaluate")]
 
 
 def _whole_run(trial: Trial, flow: Flow, evaluate: bool) -> None:
-    steps = trial_steps(trial.config, flow, evaluate)
+    own = trial_steps(trial.config, evaluate)
     if Table(trial.config.run_dir, "active", "features").linked_to():  # pooled, and drawn already
-        steps = [step for step in steps if step.set != "active" or step.stage == "pack"]
-    flow.run(trial.config, steps)
+        own = [step for step in own if step.set != "active" or step.stage == "pack"]
+    flow.run(trial.config, own)
 
 
 def pool_speech(config: Config, name: str, drawn: list[tuple[Trial, Table]], flow: Flow) -> None:
@@ -249,7 +248,7 @@ def pool_speech(config: Config, name: str, drawn: list[tuple[Trial, Table]], flo
 def take(config: Config, flow: Flow, until: str) -> None:
     """Take over from the base run all that comes before a stage."""
     assert config.base_run is not None
-    for step in itertools.takewhile(lambda step: step.stage != until, flow.steps(config)):
+    for step in itertools.takewhile(lambda step: step.stage != until, steps(config)):
         for name in step.tables:
             own = Table(config.run_dir, step.set, name)
             if own.is_new():
@@ -259,7 +258,7 @@ def take(config: Config, flow: Flow, until: str) -> None:
 def budget_sweep(config: Config, name: str, trials: list[Trial], flow: Flow) -> list[dict[str, Any]]:
     """Trunks first, one for each combination, then the branches; of a trunk that failed, those that it reached."""
     sweep = config.sweeps[name]
-    flow.run(config, shared_steps(config, flow, "stage1", sweep.evaluate))
+    flow.run(config, shared_steps(config, "stage1", sweep.evaluate))
     planned, unplanned = prepared(trials, partial(with_shared_plan, config, name, flow))
     ready = [trial for _, trial in planned]
     trunks = run_trials(config, name, ready, partial(_trunk, flow=flow, sweep=sweep), kind="trunks")
@@ -282,7 +281,7 @@ def with_shared_plan(config: Config, name: str, flow: Flow, trial: Trial) -> Tri
     sections = ("pack", "world", "ingest", "synthesize", "align", "encode", "model", "measure", "evaluate", "seed")
     same = fingerprint(identity(own, *sections, "distill.precision"))
     shared = own.model_copy(update={"run_dir": f"{config.run_dir}/sweeps/{name}/shared-{same[:8]}"})
-    flow.run(shared, shared_steps(shared, flow, "stage1", config.sweeps[name].evaluate))
+    flow.run(shared, shared_steps(shared, "stage1", config.sweeps[name].evaluate))
     return replace(trial, config=own.model_copy(update={"base_run": shared.run_dir}))
 
 
@@ -297,8 +296,8 @@ def _branch_trial(trial: Trial, sweep: SweepConfig, budget: float) -> Trial:
 def _trunk(trial: Trial, flow: Flow, sweep: SweepConfig) -> None:
     """Train at a constant rate to where the largest budget's decay begins; lengthens a trunk that ends before."""
     config = trial.config
-    steps = trial_steps(config, flow, sweep.evaluate)
-    flow.run(config, [step for step in steps if step.stage not in ("stage1", "evaluate", "report")])
+    own = trial_steps(config, sweep.evaluate)
+    flow.run(config, [step for step in own if step.stage not in ("stage1", "evaluate", "report")])
     budgets = steps_of_budgets(config, sweep)
     points = tuple(branch_points(budgets, config.distill.decay_share))
     warmup = sweep.warmup_steps or max(1, round(config.distill.warmup_share * min(budgets)))
@@ -358,9 +357,9 @@ def _branch(trial: Trial, flow: Flow, sweep: SweepConfig) -> None:
     assert trial.budget is not None
     take(config, flow, "stage1")
     _decay(config, steps_of_budgets(config, sweep)[sweep.budgets.index(trial.budget)])
-    steps = trial_steps(config, flow, sweep.evaluate)
+    own = trial_steps(config, sweep.evaluate)
     flow.run(
-        config, [step for step in steps if step.stage in ("measure", "evaluate", "report") or step.set == "benchmark"]
+        config, [step for step in own if step.stage in ("measure", "evaluate", "report") or step.set == "benchmark"]
     )
 
 

@@ -203,7 +203,7 @@ def test_trials_share_a_plan_only_where_all_that_is_made_before_training_is_the_
     def shared(sweep: dict[str, Any]) -> set[str | None]:
         config = small(sweep | {"num_steps": [4]})
         trials = grid_trials(config, "one")
-        flow = Flow(pipeline.steps, lambda *_: None)
+        flow = Flow(lambda *_: None)
         return {with_shared_plan(config, "one", flow, trial).config.base_run for trial in trials}
 
     assert len(shared({"grid": {"distill.alpha": [0, 1], "distill.learning_rate": [1e-4, 1e-3]}})) == 1

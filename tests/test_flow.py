@@ -1,0 +1,93 @@
+"""The flow: what every stage reads is made before it, and a stage brings along what it needs."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from factories import small_world_config, untrained_copy
+
+from salad_ray import pipeline
+from salad_ray.config import Config, ConfigError, load_config, parse_config, replaced
+from salad_ray.flow import STAGES, steps, steps_of, with_needs
+from salad_ray.tables import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+
+
+def load(name: str) -> Config:
+    return load_config(ROOT / "configs" / f"{name}.yaml", ["ingest.corpora=[corpus]"] if name == "real" else [])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_a_step_reads_was_written_before_and_nothing_is_written_twice(name: str) -> None:
+    written: set[str] = set()
+    for step in steps(load(name)):
+        assert step.stage in STAGES
+        assert set(step.reads) <= written, step
+        assert not written & set(step.writes), step
+        written |= set(step.writes)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_step_has_readers_or_is_an_end(name: str) -> None:
+    """A table that nobody reads is the report, or one that people read."""
+    flow = steps(load(name))
+    read = {table for step in flow for table in step.reads}
+    assert {table for step in flow for table in step.writes} - read == {"report"}
+
+
+def test_every_declared_stage_has_its_module_and_the_other_way_round() -> None:
+    helpers = {"common", "shards", "ray_cluster", "__init__"}
+    modules = {path.stem for path in (ROOT / "salad_ray" / "stages").glob("*.py")} - helpers
+    assert modules == set(STAGES)
+
+
+def test_a_stage_needs_what_leads_to_it_and_nothing_else() -> None:
+    config = load("quickstart")
+
+    def needed(stage: str, set_name: str = "natural") -> list[str]:
+        return [f"{each.stage} {each.set}".strip() for each in with_needs(config, steps_of(config, stage, set_name))]
+
+    assert needed("stage1") == [
+        "ingest web", "teacher", "ingest natural", "synthesize natural", "encode natural", "pack natural", "stage1",
+    ]  # fmt: skip
+    assert needed("embed") == ["ingest web", "embed web"]
+    assert needed("encode", "heldout") == ["ingest heldout", "synthesize heldout", "encode heldout"]
+    assert "stage2" in needed("measure", "heldout")
+    assert "stage2" not in needed("measure", "probe")
+    assert needed("report") == [f"{each.stage} {each.set}".strip() for each in steps(config)]
+
+
+def test_sets_that_are_not_named_are_all_but_the_probe() -> None:
+    config = load("quickstart")
+    assert [step.set for step in steps_of(config, "measure", "natural")] == ["heldout"]
+    assert [step.set for step in steps_of(config, "measure", "probe")] == ["probe"]
+    assert [step.set for step in steps_of(config, "encode", "natural")] == ["natural"]
+    assert steps_of(config, "encode", "web") == []
+
+
+def test_a_stage_on_a_set_that_it_does_not_work_on_is_refused(tmp_path: Path) -> None:
+    config = parse_config(small_world_config(tmp_path))
+    with pytest.raises(ConfigError, match="works on natural"):
+        pipeline.make(config, "pack", "heldout")
+    with pytest.raises(ConfigError, match="'align' has no part"):
+        pipeline.make(config, "align", "natural")
+
+
+def test_asking_for_a_stage_makes_what_it_needs_that_is_missing(finished_run: Config, tmp_path: Path) -> None:
+    """From a run without features, plan and held-out speech; what `stage1` does not need stays away."""
+    config = untrained_copy(finished_run, tmp_path / "run", num_steps=3)
+    for gone in ("natural/features", "natural/plan", "heldout", "web/embeddings"):
+        shutil.rmtree(tmp_path / "run" / gone, ignore_errors=True)
+    kept = Table(config.run_dir, "natural", "utterances").manifest()
+    pipeline.make(replaced(config, {"stage2": None}), "stage1", "natural")
+    for set_name, name in (("natural", "features"), ("natural", "plan"), ("", "stage1")):
+        assert Table(config.run_dir, set_name, name).manifest() is not None
+    assert Table(config.run_dir, "natural", "utterances").manifest() == kept
+    assert not (tmp_path / "run" / "heldout").exists()
+    version = (Table(config.run_dir, "natural", "plan").manifest() or {})["version"]
+    pipeline.make(replaced(config, {"stage2": None}), "pack", "natural", anew=True)
+    assert (Table(config.run_dir, "natural", "plan").manifest() or {})["version"] != version
