@@ -61,7 +61,7 @@ bench: $(INSTALLED)
 
 # Packages for `python -m benchmarks.gpu` on a machine without a network: docs/gpu.md. DeepSpeed has no wheel; it is built.
 gpu-wheels: $(INSTALLED)
-	rm -rf $(WHEELS)
+	rm -f $(WHEELS)/*.whl
 	@for name in $(WHEELS_OF); do grep "^$$name==" locks/cpu.txt || exit 1; done > .venv/gpu-wheels.txt
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --dest $(WHEELS) \
 		--python-version $(WHEELS_PYTHON) --implementation cp --platform manylinux2014_x86_64 \
@@ -80,4 +80,4 @@ lock: $(INSTALLED)
 		--extra cpu --extra dev | grep -Ev '^(nvidia-|triton|cuda-)' > locks/cpu.txt
 
 clean:
-	rm -rf .venv runs $(WHEELS)
+	rm -rf .venv runs wheels

@@ -632,7 +632,8 @@ class DistillConfig(Section):
     """Of each worker, such as {training: 1}: resources that only the nodes meant for training have."""
     activation_checkpointing: bool = False
     compile: bool = False
-    """Run the decoder layers of student and teacher through torch.compile; on a CPU that takes a C++ compiler."""
+    """Run the decoder layers of student and teacher through torch.compile, which needs a C compiler. With ZeRO-3 some
+    of them stay as they are, as its hooks are compiled anew too often."""
     loss_chunk_size: int | None = Field(None, ge=1)
     """Positions whose logits exist at once; none chooses a sixteenth."""
     checkpoint_every: int = Field(500, ge=1)

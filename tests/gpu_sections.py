@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.gpu.worker import Context
 
 
@@ -59,3 +61,36 @@ def has_a_bug(context: Context) -> Iterator[dict[str, Any]]:
 
 def is_silent(context: Context) -> Iterator[dict[str, Any]]:
     yield from ()
+
+
+def leaves_something_behind(context: Context) -> Iterator[dict[str, Any]]:
+    """A process that holds the section's output open."""
+    child = subprocess.Popen(["sleep", "600"])
+    Path(context.folder, "left.pid").write_text(str(child.pid))
+    yield {"name": "done"}
+
+
+def crashes_and_leaves_something_behind(context: Context) -> Iterator[dict[str, Any]]:
+    subprocess.Popen(["sleep", "600"])
+    yield {"name": "before"}
+    os.abort()
+
+
+def leaves_a_line_unfinished(context: Context) -> Iterator[dict[str, Any]]:
+    for number in range(3):
+        print(f"progress {number}", end="")  # noqa: T201
+        yield {"name": f"row {number}"}
+
+
+def runs_out_of_memory(context: Context) -> Iterator[dict[str, Any]]:
+    yield {"name": "what fits"}
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 60.00 GiB.")
+
+
+def yields_nan(context: Context) -> Iterator[dict[str, Any]]:
+    yield {"name": "a loss", "kl": float("nan")}
+
+
+def has_a_nameless_error(context: Context) -> Iterator[dict[str, Any]]:
+    yield {"name": "before"}
+    raise ImportError("something could not be imported")

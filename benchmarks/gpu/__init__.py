@@ -4,5 +4,5 @@
 `shapes` and `timing` are what sections share; every other file is a section.
 """
 
-ROW, LEFT_OUT = "@row ", "@left out "
+ROW, LEFT_OUT, END = "@row ", "@left out ", "@end "
 """How a section's process begins the lines that are meant for the runner; all its others are log."""

@@ -1,7 +1,7 @@
 """The distillation loss with its backward, beside dense PyTorch and Liger's chunked loss; bf16.
 
-Memory is the peak beyond inputs and their gradients. `ours, compiled` has the softmaxes of a chunk under torch.compile,
-which the library does not do today: the row says what that would buy.
+Memory is the peak beyond inputs and their gradients. Ways are measured one after the other. `ours, compiled` has the
+softmaxes of a chunk under torch.compile, which the library does not do today: the row says what that would buy.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.timing import allocated, forget_peak, peak_bytes, spread, take_turns
+from benchmarks.gpu.timing import allocated, forget_peak, peak_bytes, seconds, spread
 from benchmarks.gpu.worker import Context, missing
 from benchmarks.loss import dense, make_inputs, make_loss, step
 from salad_ray.distill import losses
@@ -21,49 +21,74 @@ from salad_ray.distill.losses import distillation_loss
 
 REPEATS = 5
 CHUNK = 2048
+SAME_VALUE = 0.01
+"""Relative difference of a way's value from ours that rounding to bf16 may make."""
+
+Way = Callable[..., Tensor]
 
 
 def rows(context: Context) -> Iterator[dict[str, Any]]:
-    """A row for each way, and one of ratios."""
+    """A row for each way as soon as it is measured, those that compile last; then one of ratios.
+
+    A way that fails, for want of a compiler or of memory, is a row as well.
+    """
     num, width, vocab = (64, 32, 500) if context.tiny else (8192, 2048, 151_936)
     inputs = make_inputs(num, width, torch.bfloat16, vocab, context.device)
-    works: dict[str, Callable[[], Tensor]] = {}
-    left_out = []
-    for name, loss in ways(context, num).items():
-        try:
-            made = loss()
-            step(made, make_inputs(64, width, torch.bfloat16, 256, context.device))  # what is set up once
-        except ImportError as error:
-            left_out.append({"name": name, "left_out": missing(error)})
-            continue
-        works[name] = lambda made=made: step(made, inputs)  # type: ignore[misc]
-    secs = take_turns(works, context.device, 2 if context.tiny else REPEATS)
-    memory = {name: extra_bytes(work, inputs, context) for name, work in works.items()}
-    for name, values in secs.items():
-        taken = spread(values)
-        num_bytes = memory[name]
-        gb = None if num_bytes is None else num_bytes / 1e9
-        yield {"name": name, "secs": taken["median"], "min": taken["min"], "max": taken["max"], "extra_gb": gb}
-    yield from left_out
-    medians = {name: spread(values)["median"] for name, values in secs.items()}
-    others = min(value for name, value in medians.items() if not name.startswith("ours"))
-    ours, of_dense = memory["ours"], memory["dense PyTorch"]
-    ratio = None if ours is None or of_dense is None else of_dense / ours
-    yield {
-        "name": f"ours, {num:,} × {width:,}, V = {vocab:,}",
-        "best other/ours": others / medians["ours"],
-        "dense/ours memory": ratio,
+    found: dict[str, dict[str, Any]] = {}
+    for name, make in ways(context, num).items():
+        found[name] = measured(name, make, inputs, context)
+        if "value" in found[name] and "value" in found["ours"]:
+            apart = abs(found[name]["value"] / found["ours"]["value"] - 1)
+            found[name]["ok"] = apart <= SAME_VALUE
+        yield found[name]
+    yield {"name": f"{num:,} × {width:,}, V = {vocab:,}"} | ratios(found)
+
+
+def measured(name: str, make: Callable[[], Way], inputs: tuple[Tensor, ...], context: Context) -> dict[str, Any]:
+    """Seconds and memory of one way, after a first call that sets up what has to be, or why it could not be had."""
+    try:
+        work = partial(step, make(), inputs)
+        value = float(work())
+        secs = spread([seconds(work, context.device) for _ in range(2 if context.tiny else REPEATS)])
+        num_bytes = extra_bytes(work, inputs, context)
+    except ImportError as error:
+        return {"name": name, "left_out": missing(error)}
+    except Exception as error:  # noqa: BLE001  # a compiler that is not there has errors of its own
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        return {"name": name, "failed": f"{type(error).__name__}: {reason}", "ok": name != "ours"}
+    gb = None if num_bytes is None else num_bytes / 1e9
+    return {
+        "name": name,
+        "secs": secs["median"],
+        "min": secs["min"],
+        "max": secs["max"],
+        "extra_gb": gb,
+        "value": value,
     }
 
 
-def ways(context: Context, num: int) -> dict[str, Callable[[], Any]]:
+def ratios(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Time beside the best other, which must have been compared with Liger; memory beside dense PyTorch."""
+    others = {name: row["secs"] for name, row in found.items() if not name.startswith("ours") and "secs" in row}
+    if "secs" not in found["ours"] or "Liger" not in others:
+        return {"best other": None, "best other/ours": None, "dense/ours memory": None}
+    best = min(others, key=others.__getitem__)
+    ours, dense_gb = found["ours"]["extra_gb"], found["dense PyTorch"].get("extra_gb")
+    return {
+        "best other": best,
+        "best other/ours": others[best] / found["ours"]["secs"],
+        "dense/ours memory": dense_gb / ours if ours and dense_gb else None,
+    }
+
+
+def ways(context: Context, num: int) -> dict[str, Callable[[], Way]]:
     """What makes each loss; only making it may need a package."""
-    found: dict[str, Callable[[], Any]] = {
+    found: dict[str, Callable[[], Way]] = {
         "ours": lambda: make_loss("ours", num),
-        f"ours, chunks of {CHUNK:,}": lambda: partial(in_chunks, CHUNK),
-        "ours, compiled": lambda: compiled(context),
         "dense PyTorch": lambda: dense,
         "Liger": lambda: make_loss("liger_default", num),
+        f"ours, chunks of {CHUNK:,}": lambda: partial(in_chunks, CHUNK),
+        "ours, compiled": lambda: compiled(context),
     }
     if context.on_gpu:  # on a CPU it takes a C++ compiler and half a minute
         found["Liger, compiled"] = lambda: make_loss("liger_default_compiled", num)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Iterator
 from statistics import median
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.timing import seconds
-from benchmarks.gpu.worker import Context, version_of
+from benchmarks.gpu.worker import Context, num_cpus, version_of
 from salad_ray.distill.step import peak_flops
 
 PACKAGES = (
@@ -24,8 +23,8 @@ REPEATS = 10
 def rows(context: Context) -> Iterator[dict[str, Any]]:
     """Names and versions; matrix products in bf16; copies within the device's memory."""
     found = {name: version_of(name) for name in PACKAGES}
-    has_gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if context.on_gpu else {"gpu": "none"}
-    yield {"name": "software"} | has_gpu | {"python": platform.python_version(), "cpus": os.cpu_count()} | found
+    hardware = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if context.on_gpu else {"gpu": "none"}
+    yield {"name": "software"} | hardware | {"python": platform.python_version(), "cpus": num_cpus()} | found
     size = 256 if context.tiny else 8192
     left, right = (torch.randn(size, size, device=context.device).bfloat16() for _ in range(2))
     torch.mm(left, right)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ import torch
 from transformers import MimiConfig, MimiModel
 
 from benchmarks.gpu.timing import forget_peak, gib, peak_bytes, seconds, spread
-from benchmarks.gpu.worker import Context, missing
+from benchmarks.gpu.worker import Context, missing, num_cpus, out_of_memory
 from salad_ray.model.encoder import MimiEncoder
 
 BATCHES = (1, 8, 32, 128, 512)
@@ -60,8 +59,8 @@ def encoder_rows(encoder: MimiEncoder, context: Context) -> Iterator[dict[str, A
         try:
             encoder.encode(audios)
             secs = spread([seconds(partial(encoder.encode, audios), context.device) for _ in range(3)])
-        except torch.OutOfMemoryError:
-            yield {"name": f"batch of {size} × {SECS:g} s", "out_of_memory": True}
+        except RuntimeError as error:
+            yield out_of_memory(error, f"batch of {size} × {SECS:g} s")
             return
         length = size * SECS
         yield {
@@ -102,7 +101,7 @@ def feeding_rows(folder: Path, rate: int, needed: float, context: Context) -> It
     [audio] = speech(1, SOURCE_RATE, SECS)
     for file in files:
         soundfile.write(file, audio, SOURCE_RATE)
-    for number in [threads for threads in THREADS if threads <= (os.cpu_count() or 1)]:
+    for number in [threads for threads in THREADS if threads <= num_cpus()]:
         with ThreadPoolExecutor(number) as pool:
             decode = partial(load_audio, sampling_rate=rate)
             work = partial(run_all, pool, decode, files)

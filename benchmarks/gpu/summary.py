@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -36,12 +36,10 @@ def rows_of(content: Content, *sections: str) -> Iterator[dict[str, Any]]:
         yield from content["sections"].get(section, {}).get("rows", [])
 
 
-def best(content: Content, key: str, *sections: str, choose: Any = max) -> float | None:
-    """The largest value of a column, or the least."""
-    value: float | None = choose(
-        (row[key] for row in rows_of(content, *sections) if row.get(key) is not None), default=None
-    )
-    return value
+def best(content: Content, key: str, *sections: str, choose: Any = max) -> tuple[float, str] | None:
+    """The largest value of a column, or the least, and the name of its row."""
+    found = [(row[key], row["name"]) for row in rows_of(content, *sections) if row.get(key) is not None]
+    return choose(found) if found else None
 
 
 def verdicts(content: Content) -> Iterator[str]:
@@ -55,9 +53,12 @@ def verdicts(content: Content) -> Iterator[str]:
         yield "toy shapes: goals are for full size on a GPU"
         return
     for goal in GOALS:
-        value = best(content, goal.key, *goal.sections, choose=goal.choose)
-        verdict = "not measured" if value is None else f"{value:.3g}, {'met' if value >= goal.least else 'missed'}"
-        yield f"{goal.name}: {verdict} (goal {goal.words})"
+        found = best(content, goal.key, *goal.sections, choose=goal.choose)
+        if found is None:
+            yield f"{goal.name}: not measured (goal {goal.words})"
+        else:
+            verdict = "met" if found[0] >= goal.least else "missed"
+            yield f"{goal.name}: {found[0]:.3g}, {verdict} (goal {goal.words}; {found[1]})"
 
 
 def markdown(content: Content) -> str:
@@ -94,14 +95,20 @@ def cell(value: object) -> str:
 
 
 def rates(content: Content) -> list[str]:
-    """The planner's assumptions that were measured, in its units: seconds of one GPU for one unit of work."""
-    hour: Callable[[float], float] = lambda per_sec: 3600 / per_sec  # noqa: E731
+    """The planner's assumptions that were measured, in its units: seconds of one GPU for one unit of work.
+
+    Each with the row that it is of; whoever configures another way than that one takes another row.
+    """
     found = (
-        ("training.mfu", best(content, "mfu", "training", "training-compiled"), lambda value: value),
-        ("stages.synthesize kokoro.unit, per hour of audio", best(content, "audio_per_sec", "kokoro"), hour),
-        ("stages.encode mimi.unit, per hour of audio", best(content, "audio_per_sec", "mimi"), hour),
-        ("stages.embed sentence_transformers.unit, per passage", best(content, "passages_per_sec", "embedding"),
-         lambda value: 1 / value),
-        ("stages.cluster fit.unit, per passage", best(content, "points_per_sec", "kmeans"), lambda value: 1 / value),
-    )  # fmt: skip
-    return [f"- `{name}`: {in_unit(value):.3g}" for name, value, in_unit in found if value is not None] or ["nothing"]
+        ("training.mfu", "mfu", "training", lambda value: value),
+        ("stages.synthesize kokoro.unit, per hour of audio", "audio_per_sec", "kokoro", lambda value: 3600 / value),
+        ("stages.encode mimi.unit, per hour of audio", "audio_per_sec", "mimi", lambda value: 3600 / value),
+        ("stages.embed sentence_transformers.unit, per passage", "passages_per_sec", "embedding", lambda v: 1 / v),
+        ("stages.cluster fit.unit, per passage", "points_per_sec", "kmeans", lambda value: 1 / value),
+    )
+    lines = [
+        f"- `{name}`: {in_unit(measured[0]):.3g} ({measured[1]})"
+        for name, key, section, in_unit in found
+        if (measured := best(content, key, section)) is not None
+    ]
+    return lines or ["nothing"]

@@ -32,7 +32,7 @@ from benchmarks.gpu.shapes import (
     varlen_anywhere,
 )
 from benchmarks.gpu.timing import forget_peak, gib, peak_bytes, seconds
-from benchmarks.gpu.worker import Context
+from benchmarks.gpu.worker import Context, out_of_memory
 from salad_ray.config import DistillConfig, PackConfig
 from salad_ray.distill.losses import distillation_loss
 from salad_ray.distill.step import batch_loss, peak_flops
@@ -86,8 +86,8 @@ def engine_rows(context: Context) -> Iterator[Row]:
             step = EngineStep(engine, teacher, settings_of(context, variant), context)
             try:
                 yield measure(variant, step, student, teacher, shape, context)
-            except torch.OutOfMemoryError:
-                yield out_of_memory(variant, context)
+            except RuntimeError as error:
+                yield out_of_memory(error, variant.name) | {"peak_gib": gib(peak_bytes(context.device))}
                 return
 
 
@@ -109,12 +109,8 @@ def compiled_rows(context: Context) -> Iterator[Row]:
             compile_layers(llm, "inductor" if context.on_gpu else "eager")
         step = EngineStep(engine, teacher, settings, context)
         batches = make_batches(shape, variant.rows, micro_batches(context), seed=100)
-        try:
-            compile_secs = seconds(lambda: step(batches), context.device)
-            row = measure(variant, step, student, teacher, shape, context, warm_up=0)
-        except torch.OutOfMemoryError:
-            yield out_of_memory(variant, context)
-            return
+        compile_secs = seconds(lambda: step(batches), context.device)
+        row = measure(variant, step, student, teacher, shape, context, warm_up=0)
     uncompiled = rate_of(context, variant)
     ratio = {"compiled/not": uncompiled and row["positions_per_sec"] / uncompiled}
     yield row | {"name": f"{variant.name}, compiled", "first_step_secs": compile_secs} | ratio
@@ -127,11 +123,7 @@ def bare_rows(context: Context) -> Iterator[Row]:
         teacher, student = make_pair(shape, context.device, torch.bfloat16, variant.attention)
         prepare(variant, student, teacher)
         step = BareStep(student, teacher, settings_of(context, variant), context)
-        try:
-            row = measure(variant, step, student, teacher, shape, context)
-        except torch.OutOfMemoryError:
-            yield out_of_memory(variant, context)
-            return
+        row = measure(variant, step, student, teacher, shape, context)
         ours = rate_of(context, variant)
         ratio = {"ours/bare": ours and ours / row["positions_per_sec"]}
         yield row | {"name": f"{variant.name}, bare"} | ratio
@@ -290,11 +282,6 @@ def phases(step: BareStep, batch: Batch, context: Context) -> Iterator[Row]:
             secs[name].append(seconds(work, context.device))
     for name, values in secs.items():
         yield {"name": f"bare: {name}", "secs": median(values[1:])}
-
-
-def out_of_memory(variant: Variant, context: Context) -> Row:
-    """A result as well."""
-    return {"name": variant.name, "out_of_memory": True, "peak_gib": gib(peak_bytes(context.device))}
 
 
 def best(context: Context) -> Variant:

@@ -1,7 +1,8 @@
 """The process of one section: `python -m benchmarks.gpu.worker MODULE:FUNCTION DIR [--tiny]`.
 
 The function gets a `Context` and yields rows: flat dicts with a `name`, measured values, and `ok` where a row is a
-check. A row is handed on as soon as it is yielded. A package that is missing is no failure: it is said by name.
+check. A row is handed on as soon as it is yielded. Neither a package that is missing nor memory that does not suffice
+is a failure: the one is said by name, the other is a row.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import json
+import math
+import os
 import sys
 import warnings
 from dataclasses import dataclass
@@ -17,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import LEFT_OUT, ROW
+from benchmarks.gpu import END, LEFT_OUT, ROW
 
 OURS = ("salad_ray", "benchmarks", "tests")
 
@@ -45,36 +48,77 @@ class Context:
 def main() -> None:
     target, folder, *flags = sys.argv[1:]
     warnings.filterwarnings("ignore", category=FutureWarning)
+    torch.set_num_threads(num_cpus())
     tiny = "--tiny" in flags
     if not tiny and not torch.cuda.is_available():
-        print(f"{LEFT_OUT}torch sees no GPU here, and the full shapes take hours on a CPU; --tiny runs on one")
-        return
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        hand_on(LEFT_OUT, "torch sees no GPU here, and the full shapes take hours on a CPU; --tiny runs on one")
+    else:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        _run(target, Context(device, tiny, Path(folder)))
+    hand_on(END, "")
+    os._exit(0)  # what a library does at its end (NCCL may hang there) is of no interest
+
+
+def _run(target: str, context: Context) -> None:
     module, _, function = target.partition(":")
     try:
-        for row in getattr(importlib.import_module(module), function)(Context(device, tiny, Path(folder))):
-            print(ROW + json.dumps(row), flush=True)
+        for row in getattr(importlib.import_module(module), function)(context):
+            hand_on(ROW, json.dumps({key: _finite(value) for key, value in row.items()}))
     except ImportError as error:
-        if (error.name or "").split(".")[0] in OURS:
-            raise
-        print(LEFT_OUT + missing(error))
+        hand_on(LEFT_OUT, missing(error))
+    except RuntimeError as error:
+        hand_on(ROW, json.dumps(out_of_memory(error, "the section")))
+
+
+def hand_on(kind: str, text: str) -> None:
+    """A line for the runner, in one piece, whatever unfinished line a library has left on the screen."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.write(1, f"\n{kind}{text}\n".encode())
+
+
+def out_of_memory(error: RuntimeError, name: str) -> dict[str, Any]:
+    """The row of what did not fit; any other error is raised again. cuBLAS has words of its own for it."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "ALLOC_FAILED" in text:
+        return {"name": name, "out_of_memory": True, "reason": text.strip().splitlines()[0][:200]}
+    raise error
 
 
 def missing(error: ImportError) -> str:
-    """What is not installed, or too old: a package without a name that a later version has."""
+    """What is not installed, or too old: a package without a name that a later version has.
+
+    An import that fails in our own code, or for a reason that it does not name, is raised again.
+    """
+    package = (error.name or "").split(".")[0]
+    if not package or package in OURS:
+        raise error
     if isinstance(error, ModuleNotFoundError):
         return f"{error.name} is not installed"
-    return (
-        f"{error.name} {version_of(error.name or '')} is another version than this needs ({error.msg.split(' (')[0]})"
-    )
+    return f"{package} {version_of(package)} is another version than this needs ({error.msg.split(' (')[0]})"
 
 
 def version_of(package: str) -> str:
     """The version that is installed, or "missing"."""
     try:
-        return importlib.metadata.version(package.split(".")[0])
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "missing"
+
+
+def num_cpus() -> int:
+    """CPUs that this process may use, which in a container can be fewer than the machine has."""
+    number = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return number
+    return number if quota == "max" else max(1, min(number, int(quota) // int(period)))
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

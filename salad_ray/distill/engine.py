@@ -25,7 +25,7 @@ from deepspeed.runtime.zero import GatheredParameters
 from salad_ray.config import DistillConfig
 from salad_ray.distill.losses import DistillationLoss
 from salad_ray.distill.step import BUCKET, batch_loss, global_scale
-from salad_ray.model.speech_lm import SpeechLM, parameter_groups
+from salad_ray.model.speech_lm import ModelError, SpeechLM, parameter_groups
 from salad_ray.sequences.batch import Batch
 
 # DeepSpeed would compile a shared-memory all-reduce for CPUs, which needs a C++ compiler; gloo needs nothing.
@@ -63,8 +63,14 @@ def compile_layers(llm: PreTrainedModel, backend: str = "inductor") -> None:
 
     All layers of one shape share their code, so that compiling takes seconds. The model as a whole would be compiled
     anew for nearly every batch, since the number and length of its speech spans and labels differ.
+
+    Raises:
+        ModelError: the LLM keeps its layers elsewhere.
     """
-    for layer in llm.get_decoder().layers:
+    layers = getattr(llm.get_decoder(), "layers", None)
+    if layers is None:
+        raise ModelError(f"the layers of {type(llm).__name__} cannot be compiled one by one; set distill.compile=false")
+    for layer in layers:
         layer.compile(backend=backend)
 
 

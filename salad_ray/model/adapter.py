@@ -22,8 +22,8 @@ from salad_ray.config import AdapterConfig
 class ExactBuffers(nn.Module):
     """A module whose buffers move with it but are never cast.
 
-    `module.bfloat16()`, which DeepSpeed calls, would round the rotary frequencies too: at position 2,000 that turns
-    queries and keys by more than a radian, and the student is no longer its teacher.
+    `module.bfloat16()`, which older versions of DeepSpeed call, would round the rotary frequencies too: at position
+    2,000 that turns queries and keys by more than a radian, and the student is no longer its teacher.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExactBuffers:
