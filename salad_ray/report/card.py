@@ -36,10 +36,21 @@ def speech_of_run(run_dir: str, sets: Sequence[str], web: Mapping[str, str]) -> 
     rows = []
     for name in sets:
         manifest = Table(run_dir, name, "utterances").manifest() or {}
-        for key, hours in manifest.get("totals", {}).items():
-            corpus, license = key.removeprefix("hours of ").split(", ", 1)
-            rows.append(SpeechData(corpus, license, hours, credits.get(corpus.split(" (")[0], "")))
+        sources = [*manifest.get("speech", ()), *_of_older_run(manifest)]
+        rows += [SpeechData(**source, attribution=_credit(source["corpus"], credits)) for source in sources]
     return rows
+
+
+def _of_older_run(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Sources as manifests told them until version 0.1: "hours of CORPUS, LICENCE"."""
+    named = {key: hours for key, hours in manifest.get("totals", {}).items() if key.startswith("hours of ")}
+    pairs = [(*key.removeprefix("hours of ").split(", ", 1), hours) for key, hours in named.items()]
+    return [{"corpus": corpus, "license": license, "hours": hours} for corpus, license, hours in pairs]
+
+
+def _credit(corpus: str, credits: Mapping[str, str]) -> str:
+    """Whom to name for a corpus, or for the text that a synthesizer speaks: "fineweb (kokoro)" is of fineweb."""
+    return credits.get(corpus, credits.get(re.sub(r" \((espeak|kokoro)\)$", "", corpus), ""))
 
 
 def model_card(

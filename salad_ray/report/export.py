@@ -36,7 +36,17 @@ FILES = {
 }
 _FACTS = (
     *("stage", "version", "fingerprint", "config", "inputs", "schema_version", "salad_ray", "written_at"),
-    *("num_input", "num_kept", "num_rejected", "num_rows", "totals", "step", "num_positions", "train_seconds"),
+    *(
+        "num_input",
+        "num_kept",
+        "num_rejected",
+        "num_rows",
+        "totals",
+        "speech",
+        "step",
+        "num_positions",
+        "train_seconds",
+    ),
 )
 """What lineage.json repeats of a manifest; shards, curves and the like stay in the run."""
 _VERSION = re.compile(r"[0-9a-f]{16}-[0-9a-f]{8}")

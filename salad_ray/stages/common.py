@@ -38,6 +38,7 @@ from salad_ray.tables import (
 
 Row = TypeVar("Row")
 
+SPEECH = "speech"
 TRAINED_ON = "training hours of domain "
 """How the totals of `encode` begin that say what was heard in training."""
 
@@ -328,10 +329,11 @@ def condition_of(utt_id: str) -> tuple[str, str]:
 
 
 def hours_by_licence(rows: Iterable[Utterance]) -> dict[str, float]:
-    """Audio of each corpus and licence, in hours, for a manifest's totals; the model card tells them."""
+    """Audio of each corpus and licence, in hours, for a shard's totals; `count_shards` makes the manifest's `speech` of
+    them. The names are JSON, as those of corpora and licences may hold anything."""
     hours: dict[str, float] = {}
     for row in rows:
-        key = f"hours of {row.corpus}, {row.license or 'licence unknown'}"
+        key = json.dumps([SPEECH, row.corpus, row.license or "licence unknown"], ensure_ascii=False)
         hours[key] = hours.get(key, 0.0) + row.duration_secs / 3600
     return hours
 
@@ -349,7 +351,12 @@ def checked_counts(config: Config, stage: Stage, shards: Sequence[str]) -> dict[
 
 
 def count_shards(table: Table, shards: Sequence[str]) -> dict[str, Any]:
-    """Sum the counts that the shards carry in their footers."""
+    """Sum the counts that the shards carry in their footers.
+
+    Returns:
+        `num_input`, `num_kept`, `num_rejected`, `num_rows`; `shards`, name → rows; `totals`, name → sum; and, of tables
+        of speech, `speech`: rows of corpus, license and hours.
+    """
     counts: dict[str, Any] = {"num_input": 0, "num_kept": 0, "num_rejected": 0, "num_rows": 0, "shards": {}}
     totals: dict[str, float] = {}
     with ThreadPoolExecutor(32) as threads:  # an object store answers one at a time too slowly for thousands
@@ -360,7 +367,13 @@ def count_shards(table: Table, shards: Sequence[str]) -> dict[str, Any]:
                 counts[name] += value
             counts["num_rows"] += num_rows
             counts["shards"][shard] = num_rows
-    return counts | {"totals": {name: round(total, 6) for name, total in sorted(totals.items())}}
+    sums = {name: round(total, 6) for name, total in sorted(totals.items())}
+    sources = [name for name in sums if name.startswith(f'["{SPEECH}", ')]
+    speech = [
+        dict(zip(("corpus", "license"), json.loads(name)[1:], strict=True)) | {"hours": sums.pop(name)}
+        for name in sources
+    ]
+    return counts | {"totals": sums} | ({"speech": speech} if speech else {})
 
 
 def _footer(table: Table, shard: str) -> tuple[dict[str, Any], int]:

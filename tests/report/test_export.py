@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,20 @@ from salad_ray.model.listen import load_listener
 from salad_ray.model.loading import ModelError, weights_fingerprint
 from salad_ray.model.speech_lm import EncoderSpec, SpeechLM, hidden_states, tokenizer_hash
 from salad_ray.report import export as exporting
+from salad_ray.report.card import speech_of_run
 from salad_ray.report.export import export
-from salad_ray.tables import SCHEMA_VERSION, Table, TableError, fingerprint, put_folder, write_json
+from salad_ray.stages.common import count_shards, hours_by_licence
+from salad_ray.stages.shards import ShardPart, write_shard
+from salad_ray.tables import (
+    SCHEMA_VERSION,
+    Table,
+    TableError,
+    Utterance,
+    fingerprint,
+    put_folder,
+    to_arrow,
+    write_json,
+)
 
 ADAPTER = AdapterConfig(hidden_size=16, num_layers=1, num_heads=2, ffn_size=24)
 LOG_MEL = {"name": "log_mel", "path": None, "revision": None, "sampling_rate": 16000, "frame_rate": 12.5, "dim": 640}
@@ -319,6 +332,33 @@ def test_the_card_of_a_hub_model_on_one_licence(run: Path, tmp_path: Path) -> No
     assert front["license"] == "cc0-1.0"
     assert "base_model" not in front
     assert "`world`" in text
+
+
+def test_a_corpus_keeps_its_licence_and_attribution_whatever_it_is_called(tmp_path: Path) -> None:
+    """Names with commas and brackets, spoken and synthesised; and what an older run's manifests say."""
+    names = ["Smith, J", "Emilia (EN)", '["speech", "a"]', "plain"]
+    rows = [
+        replace(utterance(name), license=license, duration_secs=3600.0)
+        for name, license in [*((name, f"licence, of {name}") for name in names), ("Emilia (EN) (kokoro)", "CC BY 4.0")]
+    ]
+    table = Table(str(tmp_path), "natural", "utterances")
+    write_shard(table, "a", iter([ShardPart(to_arrow(Utterance, rows), 5, 5, totals=hours_by_licence(rows))]))
+    manifest = count_shards(table, ["a"])
+    write_json(f"{table.url}/manifest.json", manifest)
+    credits = {name: f"by {name}" for name in names}
+    write_json(f"{tmp_path}/natural/catalog/manifest.json", {"attributions": credits})
+    found = {row.corpus: row for row in speech_of_run(str(tmp_path), ["natural"], {})}
+    for name in names:
+        assert (found[name].license, found[name].attribution) == (f"licence, of {name}", f"by {name}")
+        assert found[name].hours == 1.0
+    assert found["Emilia (EN) (kokoro)"].attribution == "by Emilia (EN)"
+    write_json(f"{table.url}/manifest.json", {"totals": {"hours of reads, CC BY 4.0": 2.0}})
+    [row] = speech_of_run(str(tmp_path), ["natural"], {"reads": "the readers"})
+    assert (row.corpus, row.license, row.hours, row.attribution) == ("reads", "CC BY 4.0", 2.0, "the readers")
+
+
+def utterance(corpus: str) -> Utterance:
+    return Utterance(utt_id=f"{corpus}/u", text="a", duration_secs=1.0, recording_id="r", corpus=corpus, uri="a.wav")
 
 
 def test_a_run_that_was_not_measured(run: Path, tmp_path: Path) -> None:
