@@ -46,7 +46,10 @@ class Step:
     set: str
     tables: tuple[str, ...]
     reads: tuple[str, ...] = ()
-    """Tables of other steps, as "set/table"."""
+    """Tables of other steps that it cannot do without, as "set/table"."""
+    reads_if_there: tuple[str, ...] = ()
+    """Others that it takes into account: a run makes them before, but asking for this step alone does not. Whoever
+    wants to see what Stage I makes of speech does not want Stage II to be trained first."""
 
     @property
     def writes(self) -> tuple[str, ...]:
@@ -68,20 +71,21 @@ def steps(config: Config) -> list[Step]:
         flow += _spoken(Step("ingest", "heldout", ("passages",), ("web/passages",) if config.ingest.web else ()))
     flow.append(Step("pack", "natural", ("plan",), ("teacher", "natural/features")))
     flow.append(Step("stage1", "", ("stage1",), ("teacher", "natural/features", "natural/plan")))
-    trained: tuple[str, ...] = ("stage1",)
+    second: tuple[str, ...] = ()
     if config.stage2 is not None:
         second = ("stage2", "control") if config.stage2.control else ("stage2",)
         flow += _data_engine()
         plans = ("natural/features", "natural/plan", "active/features", "active/plan")
         flow.append(Step("stage2", "", second, ("teacher", "stage1", *plans)))
-        trained += second
-    measured = tuple(f"measurements_{system}" for system in ("untrained", *trained))
-    flow += [
-        Step("measure", name, measured, ("teacher", f"{name}/features", *trained)) for name in config.measured_sets
-    ]
+    measured = tuple(f"measurements_{system}" for system in ("untrained", "stage1", *second))
+    for name in config.measured_sets:
+        flow.append(Step("measure", name, measured, ("teacher", f"{name}/features", "stage1"), second))
     if config.has_benchmark:
-        flow += _questions(config, trained)
-    flow.append(Step("report", "", ("report",), tuple(name for step in flow for name in step.writes)))
+        flow += _questions(config, second)
+    written = {name: step for step in flow for name in step.writes}
+    shown = [name for name, step in written.items() if step.stage in ("measure", "evaluate") and step.set != "probe"]
+    others = [name for name in written if name not in shown]
+    flow.append(Step("report", "", ("report",), tuple(shown), tuple(others)))
     return flow
 
 
@@ -106,14 +110,14 @@ def _data_engine() -> list[Step]:
     ]
 
 
-def _questions(config: Config, trained: tuple[str, ...]) -> list[Step]:
+def _questions(config: Config, second: tuple[str, ...]) -> list[Step]:
     """The benchmarks' items, spoken, and what every system answers."""
     own = ("exemplars",) if config.evaluate.has_pool else ()
-    asked = ["base", *trained, *(["cascade"] if config.evaluate.cascade != "none" else [])]
+    asked = ["base", "stage1", *second, *(["cascade"] if config.evaluate.cascade != "none" else [])]
     read = tuple(f"benchmark/{name}" for name in ("items", *own, "utterances", "features"))
     return [
         *_spoken(Step("ingest", "benchmark", ("items", *own, "passages"))),
-        Step("evaluate", "benchmark", tuple(f"scores_{system}" for system in asked), ("teacher", *read, *trained)),
+        Step("evaluate", "benchmark", tuple(f"scores_{name}" for name in asked), ("teacher", *read, "stage1"), second),
     ]
 
 

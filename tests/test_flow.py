@@ -26,16 +26,16 @@ def test_what_a_step_reads_was_written_before_and_nothing_is_written_twice(name:
     written: set[str] = set()
     for step in steps(load(name)):
         assert step.stage in STAGES
-        assert set(step.reads) <= written, step
+        assert {*step.reads, *step.reads_if_there} <= written, step
         assert not written & set(step.writes), step
         written |= set(step.writes)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_step_has_readers_or_is_an_end(name: str) -> None:
-    """A table that nobody reads is the report, or one that people read."""
+    """Only the report is read by people alone."""
     flow = steps(load(name))
-    read = {table for step in flow for table in step.reads}
+    read = {table for step in flow for table in (*step.reads, *step.reads_if_there)}
     assert {table for step in flow for table in step.writes} - read == {"report"}
 
 
@@ -56,9 +56,15 @@ def test_a_stage_needs_what_leads_to_it_and_nothing_else() -> None:
     ]  # fmt: skip
     assert needed("embed") == ["ingest web", "embed web"]
     assert needed("encode", "heldout") == ["ingest heldout", "synthesize heldout", "encode heldout"]
-    assert "stage2" in needed("measure", "heldout")
-    assert "stage2" not in needed("measure", "probe")
-    assert needed("report") == [f"{each.stage} {each.set}".strip() for each in steps(config)]
+    assert "select active" in needed("stage2")
+
+
+def test_looking_at_stage_one_trains_no_second_stage() -> None:
+    config = load("quickstart")
+    for stage, set_name in (("measure", "heldout"), ("measure", "probe"), ("evaluate", "benchmark"), ("report", "")):
+        needed = {step.stage for step in with_needs(config, steps_of(config, stage, set_name))}
+        assert {"stage1", stage} <= needed
+        assert "stage2" not in needed
 
 
 def test_sets_that_are_not_named_are_all_but_the_probe() -> None:
