@@ -41,17 +41,21 @@ def run_all(config: Config) -> None:
 def make(config: Config, stage: str, set_name: str, anew: bool = False) -> None:
     """One stage, and before it all that it needs and that is not there yet; `anew` deletes its own output first.
 
+    A stage that is no step of this config runs by itself, and says what it lacks.
+
     Raises:
-        ConfigError: the stage has no part in this config, or does not work on this set.
+        ConfigError: the stage does not work on this set.
     """
     wanted = steps_of(config, stage, set_name)
-    if not wanted:
-        sets = ", ".join(step.set for step in steps(config) if step.stage == stage)
-        where = f"works on {sets}, not on set={set_name}" if sets else "has no part"
-        raise ConfigError(f"in this config the stage '{stage}' {where}")
+    sets = [step.set for step in steps(config) if step.stage == stage]
+    if sets and not wanted:
+        raise ConfigError(f"in this config the stage '{stage}' works on {', '.join(sets)}, not on set={set_name}")
     if anew:
         redo(config, stage, set_name)
-    _run_steps(config, with_needs(config, wanted), time.monotonic(), wanted if anew else [])
+    if wanted:
+        _run_steps(config, with_needs(config, wanted), time.monotonic(), wanted if anew else [])
+    else:
+        run_stage(config, stage, set_name)
 
 
 def _run_steps(config: Config, flow: list[Step], started: float, anew: list[Step] | None = None) -> None:

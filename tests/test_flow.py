@@ -11,6 +11,7 @@ from factories import small_world_config, untrained_copy
 from salad_ray import pipeline
 from salad_ray.config import Config, ConfigError, load_config, parse_config, replaced
 from salad_ray.flow import STAGES, steps, steps_of, with_needs
+from salad_ray.stages.shards import StageError
 from salad_ray.tables import Table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,8 +80,12 @@ def test_a_stage_on_a_set_that_it_does_not_work_on_is_refused(tmp_path: Path) ->
     config = parse_config(small_world_config(tmp_path))
     with pytest.raises(ConfigError, match="works on natural"):
         pipeline.make(config, "pack", "heldout")
-    with pytest.raises(ConfigError, match="'align' has no part"):
-        pipeline.make(config, "align", "natural")
+
+
+def test_a_stage_that_is_no_step_says_itself_what_it_lacks(tmp_path: Path) -> None:
+    config = parse_config(small_world_config(tmp_path) | {"stage2": None})
+    with pytest.raises(StageError, match="stage2: the config has no such section"):
+        pipeline.make(config, "stage2", "natural")
 
 
 def test_asking_for_a_stage_makes_what_it_needs_that_is_missing(finished_run: Config, tmp_path: Path) -> None:
