@@ -255,9 +255,7 @@ def main() -> int:
     options = parser.parse_args()
     minutes = options.minutes or MINUTES * (TINY_PATIENCE if options.tiny else 1)
     started = time.monotonic()
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # a time limit from outside must not leave a section alone
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else a section would outlive its runner
     try:
         content = run_sections(choose(options.only, options.tiny), options.out, options.tiny, minutes)
     except (BadRequest, OSError) as error:

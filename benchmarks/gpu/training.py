@@ -102,10 +102,7 @@ def compiled_rows(context: Context) -> Iterator[Row]:
         settings = settings_of(context, variant)
         engine = make_engine(student, settings, micro_batches(context), context.device)
         prepare(variant, student, teacher)
-        for llm in (
-            student.llm,
-            teacher,
-        ):  # as `distill.compile=true`; a toy run only traces, as compiling takes longer
+        for llm in (student.llm, teacher):  # as `distill.compile=true`; a toy run only traces, which is faster
             compile_layers(llm, "inductor" if context.on_gpu else "eager")
         step = EngineStep(engine, teacher, settings, context)
         batches = make_batches(shape, variant.rows, micro_batches(context), seed=100)
