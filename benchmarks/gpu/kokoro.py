@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from salad_ray.synthesis.kokoro import Utterance
 
 VOICES = ("af_heart", "bm_george")
-NUM_PHONEMES, TINY_PHONEMES = (12, 30, 60, 100, 160, 240, 400), (6, 14)
+NUM_PHONEMES, TINY_PHONEMES = (12, 30, 60, 100, 160, 240, 400), (4, 9)
 COPIES = 8
 PAIRS = 3
 DEFAULT_FRAMES, OTHER_FRAMES = 16_000, (4_000, 64_000)

@@ -213,8 +213,9 @@ def measure(
     context: Context,
     warm_up: int = 1,
 ) -> Row:
-    """Rate, MFU and memory over a few steps, each on batches of its own, after `warm_up` others."""
+    """Rate, MFU and memory over a few steps, each on batches of its own, after `warm_up` others (none in a toy run)."""
     device, number = context.device, micro_batches(context)
+    warm_up = 0 if context.tiny else warm_up
     num_steps = warm_up + (1 if context.tiny else STEPS)
     steps = [make_batches(shape, variant.rows, number, seed) for seed in range(num_steps)]
     gc.collect()
