@@ -7,7 +7,6 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -30,7 +29,7 @@ from salad_ray.config import (
 )
 from salad_ray.console import console, say, user_error
 from salad_ray.flow import STAGES, steps
-from salad_ray.lease import only_driver
+from salad_ray.runs import open_places, open_run
 from salad_ray.tables import write_json
 
 app = typer.Typer(
@@ -61,13 +60,10 @@ def load(path: str, overrides: list[str] | None) -> Config:
     config, here = load_config(path, overrides or []), Path.cwd()
     if here.parent.name != "working_dir_files":  # where Ray unpacks what `--working-dir` uploads
         return config
-    runs = {name: place for name in ("run_dir", "base_run") if (place := getattr(config, name))}
-    moved = {
-        name: str(Path.home() / Path(place).relative_to(here))
-        for name, place in runs.items()
-        if Path(place).is_relative_to(here)
-    }
-    config = config.model_copy(update=moved)
+    moved = ""
+    if Path(config.run_dir).is_relative_to(here):
+        moved = str(Path.home() / Path(config.run_dir).relative_to(here))
+        config = config.model_copy(update={"run_dir": moved})
     for key, value in _texts(config.model_dump(mode="json")):
         resolved = Path(value).is_relative_to(here.parents[1])
         if resolved or (
@@ -77,8 +73,8 @@ def load(path: str, overrides: list[str] | None) -> Config:
                 f"{path}: '{key}' is the relative path {os.path.relpath(value, here)}, which in a job leads into the "
                 "copy of the checkout that Ray deletes; give an absolute path that all machines see, or a URL"
             )
-    if "run_dir" in moved:
-        say(f"run_dir: {moved['run_dir']}, on the machine of the job's driver")
+    if moved:
+        say(f"run_dir: {moved}, on the machine of the job's driver")
     return config
 
 
@@ -123,17 +119,47 @@ def run(
         say(dump_config(resolved))
         say("stages: " + " → ".join(f"{step.stage} {step.set}".strip() for step in steps(resolved)))
         return
-    with only_driver(resolved.run_dir):
-        pipeline.run_all(resolved)
+    pipeline.run_all(resolved)
 
 
 @app.command()
-def status(run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="Folder or URL of a run.")]) -> None:
-    """Show how far a run is."""
-    grid = Grid("stage", "set", "table", "state", "rows", "rejects", "time", title=run_dir)
-    for row in pipeline.status(pipeline.config_of(run_dir)):
+def status(
+    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="Folder or URL of a run.")],
+    name: Annotated[str | None, typer.Option("--run", help="One of its runs; the newest by default.")] = None,
+) -> None:
+    """Show how far a run is and where its tables lie, and which other runs share the folder."""
+    run = open_run(run_dir, name)
+    grid = Grid("stage", "set", "table", "state", "rows", "rejects", "time", "place", title=run_dir)
+    for row in pipeline.status(run):
         grid.add_row(*(row[str(column.header)] for column in grid.columns))
     console.print(grid)
+    for other, difference in pipeline.other_runs(run):
+        say(f"also here: run {other} ({difference}); `salad status {run_dir} --run {other}`")
+
+
+@app.command()
+def clean(
+    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="Folder or URL of runs.")],
+    forget: Annotated[list[str] | None, typer.Option(metavar="RUN", help="Runs to keep no longer.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False,
+) -> None:
+    """List the tables that no kept run has, with their sizes, and delete them if you say so."""
+    pipeline.clean(run_dir.rstrip("/"), forget or [], _asker(yes))
+
+
+def _asker(yes: bool) -> pipeline.Ask:
+    """How to ask whether to go on: never with --yes; without a terminal the answer is no."""
+
+    def ask(question: str) -> bool:
+        say(question)
+        if yes:
+            return True
+        if not sys.stdin.isatty():
+            say("there is nobody to ask here; say --yes to do it")
+            return False
+        return typer.confirm("Go on?")
+
+    return ask
 
 
 @app.command(epilog="\n\n".join(describe(SweepConfig, "sweeps.NAME")))
@@ -145,8 +171,7 @@ def sweep(
 ) -> None:
     """Train over a grid of the config's keys and budgets, sharing what can be shared, and fit the misalignment law."""
     resolved = load(config, overrides)
-    with only_driver(resolved.run_dir):  # its trainings lie in there
-        pipeline.run_sweeps(resolved, only, redo)
+    pipeline.run_sweeps(resolved, only, redo)
 
 
 @app.command()
@@ -167,8 +192,7 @@ def plan(
         sys.stdout.write(RATES.read_text())
         return
     resolved = load(config, overrides)
-    with only_driver(pipeline.calibration(resolved).run_dir) if calibrate else nullcontext():
-        pipeline.show_plan(resolved, rates, measured, calibrate)
+    pipeline.show_plan(resolved, rates, measured, calibrate)
 
 
 @app.command()
@@ -191,7 +215,7 @@ def compare(
     """Write one page for several runs, to look at and listen to."""
     from salad_ray.report.page import write_page
 
-    write_page(run_dirs, out)
+    write_page([open_places(run_dir)[0] for run_dir in run_dirs], out)
     say(f"report: {out}")
 
 
@@ -254,11 +278,13 @@ def add_stage(name: str, summary: str, sections: tuple[str, ...]) -> None:
     def command(
         config: ConfigPath,
         overrides: Overrides = None,
-        redo: Annotated[bool, typer.Option("--redo", help="Delete this stage's own output first.")] = False,
+        redo: Annotated[
+            bool, typer.Option("--redo", help="Delete this stage's tables first, and what was made from them.")
+        ] = False,
+        yes: Annotated[bool, typer.Option("--yes", help="Do not ask before other runs lose tables.")] = False,
     ) -> None:
         resolved = load(config, overrides)
-        with only_driver(resolved.run_dir):
-            pipeline.make(resolved, name, resolved.set, anew=redo)
+        pipeline.make(resolved, name, resolved.set, redo, _asker(yes))
 
     keys = "\n\n".join(line for section in sections for line in describe(section_named(section), section))
     app.command(name=name, help=summary, epilog=keys)(command)

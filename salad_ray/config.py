@@ -614,9 +614,10 @@ class DistillConfig(Section):
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(0.1, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    warmup_share: float = Field(0.02, ge=0, le=1)
-    """Share of the steps in which the rate climbs to its peak."""
-    decay_share: float = Field(0.2, ge=0, le=1)
+    warmup_steps: int = Field(100, ge=0)
+    """Steps in which the learning rate climbs to its peak. In steps and not as a share: longer training begins alike,
+    so that it can share what shorter training has done."""
+    decay_share: float = Field(0.2, gt=0, le=1)
     """Share of the steps, at the end, in which it falls linearly to zero."""
     num_workers: int | tuple[int, int] = 1
     """Training workers; [least, most] lets their number follow the cluster, at the price of a resume at each change."""
@@ -658,11 +659,6 @@ class DistillConfig(Section):
             raise ValueError(
                 f"distill.num_steps={self.num_steps} and distill.num_positions={self.num_positions:g} both say when to "
                 "stop; give one of them"
-            )
-        if self.warmup_share + self.decay_share > 1:
-            raise ValueError(
-                f"distill.warmup_share={self.warmup_share:g} and distill.decay_share={self.decay_share:g} add up to "
-                "more than the whole run; lower one of them"
             )
         return self
 
@@ -765,8 +761,6 @@ class SweepConfig(Section):
     """The same, in positions (D of the scaling law); give either this or num_steps."""
     seeds: tuple[int, ...] = Field((), max_length=100)
     """Seeds of all combinations; none takes the config's own. Intervals then come from several trainings a point."""
-    warmup_steps: int | None = Field(None, ge=1)
-    """Of a trunk; none takes distill.warmup_share of the smallest budget."""
     evaluate: bool = False
     """Ask every run the benchmarks, too."""
     max_concurrent: int | None = Field(None, ge=1)
@@ -789,7 +783,7 @@ class SweepConfig(Section):
                 raise ValueError(f"a sweep's grid names '{key}' without values")
             if len({json.dumps(value) for value in values}) < len(values):
                 raise ValueError(f"a sweep's grid names a value of '{key}' twice")
-        fixed = ("run_dir", "base_run", "seed", "set", "strict")
+        fixed = ("run_dir", "seed", "set", "strict")
         kept = [key for key in self.grid if key in fixed or key.startswith(("sweeps", "ray."))]
         if kept:
             raise ValueError(f"a sweep's grid cannot vary '{kept[0]}'" + "; name seeds" * (kept[0] == "seed"))
@@ -804,9 +798,8 @@ class SweepConfig(Section):
 
 class Config(Section):
     run_dir: str = ""
-    """Where all tables go: a local path or a URL. `configs/X.yaml` writes to `runs/X` unless this says otherwise."""
-    base_run: str | None = None
-    """Another run, whose finished tables are taken over where they are what this config would make."""
+    """Where all tables go: a local path or a URL; if unset, `runs/X` for `configs/X.yaml`. Configs that share it share
+    the tables that they would make alike."""
     seed: int = 0
     strict: bool = False
     """Stop at the first bad input, with the words that `rejects` would have."""
@@ -959,8 +952,7 @@ def _absolute(config: Config) -> Config:
     )
     changes = {"ingest": ingest, "align": align, "synthesize": synthesize, "encode": encode, "embed": embed}
     changes |= {"evaluate": evaluate}
-    runs = {"run_dir": resolve(config.run_dir), "base_run": config.base_run and resolve(config.base_run)}
-    return config.model_copy(update=changes | runs | {"model": model})
+    return config.model_copy(update=changes | {"run_dir": resolve(config.run_dir), "model": model})
 
 
 def parse_config(data: dict[str, Any], source: str = "config") -> Config:
@@ -1003,13 +995,15 @@ _Loader.add_implicit_resolver(
 )
 
 
-def identity(config: Config, *keys: str) -> dict[str, Any]:
-    """What of these (dotted) keys decides a stage's output: all but the operational ones, as plain data."""
+def identity(config: Config, *keys: str, without: typing.Sequence[str] = ()) -> dict[str, Any]:
+    """What of these (dotted) keys decides a stage's output: all but the operational ones and those in `without`, as
+    plain data."""
+    left_out = OPERATIONAL | set(without)
 
     def strip(value: Any, path: str) -> Any:
         if not isinstance(value, dict):
             return value
-        kept = {name: item for name, item in value.items() if not {name, f"{path}.{name}"} & OPERATIONAL}
+        kept = {name: item for name, item in value.items() if not {name, f"{path}.{name}"} & left_out}
         return {name: strip(item, f"{path}.{name}") for name, item in kept.items()}
 
     chosen: dict[str, Any] = {}

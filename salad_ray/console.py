@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from salad_ray.config import redact
 
 USER_ERRORS = frozenset(
-    ["ConfigError", "StageError", "TableError", "ModelError", "BadInput", "StoreError", "LeaseError"]
+    ["ConfigError", "StageError", "TableError", "ModelError", "BadInput", "StoreError", "LeaseError", "TrainingStopped"]
 )
 """What a user can mend; the message is one sentence for the user."""
 

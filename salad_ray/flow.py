@@ -1,14 +1,17 @@
-"""Every stage, declared once: what it is for, which tables it reads and writes, in which order a run takes them.
+"""Every stage, declared once: what it is for, what it reads and writes, and which keys of the config decide its output.
 
-The order of `salad run`, what `salad STAGE` makes beforehand, `--help`, `status`, `--redo`, the planner and the sweeps
-all follow from here. A table is named "set/table", or by its name alone where it is the whole run's.
+The order of `salad run`, the places of all tables, what `salad STAGE` makes beforehand, `--help`, `status`, `--redo`,
+`clean`, the planner and the sweeps all follow from here. A table is named "set/table", or by its name alone where it
+is the whole run's.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 
 from salad_ray.config import Config
+from salad_ray.tables import table_label
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,17 @@ STAGES = {
     "synthesize": About("Speak passages, with word times.", ("synthesize",)),
     "encode": About("Turn speech into the encoder's features.", ("encode",)),
     "pack": About("Draw interleavings and pack them into training rows.", ("pack",)),
+    "trunk": About("Distil at a constant rate, with a checkpoint where each decay begins.", ("distill", "model")),
     "stage1": About("Distil the text LLM into the speech-adapted one.", ("distill", "model")),
     "stage2": About("Continue before Stage I's decay, on natural and active speech.", ("stage2", "distill")),
     "measure": About("Measure forgetting, misalignment and distillation loss on held-out passages.", ("measure",)),
     "evaluate": About("Answer the benchmarks' items, read as text and heard as speech.", ("evaluate",)),
     "report": About("Print the gap tables; write report/metrics.json and report/page.html."),
 }
+TRAINED = ("stage1", "stage2", "control")
+"""The speech-adapted models of a run."""
+LENGTHS = ("distill.num_steps", "distill.num_positions", "distill.decay_share")
+"""Where Stage I branches off its trunk. Plan and trunk do not depend on them: a longer budget lengthens both."""
 
 
 @dataclass(frozen=True)
@@ -46,95 +54,182 @@ class Step:
     set: str
     tables: tuple[str, ...]
     reads: tuple[str, ...] = ()
-    """Tables of other steps that it cannot do without, as "set/table"."""
+    """Tables of other steps that it is made from, as "set/table"."""
+    keys: tuple[str, ...] = ()
+    """(Dotted) keys of the config that decide what it writes, sections whole; operational ones never do."""
+    without: tuple[str, ...] = ()
+    """Keys in those sections that do not."""
+    version: int = 1
+    """Raised when the stage's output changes though its config and inputs do not."""
     reads_if_there: tuple[str, ...] = ()
-    """Others that it takes into account: a run makes them before, but asking for this step alone does not. Whoever
+    """Tables that it takes into account. A run makes them before, but asking for this step alone does not: whoever
     wants to see what Stage I makes of speech does not want Stage II to be trained first."""
+    grows: bool = False
+    """Its table may be lengthened later; what was made of the shorter one stays valid."""
 
     @property
     def writes(self) -> tuple[str, ...]:
-        return tuple(f"{self.set}/{name}" if self.set else name for name in self.tables)
+        return tuple(table_label(self.set, name) for name in self.tables)
+
+    @property
+    def label(self) -> str:
+        return f"{self.stage} {self.set}".strip()
 
 
 def steps(config: Config) -> list[Step]:
-    """The whole flow for this config, in order."""
-    is_world = config.model.teacher == "world"
-    flow = []
-    if config.has_web or is_world:
-        flow.append(Step("ingest", "web", ("passages",)))
-    flow.append(Step("teacher", "", ("teacher",), ("web/passages",) if is_world else ()))
-    if config.ingest.corpora:
-        flow += _recorded("natural", config.align.aligner != "none")
-    else:
-        flow += _spoken(Step("ingest", "natural", ("passages",)))
-    if "heldout" in config.measured_sets:
-        flow += _spoken(Step("ingest", "heldout", ("passages",), ("web/passages",) if config.ingest.web else ()))
-    flow.append(Step("pack", "natural", ("plan",), ("teacher", "natural/features")))
-    flow.append(Step("stage1", "", ("stage1",), ("teacher", "natural/features", "natural/plan")))
-    second: tuple[str, ...] = ()
+    """The whole flow for this config, in order: steps of one stage stand together where they can, and share actors."""
+    flow = [*_texts(config), _teacher(config), *_speech(config, _first_sets(config)), *_stage1()]
+    trained = ["stage1"]
     if config.stage2 is not None:
-        second = ("stage2", "control") if config.stage2.control else ("stage2",)
-        flow += _data_engine()
-        plans = ("natural/features", "natural/plan", "active/features", "active/plan")
-        flow.append(Step("stage2", "", second, ("teacher", "stage1", *plans)))
-    measured = tuple(f"measurements_{system}" for system in ("untrained", "stage1", *second))
-    for name in config.measured_sets:
-        flow.append(Step("measure", name, measured, ("teacher", f"{name}/features", "stage1"), second))
+        flow += _data_engine(config)
+        trained += ["stage2", "control"] if config.stage2.control else ["stage2"]
+    flow += [
+        _measure(config, name, system) for name in config.measured_sets for system in ("untrained", *trained)
+    ]  # fmt: skip
     if config.has_benchmark:
-        flow += _questions(config, second)
+        flow += _evaluate(config, trained)
     written = {name: step for step in flow for name in step.writes}
-    shown = [name for name, step in written.items() if step.stage in ("measure", "evaluate") and step.set != "probe"]
+    asked = [name for name, step in written.items() if step.stage in ("measure", "evaluate") and step.set != "probe"]
+    shown = [name for name in asked if not name.endswith(("stage2", "control"))]
     others = [name for name in written if name not in shown]
-    flow.append(Step("report", "", ("report",), tuple(shown), tuple(others)))
-    return flow
+    return [*flow, Step("report", "", (), tuple(shown), reads_if_there=tuple(others))]
 
 
-def _data_engine() -> list[Step]:
-    """From web text, and what Stage I makes of a probe of it, to actively selected speech."""
+def _first_sets(config: Config) -> list[str]:
+    """Sets whose speech is made before any training."""
+    spoken = ["heldout"] if "heldout" in config.measured_sets else []
+    return ["natural", *spoken, *(["benchmark"] if config.has_benchmark else [])]
+
+
+def _texts(config: Config) -> list[Step]:
+    """What is read first: passages to be spoken, recordings, and the benchmarks' items."""
+    world = ("ingest.num_shards", "seed")
+    found = []
+    if config.ingest.web:
+        cut = (f"ingest.passages.{name}" for name in ("max_word_pieces", "min_words", "max_words", "ngram"))
+        keys = ("ingest.web", *cut, "ingest.heldout_share", "ingest.num_shards")
+        keys += ("embed.embedder", "embed.path", "embed.revision")
+        found.append(Step("ingest", "web", ("passages",), keys=keys))
+    elif config.has_web or config.model.teacher == "world":
+        found.append(Step("ingest", "web", ("passages",), keys=("world.num_web", *world)))
+    if config.ingest.corpora:
+        read = (f"ingest.{name}" for name in ("corpora", "languages", "heldout_share", "split_by", "num_shards"))
+        found.append(Step("ingest", "natural", ("catalog",), keys=tuple(read)))
+        found.append(Step("ingest", "natural", ("utterances",), ("natural/catalog",), ("ingest.quality",)))
+    else:
+        keys = ("world.num_natural", "world.unheard", *world)
+        found.append(Step("ingest", "natural", ("passages",), keys=keys))
+    if "heldout" in config.measured_sets and config.ingest.web:
+        keys = ("ingest.passages.num_heldout", "seed")
+        found.append(Step("ingest", "heldout", ("passages",), ("web/passages",), keys))
+    elif "heldout" in config.measured_sets:
+        found.append(Step("ingest", "heldout", ("passages",), keys=("world.num_heldout", *world)))
+    if config.has_benchmark:
+        own = ("exemplars",) if config.evaluate.has_pool else ()
+        keys = ("evaluate.benchmarks", "seed", *(() if config.evaluate.benchmarks else ("world.num_questions",)))
+        found.append(Step("ingest", "benchmark", ("items", *own), keys=keys))
+        found.append(Step("ingest", "benchmark", ("passages",), ("benchmark/items",)))
+    return found
+
+
+def _teacher(config: Config) -> Step:
+    if config.model.teacher == "world":
+        return Step("teacher", "", ("teacher",), ("web/passages",), ("model.teacher", "model.tiny_lm", "seed"))
+    return Step("teacher", "", ("teacher",), keys=("model.teacher", "model.revision"))
+
+
+def _speech(config: Config, sets: Collection[str]) -> list[Step]:
+    """Texts are spoken, recordings are aligned; both are encoded."""
+    recorded = "natural" in sets and bool(config.ingest.corpora)
+    aligned = recorded and config.align.aligner != "none"
+    spoken = [name for name in sets if not (recorded and name == "natural")]
+    found = [Step("align", "natural", ("aligned",), ("natural/utterances",), ("align",))] if aligned else []
+    found += [
+        Step("synthesize", name, ("utterances",), (f"{name}/passages",), ("synthesize", "seed")) for name in spoken
+    ]
+    for name in sets:
+        heard = f"{name}/aligned" if aligned and name == "natural" else f"{name}/utterances"
+        keys: tuple[str, ...] = ("seed",) if config.encode.augment.share else ()
+        keys = ("seed", "evaluate.conditions") if name == "benchmark" else keys
+        found.append(Step("encode", name, ("features",), (heard,), ("encode", *keys)))
+    return found
+
+
+def _pack(name: str, *others: str) -> Step:
+    keys = ("context", "text_words", "speech_words", "num_lanes")
+    reads = ("teacher", f"{name}/features", *others)
+    return Step("pack", name, ("plan",), reads, (*(f"pack.{key}" for key in keys), "seed"), grows=True)
+
+
+def _stage1() -> list[Step]:
+    read = ("teacher", "natural/features", "natural/plan")
+    keys = ("distill", "model.adapter", "pack.rows_per_lane", "seed")
+    return [
+        _pack("natural"),
+        Step("trunk", "", ("trunk",), read, keys, LENGTHS, grows=True),
+        Step("stage1", "", ("stage1",), ("trunk", *read), LENGTHS),
+    ]
+
+
+def _data_engine(config: Config) -> list[Step]:
+    """From web text, and what Stage I makes of a probe of it, to actively selected speech and Stage II."""
     clusters = ("web/clusters", "web/centroids")
     probed = ("probe/passages", "probe/utterances", "probe/measurements_stage1")
-    return [
-        Step("embed", "web", ("embeddings",), ("web/passages",)),
-        Step("cluster", "web", ("clusters", "centroids"), ("web/passages", "web/embeddings")),
-        *_spoken(Step("probe", "probe", ("passages",), ("web/passages", *clusters))),
-        Step("measure", "probe", ("measurements_stage1",), ("teacher", "probe/features", "stage1")),
-        *_spoken(
-            Step(
-                "select",
-                "active",
-                ("selection", "passages"),
-                ("web/passages", *clusters, *probed, "natural/features"),
-            )
-        ),
-        Step("pack", "active", ("plan",), ("teacher", "active/features", "active/selection", "natural/plan")),
-    ]
+    embed = ("embed",) if config.embed.embedder == "sentence_transformers" else ("embed", "seed")
+    trunk = ("trunk", "teacher", "natural/features", "natural/plan")
+    active = ("active/features", "active/plan")
+    found = [
+        Step("embed", "web", ("embeddings",), ("web/passages",), embed),
+        Step("cluster", "web", ("clusters", "centroids"), ("web/passages", "web/embeddings"), ("cluster", "seed")),
+        Step("probe", "probe", ("passages",), ("web/passages", *clusters), ("probe.passages_per_cluster",)),
+        *_speech(config, ["probe"]),
+        _measure(config, "probe", "stage1"),
+        Step("select", "active", ("selection", "passages"),
+             ("web/passages", *clusters, *probed, "natural/features"), ("select",)),
+        *_speech(config, ["active"]),
+        _pack("active", "active/selection", "natural/plan"),
+        Step("stage2", "", ("stage2",), (*trunk, *active), ("stage2", *LENGTHS)),
+    ]  # fmt: skip
+    assert config.stage2 is not None
+    if config.stage2.control:
+        keys = ("stage2", *LENGTHS)
+        found.append(Step("stage2", "", ("control",), trunk, keys, without=("stage2.active_weight",)))
+    return found
 
 
-def _questions(config: Config, second: tuple[str, ...]) -> list[Step]:
-    """The benchmarks' items, spoken, and what every system answers."""
-    own = ("exemplars",) if config.evaluate.has_pool else ()
-    asked = ["base", "stage1", *second, *(["cascade"] if config.evaluate.cascade != "none" else [])]
-    read = tuple(f"benchmark/{name}" for name in ("items", *own, "utterances", "features"))
-    return [
-        *_spoken(Step("ingest", "benchmark", ("items", *own, "passages"))),
-        Step("evaluate", "benchmark", tuple(f"scores_{name}" for name in asked), ("teacher", *read, "stage1"), second),
-    ]
+def _measure(config: Config, name: str, system: str) -> Step:
+    pack = ("pack.context", "pack.text_words", "pack.speech_words")
+    keys: tuple[str, ...] = ("measure", "distill.precision", *pack, "seed")
+    if system == "untrained":
+        keys += ("model.adapter",)
+    model = () if system == "untrained" else (system,)
+    return Step("measure", name, (f"measurements_{system}",), ("teacher", f"{name}/features", *model), keys)
 
 
-def _spoken(writer: Step) -> list[Step]:
-    """What writes passages, and the stages that speak and encode them."""
-    name = writer.set
-    return [
-        writer,
-        Step("synthesize", name, ("utterances",), (f"{name}/passages",)),
-        Step("encode", name, ("features",), (f"{name}/utterances",)),
-    ]
+def _evaluate(config: Config, trained: Collection[str]) -> list[Step]:
+    """What every system answers to the benchmarks' items: the text LLM, the trained models, the cascade."""
+    pool = ("benchmark/exemplars",) if config.evaluate.has_pool else ()
+    read = ("teacher", "benchmark/items", *pool)
+    keys = ("evaluate.num_shots", "distill.precision", "pack.context", "seed")
+    found = [Step("evaluate", "benchmark", ("scores_base",), read, keys)]
+    for system in trained:
+        reads = (*read, "benchmark/features", system)
+        found.append(Step("evaluate", "benchmark", (f"scores_{system}",), reads, keys))
+    if config.evaluate.cascade != "none":
+        own = ("evaluate.conditions", "evaluate.cascade")
+        reads = (*read, "benchmark/utterances")
+        found.append(Step("evaluate", "benchmark", ("scores_cascade",), reads, (*keys, *own)))
+    return found
 
 
-def _recorded(name: str, aligned: bool) -> list[Step]:
-    align = [Step("align", name, ("aligned",), (f"{name}/utterances",))] if aligned else []
-    heard = f"{name}/aligned" if aligned else f"{name}/utterances"
-    return [Step("ingest", name, ("catalog", "utterances")), *align, Step("encode", name, ("features",), (heard,))]
+def merged(flow: Iterable[Step]) -> list[Step]:
+    """One step for each stage and set, with all the tables that it writes there: what a plan has a row for."""
+    found: dict[tuple[str, str], Step] = {}
+    for step in flow:
+        before = found.get((step.stage, step.set))
+        tables = step.tables if before is None else before.tables + step.tables
+        found[step.stage, step.set] = replace(step, tables=tables)
+    return list(found.values())
 
 
 def steps_of(config: Config, stage: str, set_name: str) -> list[Step]:
@@ -153,13 +248,22 @@ def steps_of(config: Config, stage: str, set_name: str) -> list[Step]:
     return chosen
 
 
-def with_needs(config: Config, wanted: list[Step]) -> list[Step]:
+def with_needs(config: Config, wanted: Collection[Step]) -> list[Step]:
     """These steps and all that make what they read, in the order of the run."""
     flow = steps(config)
     writers = {name: step for step in flow for name in step.writes}
     needed, ahead = set(wanted), list(wanted)
     while ahead:
-        found = {writers[name] for name in ahead.pop().reads} - needed
+        found = {writers[name] for name in ahead.pop().reads if name in writers} - needed
         needed |= found
         ahead += found
     return [step for step in flow if step in needed]
+
+
+def made_from(flow: Iterable[Step], tables: Collection[str]) -> list[str]:
+    """These tables and all that are made from them, directly or not, in the order of the run."""
+    found = list(tables)
+    for step in flow:
+        if set(step.reads) & set(found):
+            found += [name for name in step.writes if name not in found]
+    return found

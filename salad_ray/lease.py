@@ -1,6 +1,7 @@
-"""One driver at a time on a run: two would clear each other's temporary files and prune each other's checkpoints.
+"""One driver at a time makes a table: two would clear each other's temporary files and prune each other's checkpoints.
 
-The lease is `run_dir/driver.json`. While its holder lives, it counts `beat` up; clocks, which differ, are not compared.
+The lease is a file beside the table's folder. While its holder lives, it counts `beat` up; clocks, which differ, are
+not compared. Whoever wants the same table waits, and then finds it done.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from salad_ray.console import say
-from salad_ray.tables import delete_file, read_json, write_json
+from salad_ray.store import filesystem, is_local
+from salad_ray.tables import delete_file, file_exists, read_json, write_json
 
 BEAT_SECS = 20.0
 """Between two signs of life."""
@@ -31,30 +33,38 @@ SETTLE_SECS = 0.5
 
 
 class LeaseError(RuntimeError):
-    """A run that another driver works on; the message is for the user."""
+    """A table that another driver has taken over; the message is for the user."""
 
 
 @contextmanager
-def only_driver(run_dir: str) -> Iterator[None]:
-    """Hold the lease of a run, taking over that of a dead driver; raises `LeaseError` while another one lives."""
-    url = f"{run_dir}/driver.json"
+def held(url: str) -> Iterator[None]:
+    """Hold the lease of a table's folder; waits while another driver has it, and takes over that of a dead one.
+
+    Raises:
+        LeaseError: another driver took it over, as this one gave no sign of life.
+    """
+    place = f"{url}.lease.json"
     pid = os.getpid()
     own = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": pid, "beat": 0}
     own |= {"machine": _machine(), "started": _started(pid)}
     ended, lost = threading.Event(), threading.Event()
-    beating = threading.Thread(target=_beat, args=(run_dir, url, own, ended, lost), daemon=True)
+    beating = threading.Thread(target=_beat, args=(url, place, own, ended, lost), daemon=True)
     try:
-        while _lease(url).get("id") != own["id"]:
-            _wait_for_end(run_dir, url)
+        while not _made(place, own):
+            _wait_for_end(url, place)
+            if not _lease(place) and is_local(filesystem(place)[0]) and not file_exists(place):
+                continue  # it is gone, and whoever makes it first has it
             asked = time.monotonic()
-            write_json(url, own)
+            write_json(place, own)
             time.sleep(max(SETTLE_SECS, time.monotonic() - asked))  # on a slow store others' writes are slow, too
+            if _lease(place).get("id") == own["id"]:
+                break
         beating.start()
         yield
     except KeyboardInterrupt:
         if lost.is_set():
             raise LeaseError(
-                f"{run_dir}: {_who(_lease(url))} has taken this run over, as this driver gave no sign of life for "
+                f"{url}: {_who(_lease(place))} has taken this table over, as this driver gave no sign of life for "
                 f"{WAIT_SECS:g} s; this one ends"
             ) from None
         raise
@@ -63,53 +73,72 @@ def only_driver(run_dir: str) -> Iterator[None]:
         if beating.is_alive():
             beating.join()  # or it might write once more
         with suppress(Exception):  # what ended the work is what is told; a lease that stays is silent from now on
-            if _lease(url).get("id") == own["id"]:
-                delete_file(url)
+            if _lease(place).get("id") == own["id"]:
+                delete_file(place)
 
 
-def _lease(url: str) -> dict[str, Any]:
+def is_held(url: str) -> bool:
+    """Whether somebody seems to be at work on a table."""
+    return _may_live(_lease(f"{url}.lease.json"))
+
+
+def _made(place: str, own: dict[str, Any]) -> bool:
+    """Whether a new lease could be made: on a local disk a file is made once. A store gives no such promise."""
+    fs, path = filesystem(place)
+    if not is_local(fs):
+        return False
+    fs.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f"{path}.{own['id']}.tmp"
+    write_json(temporary, own)
+    try:
+        os.link(temporary, path)  # whole, or not at all
+    except OSError:
+        return False
+    finally:
+        os.unlink(temporary)
+    return True
+
+
+def _lease(place: str) -> dict[str, Any]:
     """What the holder has written; nothing where there is none, or where a machine's crash has left half a file."""
     try:
-        return read_json(url) or {}
+        return read_json(place) or {}
     except ValueError:
         return {}
 
 
-def _wait_for_end(run_dir: str, url: str) -> None:
-    """Return once nobody has the lease, or only a dead driver; raises `LeaseError` at a sign of life."""
-    first = seen = _lease(url)
+def _wait_for_end(url: str, place: str) -> None:
+    """Return once nobody has the lease, or only a dead driver, or one that gives no sign of life."""
+    seen = _lease(place)
     until = time.monotonic() + WAIT_SECS
-    if _may_live(first):
-        say(f"{run_dir}: {_who(first)} may still be at work; waiting up to {WAIT_SECS:g} s for a sign of life")
+    if _may_live(seen):
+        say(f"{url}: {_who(seen)} is making this table; waiting for it")
     while _may_live(seen):
-        if seen != first:
-            raise LeaseError(
-                f"{run_dir}: {_who(seen)} is at work on this run; wait until it is done, end it there (Ctrl-C, or "
-                "`ray job stop` for a job), or choose another run_dir"
-            )
-        if time.monotonic() > until:
-            say(f"{run_dir}: {_who(first)} has given no sign of life; its run is taken over")
-            return
+        before = seen
         time.sleep(LOOK_SECS)
         asked = time.monotonic()
-        seen = _lease(url)
-        if time.monotonic() - asked > BEAT_SECS:  # the store was away, for its holder perhaps as well
+        seen = _lease(place)
+        was_away = time.monotonic() - asked > BEAT_SECS  # the store, for its holder perhaps as well
+        if seen != before or was_away:
             until = time.monotonic() + WAIT_SECS
+        elif time.monotonic() > until:
+            say(f"{url}: {_who(seen)} has given no sign of life for {WAIT_SECS:g} s; its table is taken over")
+            return
 
 
-def _beat(run_dir: str, url: str, own: dict[str, Any], ended: threading.Event, lost: threading.Event) -> None:
+def _beat(url: str, place: str, own: dict[str, Any], ended: threading.Event, lost: threading.Event) -> None:
     """Show that the holder lives, until it has ended; interrupt it if another driver took it for dead."""
     while not ended.wait(BEAT_SECS):
         with suppress(Exception):  # a store that fails now may work at the next beat
-            if _lease(url).get("id", own["id"]) != own["id"]:
+            if _lease(place).get("id", own["id"]) != own["id"]:
                 lost.set()
                 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a script
-                    say(f"{run_dir}: {_who(_lease(url))} has taken this run over; this driver ends")
+                    say(f"{url}: {_who(_lease(place))} has taken this table over; this driver ends")
                     os._exit(1)
                 _thread.interrupt_main()
                 return
             own["beat"] += 1
-            write_json(url, own)
+            write_json(place, own)
 
 
 def _who(lease: dict[str, Any]) -> str:

@@ -5,107 +5,224 @@ from __future__ import annotations
 import importlib
 import os
 import time
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
+from itertools import groupby
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from salad_ray.config import Config, ConfigError, SetName, dump_config, load_config, replaced
+from salad_ray.config import Config, ConfigError, identity, replaced
 from salad_ray.console import clock, log_facts, say, show
-from salad_ray.flow import Step, steps, steps_of, with_needs
-from salad_ray.tables import (
-    Table,
-    Utterance,
-    delete_folder,
-    file_exists,
-    fingerprint,
-    read_json,
-    write_bytes,
-    write_json,
+from salad_ray.flow import TRAINED, Step, made_from, merged, steps, steps_of, with_needs
+from salad_ray.lease import held, is_held
+from salad_ray.runs import (
+    NOWHERE,
+    OPEN,
+    Places,
+    Run,
+    forget,
+    kept_runs,
+    key_of,
+    lead_to,
+    num_bytes,
+    open_run,
+    refuse_older,
+    run_name,
+    unused_tables,
+    users_of,
+    write_index,
 )
+from salad_ray.tables import Table, Utterance, delete_folder, fingerprint, read_json, write_json
 
 if TYPE_CHECKING:
     from salad_ray.scaling.rates import Rates
 
+Ask = Callable[[str], bool]
+"""Asks the user whether to go on."""
+
 
 def stage_module(stage: str) -> ModuleType:
-    """The stage's module; imported late, since `salad --help` should not wait for torch."""
+    """The stage's module; imported late, since `salad --help` should not wait for torch.
+
+    It has `work(run, step) -> Work` if it goes shard by shard, else `make(run, step)`; and perhaps
+    `sources(config, step)`, the facts of what it reads from outside.
+    """
     return importlib.import_module(f"salad_ray.stages.{stage}")
 
 
-def run_all(config: Config) -> None:
-    """Every stage in order; what is done is skipped, what was interrupted continues."""
-    started = time.monotonic()
-    _run_steps(config, steps(config), started)
-    say(f"done in {clock(time.monotonic() - started)}; everything lies in {config.run_dir}")
+def resolve(
+    config: Config, flow: Sequence[Step] | None = None, name: str | None = None, looked_at: dict[str, Any] | None = None
+) -> Run:
+    """The run of a config: the places of all that these steps write, all of the config's by default.
 
+    Sources are looked at (models loaded, files listed), once each.
 
-def make(config: Config, stage: str, set_name: str, anew: bool = False) -> None:
-    """One stage, and before it all that it needs and that is not there yet; `anew` deletes its own output first.
-
-    A stage that is no step of this config runs by itself, and says what it lacks.
+    Args:
+        looked_at: facts that were found already, to which these are added; several configs may share them.
 
     Raises:
-        ConfigError: the stage does not work on this set.
+        ConfigError, ModelError: a source that is not there.
+    """
+    keys: dict[str, str] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    looked_at = {} if looked_at is None else looked_at
+    for step in steps(config) if flow is None else flow:
+        found: dict[str, Any] = {}
+        if sources := getattr(stage_module(step.stage), "sources", None):
+            place = fingerprint({"stage": step.stage, "tables": step.tables, "keys": identity(config, *step.keys)})
+            if place not in looked_at:
+                looked_at[place] = sources(config, step)
+            found = looked_at[place]
+        keys |= dict.fromkeys(step.writes, key_of(config, step, keys, found))
+        facts |= dict.fromkeys(step.writes, found)
+    return Run(config, Places(config.run_dir, name or run_name(config), keys), facts)
+
+
+def run_all(config: Config) -> Run:
+    """Every stage in order; what is done is skipped, what was interrupted continues."""
+    started = time.monotonic()
+    flow = steps(config)
+    run = start(config, flow)
+    run_steps(run, flow, started)
+    say(f"done in {clock(time.monotonic() - started)}; everything lies in {config.run_dir}")
+    return run
+
+
+def make(config: Config, stage: str, set_name: str, redo: bool = False, ask: Ask = lambda _: True) -> Run:
+    """One stage, and before it all that it needs and that is not there yet.
+
+    Args:
+        redo: delete its tables first, and what was made from them.
+        ask: asked before other kept runs lose tables.
+
+    Raises:
+        ConfigError: the stage does not work on this set, or has no part in this config.
     """
     wanted = steps_of(config, stage, set_name)
-    sets = [step.set for step in steps(config) if step.stage == stage]
-    if sets and not wanted:
-        raise ConfigError(f"in this config the stage '{stage}' works on {', '.join(sets)}, not on set={set_name}")
-    if anew:
-        redo(config, stage, set_name)
-    if wanted:
-        _run_steps(config, with_needs(config, wanted), time.monotonic(), wanted if anew else [])
-    else:
-        run_stage(config, stage, set_name)
+    if not wanted:
+        sets = [step.set for step in steps(config) if step.stage == stage and step.set]
+        where = f"works on {', '.join(dict.fromkeys(sets))}, not on set={set_name}" if sets else "has no part"
+        raise ConfigError(f"in this config the stage '{stage}' {where}")
+    if not {"trunk", "stage1", "stage2"} & {stage}:
+        wanted = _without_later_models(config, wanted)
+    flow = with_needs(config, wanted)
+    run = start(config, flow)
+    if redo:
+        delete_tables(run, [label for step in wanted for label in step.writes], ask)
+    run_steps(run, flow, time.monotonic())
+    return run
 
 
-def _run_steps(config: Config, flow: list[Step], started: float, anew: list[Step] | None = None) -> None:
-    for number, step in enumerate(flow, 1):
-        say(f"[{number}/{len(flow)}, {clock(time.monotonic() - started)}] {step.stage} {step.set}".rstrip())
-        run_stage(config, step.stage, step.set or config.set, anew=step in (anew or []))
+def _without_later_models(config: Config, wanted: list[Step]) -> list[Step]:
+    """What is made of Stage II is left out until there is one: whoever looks at Stage I does not want it trained."""
+    later = set(TRAINED[1:])
+    if not any(later & set(step.reads) for step in wanted):
+        return wanted
+    run = resolve(config)
+    return [step for step in wanted if all(run.labelled(label).manifest() for label in later & set(step.reads))]
 
 
-def run_stage(config: Config, stage: str, set_name: SetName | str, anew: bool = False) -> None:
-    """One stage on one set, the resolved config saved first; `anew` takes nothing over from the base run."""
-    url = f"{config.run_dir}/config.yaml"
-    log_facts.update(run=config.run_dir, stage=stage, set=set_name)
-    resolved = dump_config(config).encode()
-    if not file_exists(url):
-        write_bytes(url, resolved)
-    if config.base_run and not anew:
-        take_over(config, stage, set_name)
-    stage_module(stage).run(config.model_copy(update={"set": set_name}))
-    write_bytes(url, resolved)  # only now: a stage that refuses a config has not used it
+def start(config: Config, flow: Sequence[Step]) -> Run:
+    """Resolve, and keep the run; raises `TableError` where an earlier version has written."""
+    refuse_older(config.run_dir)
+    run = resolve(config, flow)
+    write_index(run)
+    return run
 
 
-def take_over(config: Config, stage: str, set_name: str) -> None:
-    """Let a stage find its tables done where the base run has them; it lets go of those that this config would not
-    make."""
-    assert config.base_run is not None
-    for step in steps(config):
-        if step.stage == stage and step.set in ("", set_name):
-            for name in step.tables:
-                own, base = (Table(run_dir, step.set, name) for run_dir in (config.run_dir, config.base_run))
-                manifest = base.manifest()
-                if (
-                    manifest is not None
-                    and _may_take(config, name)
-                    and (own.is_new() or _was_moved(own, base, manifest))
-                ):
-                    own.link(base.url)
+def run_steps(run: Run, flow: Sequence[Step], started: float) -> None:
+    """Make what is missing of these steps; neighbours of one stage by the same actors."""
+    number = 0
+    for stage, group in groupby(flow, lambda step: step.stage):
+        together = list(group)
+        number += len(together)
+        sets = ", ".join(dict.fromkeys(step.set for step in together if step.set))
+        say(f"[{number}/{len(flow)}, {clock(time.monotonic() - started)}] {stage} {sets}".rstrip())
+        make_steps(run, together)
 
 
-def _was_moved(own: Table, base: Table, manifest: dict[str, Any]) -> bool:
-    """Whether a table was taken over from where this base run lay before it was moved, or from what it is a copy of."""
-    there = own.linked_to()
-    return there not in (None, base.url) and (own.manifest() or {}).get("version") in (None, manifest["version"])
+def make_steps(run: Run, group: Sequence[Step]) -> None:
+    """Make the tables of neighbouring steps of one stage; another driver that makes one of them is waited for."""
+    stage = group[0].stage
+    module = stage_module(stage)
+    log_facts.update(run=run.config.run_dir, stage=stage, set=group[0].set)
+    with ExitStack() as leases:
+        for step in group:
+            leases.enter_context(held(run.labelled(step.writes[0]).url)) if step.writes else None
+        if hasattr(module, "work"):
+            from salad_ray.stages.common import run_works
+
+            run_works(run, [module.work(run, step) for step in group])
+        else:
+            for step in group:
+                module.make(run, step)
 
 
-def _may_take(config: Config, name: str) -> bool:
-    """Not a report, which nobody checks; nor what was measured of a model that this run has not taken over."""
-    trained = name.removeprefix("measurements_").removeprefix("scores_")
-    if trained in ("stage1", "stage2", "control") and trained != name:
-        return Table(config.run_dir, "", trained).linked_to() is not None
-    return name != "report"
+def delete_tables(run: Run, labels: Collection[str], ask: Ask) -> None:
+    """Delete tables and all that was made from them, by whichever kept run.
+
+    Raises:
+        ConfigError: other kept runs have some of them, and the user does not want them to lose these.
+    """
+    own = {run.labelled(label).url for label in made_from(steps(run.config), labels)}
+    doomed = own | _made_from_elsewhere(run, labels)
+    there = {table.url: table for table in _tables_of_all(run) if table.url in doomed and not table.is_new()}
+    others = users_of(run.config.run_dir, set(there), but=run.places.name)
+    if others and not ask(f"{len(there)} tables are deleted; {', '.join(others)} have some of them, too"):
+        raise ConfigError("nothing was deleted")
+    for table in there.values():
+        with held(table.url):
+            table.delete()
+    if there:
+        say(f"deleted {len(there)} tables: {', '.join(sorted({table.label for table in there.values()}))}")
+
+
+def _tables_of_all(run: Run) -> list[Table]:
+    kept = [run.places, *kept_runs(run.config.run_dir)]
+    return [places.labelled(label) for places in kept for label, key in places.keys.items() if key != NOWHERE]
+
+
+def _made_from_elsewhere(run: Run, labels: Collection[str]) -> set[str]:
+    """Places of tables that other kept runs have made from these."""
+    found = set()
+    wanted = {run.labelled(label).url for label in labels}
+    for places in kept_runs(run.config.run_dir):
+        reads = (read_json(places.index_url) or {}).get("reads", {})
+        hit = {label for label in places.keys if places.labelled(label).url in wanted}
+        grew = True
+        while grew:
+            more = {label for label, inputs in reads.items() if set(inputs) & hit} - hit
+            hit, grew = hit | more, bool(more)
+        found |= {places.labelled(label).url for label in hit}
+    return found
+
+
+def clean(run_dir: str, forgotten: Sequence[str], ask: Ask) -> None:
+    """Delete the tables that no kept run has, after they were listed with their sizes.
+
+    Args:
+        forgotten: names of runs that are kept no longer.
+    """
+    known = {places.name: places for places in kept_runs(run_dir)}
+    strange = [name for name in forgotten if name not in known]
+    if strange:
+        raise ConfigError(f"{run_dir} has no run '{strange[0]}'; it has {', '.join(known) or 'none'}")
+    left = [table for table in unused_tables(run_dir, set(forgotten)) if not is_held(table.url)]
+    sizes = {table.url: num_bytes(table) for table in left}
+    for table in left:
+        say(f"{sizes[table.url] / 1e6:12,.1f} MB  {table.url}")
+    total = f"{len(left)} tables, {sum(sizes.values()) / 1e6:,.1f} MB, which no kept run has"
+    if not left and not forgotten:
+        say(f"{run_dir}: nothing to clean")
+        return
+    if not ask(f"delete {total}" + (f", and forget {', '.join(forgotten)}" if forgotten else "")):
+        say("nothing was deleted")
+        return
+    for name in forgotten:
+        forget(known[name])
+    for table in left:
+        table.delete()
+    say(f"deleted {total}")
 
 
 def run_sweeps(config: Config, only: str | None = None, redo: bool = False) -> None:
@@ -116,28 +233,65 @@ def run_sweeps(config: Config, only: str | None = None, redo: bool = False) -> N
     """
     from salad_ray.report.page import write_page
     from salad_ray.report.scaling import sweep_grids
-    from salad_ray.scaling.sweep import Flow, run_sweep
+    from salad_ray.scaling.sweep import run_sweep
 
     if only is not None and only not in config.sweeps:
         raise ConfigError(f"there is no sweep '{only}' in the config; it has {', '.join(config.sweeps) or 'none'}")
     if not config.sweeps:
         raise ConfigError("the config has no sweeps; name one: sweeps: {alpha: {grid: {distill.alpha: [0, 1]}}}")
     chosen = [name for name in config.sweeps if only in (None, name)]
+    run = start(config, steps(config))
     if redo:
         for name in chosen:
-            delete_folder(f"{config.run_dir}/sweeps/{name}")  # what it took over are references
-    results = [run_sweep(config, name, Flow(run_stage)) for name in chosen]
-    page = f"{config.run_dir}/report/page.html"
-    write_page([config.run_dir], page)
+            _forget_sweep(run, name)
+    results = [run_sweep(run, name, SweepFlow()) for name in chosen]
+    url = run.places.report_url
+    write_page([run.places], f"{url}/page.html")
+    lead_to(run.places)
     for result in results:
         show(*sweep_grids(result))
-    say(f"report: {page}#scaling")
+    say(f"report: {config.run_dir}/report/page.html#scaling")
     failed = [row for result in results for row in result["rows"] if row["error"]]
     if failed:
         raise ConfigError(
             f"{len(failed)} trainings failed, first {failed[0]['trial']}: {failed[0]['error']}; the same command tries "
             "them again"
         )
+
+
+class SweepFlow:
+    """What the pipeline lends to a sweep, which must not import it."""
+
+    def __init__(self) -> None:
+        self.looked_at: dict[str, Any] = {}
+
+    def resolve(self, config: Config, name: str) -> Run:
+        return resolve(config, name=name, looked_at=self.looked_at)
+
+    @staticmethod
+    def run_steps(run: Run, flow: Sequence[Step]) -> None:
+        run_steps(run, flow, time.monotonic())
+
+
+def _forget_sweep(run: Run, name: str) -> None:
+    """Delete a sweep's results and the tables that its trainings alone have."""
+    run_dir = run.config.run_dir
+    mine = [places for places in kept_runs(run_dir) if places.name.startswith(f"{name}/")]
+    others = {
+        places.labelled(label).url
+        for places in (run.places, *kept_runs(run_dir))
+        if places not in mine
+        for label in places.keys
+    }
+    for places in mine:
+        for label in places.keys:
+            table = places.labelled(label)
+            if table.url not in others and not table.is_new():
+                with held(table.url):
+                    table.delete()
+        forget(places)
+        delete_folder(places.report_url.removesuffix("/report"))
+    delete_folder(f"{run_dir}/sweeps/{name}")
 
 
 SILENT_SECS = 300
@@ -181,9 +335,9 @@ def show_plan(config: Config, rates_file: str | None, measured: str | None, cali
     if calibrate:
         measured = _calibrate(config, rates)
     if measured:
-        run = config_of(measured)
-        rates = measured_rates(rates, run, steps(run), config)
-    plan = make_plan(config, steps(config), rates)
+        run = open_run(measured)
+        rates = measured_rates(rates, run, merged(steps(run.config)), config)
+    plan = make_plan(config, merged(steps(config)), rates)
     show(*plan_grids(plan))
     url = f"{config.run_dir}/plan/plan.json"
     write_json(url, plan.as_dict() | {"rates": rates.model_dump()})
@@ -210,7 +364,7 @@ def _calibrate(config: Config, rates: Rates) -> str:
 
 def calibration(config: Config) -> Config:
     """A small run of the same kind, on all GPUs of this machine; another config or machine gives it another folder."""
-    gpus, changes = _gpus(), CALIBRATION | {"base_run": None}
+    gpus, changes = _gpus(), dict(CALIBRATION)
     if config.stage2 is not None:
         changes |= {"stage2.num_steps": 30, "stage2.num_positions": None, "stage2.control": False}
     lanes = config.pack.num_lanes
@@ -236,18 +390,6 @@ def _gpus() -> list[Any]:
     return [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
 
 
-def redo(config: Config, stage: str, set_name: str) -> None:
-    """Delete what this stage wrote for this set; raises `ConfigError` if it has no part in this config."""
-    chosen = steps_of(config, stage, set_name)
-    if not chosen:
-        sets = ", ".join(step.set for step in steps(config) if step.stage == stage) or "no set"
-        raise ConfigError(f"--redo: in this config the stage '{stage}' works on {sets}, not on set={set_name}")
-    for step in chosen:
-        for table in step.tables:
-            Table(config.run_dir, step.set, table).delete()
-            Table(config.run_dir, step.set, "rejects").delete_shards(f"{table}-")
-
-
 def export_cuts(run_dir: str, set_name: str, target: str) -> int:
     """Write a set's utterances as a Lhotse manifest, with word times where there are any; returns their number.
 
@@ -258,7 +400,8 @@ def export_cuts(run_dir: str, set_name: str, target: str) -> int:
 
     if not target.endswith(".jsonl.gz"):
         raise ConfigError(f"{target}: a cut manifest ends in .jsonl.gz")
-    tables = [Table(run_dir, set_name, name) for name in ("aligned", "utterances")]
+    run = open_run(run_dir)
+    tables = [run.table(set_name, name) for name in ("aligned", "utterances")]
     table = next((table for table in tables if table.manifest() is not None), None)
     if table is None:
         raise ConfigError(f"{tables[-1].url} is not finished; run `salad ingest CONFIG set={set_name}` first")
@@ -266,19 +409,34 @@ def export_cuts(run_dir: str, set_name: str, target: str) -> int:
     return write_cuts(rows, target)
 
 
-def config_of(run_dir: str) -> Config:
-    """The config of a run, which may have been moved since."""
-    place = run_dir.rstrip("/")
-    return load_config(f"{place}/config.yaml").model_copy(update={"run_dir": place})
+def status(run: Run) -> list[dict[str, str]]:
+    """One row for each table of the run: stage, set, table, state, rows, rejects, time, place."""
+    rows = []
+    for step in steps(run.config):
+        for label in step.writes:
+            table = run.labelled(label)
+            place = table.url.removeprefix(f"{run.config.run_dir}/")
+            rows.append({"stage": step.stage, "set": step.set, "place": place} | _table_status(table))
+    return rows
 
 
-def status(config: Config) -> list[dict[str, str]]:
-    """One row for each table of the run: stage, set, state, rows, rejects, time, place."""
-    return [
-        {"stage": step.stage, "set": step.set} | _table_status(Table(config.run_dir, step.set, name))
-        for step in steps(config)
-        for name in step.tables
-    ]
+def other_runs(run: Run) -> list[tuple[str, str]]:
+    """The other kept runs, but trainings of sweeps: name, and the keys of the config in which they differ."""
+    own = _flat(run.config.model_dump(mode="json"))
+    found = []
+    for places in kept_runs(run.config.run_dir):
+        if places.name != run.places.name and "/" not in places.name:
+            other = _flat((read_json(places.index_url) or {}).get("config", {}))
+            keys = [key for key in own | other if own.get(key) != other.get(key) and key.split(".")[0] not in OPEN]
+            found.append((places.name, ", ".join(f"{key}={other.get(key)}" for key in keys)))
+    return found
+
+
+def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _table_status(table: Table) -> dict[str, str]:

@@ -1,9 +1,9 @@
 """The tables between stages: row types, Parquet shards, rejects and manifests.
 
-A table is a folder `run_dir/<set>/<name>/` of Parquet shards plus `manifest.json`, which is written last. A shard is
-the unit of work, of resume and of retry: it appears whole or not at all, under a name fixed by its input, so a shard
-that is done twice is still there once. What a stage leaves out goes to `run_dir/<set>/rejects/` with the reason.
-Paths may be local or any URL that fsspec opens.
+A table is a folder `run_dir/<set>/<name>/<key>/` of Parquet shards plus `manifest.json`, which is written last; the key
+is a hash of what decides its content (`runs.py`). A shard is the unit of work, of resume and of retry: it appears whole
+or not at all, under a name fixed by its input, so a shard that is done twice is still there once. What a stage leaves
+out goes to `rejects/` in the table's folder, with the reason. Paths may be local or any URL that fsspec opens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -31,6 +30,8 @@ from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 from salad_ray.store import as_name, filesystem, is_local, list_folder, remove_files, scratch_folder
 
 SCHEMA_VERSION = 3
+SAMPLES, SAMPLE_BYTES = 16, 2**20
+"""Of a file that is too large to be read whole for its hash."""
 READ_AT_ONCE = 32
 """An object store answers one request after the other too slowly for thousands of shards."""
 
@@ -338,58 +339,26 @@ def _plan_segment(shard: str, rows: list[int], spans: list[dict[str, Any]]) -> P
 
 @dataclass(frozen=True)
 class Table:
-    """One table of a run: `Table(run_dir, "natural", "utterances")`; set "" for what the whole run shares."""
+    """One table: `Table(url, "natural", "utterances")`, set "" for what the whole run shares (`runs.py` finds it)."""
 
-    run_dir: str
+    url: str
+    """Its folder."""
     set: str
     name: str
 
-    @cached_property
-    def url(self) -> str:
-        """Where it lies: in its run, or in another one that it was taken over from (`link`).
-
-        Kept, as it costs a request; a link that is made or forgotten by way of another object is not noticed.
-        """
-        return self.linked_to() or self._own_url
-
-    def __getstate__(self) -> dict[str, str]:
-        """Without what is kept: another process looks itself, perhaps much later."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-
-    def _look_anew(self) -> None:
-        self.__dict__.pop("url", None)
-        self.__dict__.pop("rejects", None)
+    @property
+    def label(self) -> str:
+        """`natural/utterances`, or `teacher`."""
+        return table_label(self.set, self.name)
 
     @property
-    def _own_url(self) -> str:
-        return "/".join(filter(None, (self.run_dir, self.set, self.name)))
-
-    def link(self, url: str) -> None:
-        """Stand for a finished table of another run: it is read there, and never written or deleted from here."""
-        write_json(f"{self._own_url}/link.json", {"url": url})
-        self._look_anew()
-
-    def unlink(self) -> None:
-        """Forget a table that was taken over; it stays where it is."""
-        delete_file(f"{self._own_url}/link.json")
-        self._look_anew()
-
-    @cached_property
     def rejects(self) -> Table:
-        """Where the rejects of this table's rows are, in the run that it lies in."""
-        place = "/".join(filter(None, (self.set, self.name)))
-        return Table(self.url.removesuffix(f"/{place}"), self.set, "rejects")
+        """The rows that were left out of this table, shard by shard, and why."""
+        return Table(f"{self.url}/rejects", self.set, "rejects")
 
     def is_new(self) -> bool:
-        """Whether nothing was written, and nothing taken over."""
-        files = ("link.json", "begun.json", "manifest.json")
-        return not any(file_exists(f"{self._own_url}/{name}") for name in files) and not self.shards()
-
-    def linked_to(self) -> str | None:
-        """Where the table lies, if it was taken over from another run; asks anew, and so does `url` then."""
-        self._look_anew()
-        link = read_json(f"{self._own_url}/link.json")
-        return None if link is None else str(link["url"])
+        """Whether nothing was written."""
+        return not list_folder(self.url)
 
     def shards(self) -> list[str]:
         """Names of the finished shards, sorted."""
@@ -461,25 +430,21 @@ class Table:
         Args:
             footer: filled by the caller before the block ends; it becomes the file's metadata.
         """
-        if self.url != self._own_url:
-            raise TableError(f"{self._own_url} was taken over from {self.url}, and is not written from here")
         url = f"{self.url}/{shard}.parquet"
         with atomic_file(url) as file, pq.ParquetWriter(file, schema, compression="zstd") as parquet:
             yield parquet.write_table
             parquet.add_key_value_metadata(footer or {})
 
     def delete(self) -> None:
-        """Remove the table; whose it is (`begun.json`) goes last, so half a removal is not mistaken for data."""
-        self.unlink()
-        url = self.url
-        fs, path = filesystem(url)
-        delete_file(f"{url}/manifest.json")
+        """Remove the table and its rejects. `begun.json` goes last: half a removal is not mistaken for data."""
+        fs, path = filesystem(self.url)
+        delete_file(f"{self.url}/manifest.json")
         if is_local(fs):
-            fs.rm([f"{path}/{name}" for name in list_folder(url) if name != "begun.json"], recursive=True)
+            fs.rm([f"{path}/{name}" for name in list_folder(self.url) if name != "begun.json"], recursive=True)
         else:
             remove_files(fs, [found for found in fs.find(path) if found != f"{path}/begun.json"])
-        delete_file(f"{url}/begun.json")
-        delete_folder(url)
+        delete_file(f"{self.url}/begun.json")
+        delete_folder(self.url)
 
     def clear_temporaries(self) -> None:
         """Remove what writers left that were killed; none may be at work."""
@@ -494,6 +459,11 @@ class Table:
     def manifest(self) -> dict[str, Any] | None:
         """The manifest, or None while the table is unfinished."""
         return read_json(f"{self.url}/manifest.json")
+
+
+def table_label(set_name: str, name: str) -> str:
+    """How a table is called in indexes, manifests and messages: `natural/utterances`, or `teacher`."""
+    return f"{set_name}/{name}" if set_name else name
 
 
 def each_shard(read: Callable[[str], Content], shards: Sequence[str]) -> Iterator[Content]:
@@ -538,6 +508,20 @@ def digest(url: str) -> str:
     """A hash of a file's bytes: notices an input that was edited under the same name."""
     fs, path = filesystem(url)
     return hashlib.blake2b(fs.cat_file(path), digest_size=8).hexdigest()
+
+
+def sampled_digest(url: str) -> str:
+    """A hash of a file's size and of a megabyte at each of `SAMPLES` places: other weights differ everywhere, and to
+    read all of them takes minutes."""
+    fs, path = filesystem(url)
+    size = int(fs.size(path))
+    hasher = hashlib.blake2b(str(size).encode(), digest_size=8)
+    for index in range(SAMPLES):
+        start = (size - SAMPLE_BYTES) * index // (SAMPLES - 1)
+        hasher.update(fs.cat_file(path, start=max(start, 0), end=min(max(start, 0) + SAMPLE_BYTES, size)))
+        if size <= SAMPLE_BYTES:
+            break
+    return hasher.hexdigest()
 
 
 def read_json(url: str) -> dict[str, Any] | None:

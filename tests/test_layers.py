@@ -1,4 +1,4 @@
-"""Who may import whom: config, flow, tables, store, console, lease ← pure rooms ← stages ← pipeline, cli ← jobs."""
+"""Who may import whom: config, flow, runs, tables, store, console, lease ← pure rooms ← stages ← pipeline, cli ← jobs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-BASE = {"config", "flow", "tables", "store", "s3", "console", "lease", "__init__"}
+BASE = {"config", "flow", "runs", "tables", "store", "s3", "console", "lease", "__init__"}
 ON_RAY = {"distill.trainer", "distill.worker", "scaling.sweep"}
 ON_DEEPSPEED = {"distill.engine"}
 TOP = {"pipeline", "cli"}

@@ -150,9 +150,14 @@ def new_token() -> str:
     return uuid.uuid4().hex[:8]
 
 
-def latest(url: str, complain: Callable[[str], None] = lambda _: None) -> Checkpoint | None:
-    """The newest whole checkpoint; `complain` is told of every newer one that is not whole, and why."""
+def latest(
+    url: str, complain: Callable[[str], None] = lambda _: None, last_step: int | None = None
+) -> Checkpoint | None:
+    """The newest whole checkpoint, up to `last_step`; `complain` is told of every newer one that is not whole, and
+    why."""
     for folder in _folders(url):
+        if last_step is not None and int(folder.split("-")[1]) > last_step:
+            continue
         found = _examine(f"{url}/{folder}")
         if isinstance(found, Checkpoint):
             return found

@@ -11,15 +11,14 @@ from torch.utils.tensorboard import SummaryWriter
 
 from salad_ray.config import Config, ConfigError
 from salad_ray.console import clock, say
-from salad_ray.tables import write_json
+from salad_ray.tables import Table, write_json
 
 
 class Logger:
     """Lives on the first worker only."""
 
-    def __init__(self, config: Config, name: str, num_steps: int) -> None:
-        self.url = f"{config.run_dir}/{name}"
-        self.name, self.num_steps = name, num_steps
+    def __init__(self, config: Config, table: Table, num_steps: int) -> None:
+        self.url, self.name, self.num_steps = table.url, table.name, num_steps
         self.tensorboard = SummaryWriter(f"{self.url}/tensorboard") if keeps_tensorboard(self.url) else None
         self.wandb = self.mlflow = None
         if config.distill.wandb_project:

@@ -58,12 +58,10 @@ def global_scale(num_labels: int, num_labels_of_step: int, num_workers: int, num
     return num_labels * num_workers * num_micro_batches / max(num_labels_of_step, 1)
 
 
-def learning_rate_factor(step: int, num_steps: int, warmup_share: float, decay_share: float) -> float:
+def learning_rate_factor(step: int, num_steps: int, warmup_steps: int, decay_steps: int) -> float:
     """Warm-up, constant, linear decay to zero: the factor of the peak rate in step 0 … num_steps − 1."""
-    warmup = max(round(num_steps * warmup_share), 1)
-    decay = num_steps - decay_start(num_steps, decay_share)
-    rising = (step + 1) / warmup
-    falling = (num_steps - step) / (decay + 1) if decay else 1.0
+    rising = (step + 1) / max(warmup_steps, 1)
+    falling = (num_steps - step) / (decay_steps + 1) if decay_steps else 1.0
     return min(rising, falling, 1.0)
 
 

@@ -64,7 +64,7 @@ SUMS = ("loss", "kl", "nll", "num_labels", "num_positions", "flops")
 
 
 class TrainingStopped(RuntimeError):
-    """Training that cannot go on; the weights on disk are those of the last checkpoint."""
+    """Training that cannot go on; the weights on disk are those of the last checkpoint. The message is for the user."""
 
 
 @dataclass
@@ -86,26 +86,38 @@ class Job:
     """What every worker is told."""
 
     config: Config
-    name: str
-    """The stage, and its folder in run_dir."""
+    table: Table
+    """What it writes: checkpoints, the model."""
+    natural: tuple[Table, Table]
+    """Plan and features of the natural speech."""
     teacher: dict[str, Any]
     """The teacher's manifest: path, revision, hash of its tokenizer."""
     encoder: EncoderSpec
     settings: DistillConfig
     """Of this stage; `config.distill` is Stage I's."""
     num_steps: int
-    card: str
+    warmup_steps: int = 0
+    decay_steps: int = 0
+    """Of those, at the end, in which the learning rate falls."""
+    card: str = ""
     """Text of the model card."""
     start: Checkpoint | None = None
     """Of another stage: training begins with its weights and optimizer; without, with the teacher's weights."""
     first_row: int = 0
     """Row of every lane of the natural plan at which step 0 begins."""
+    active: tuple[Table, Table] | None = None
+    """Plan and features of the active speech."""
     active_share: float = 0.0
-    """Of the rows; they come from the active set's plan."""
-    branch_points: tuple[int, ...] = ()
+    """Of the rows; they come from the active speech's plan."""
+    branch_steps: tuple[int, ...] = ()
     """Steps whose checkpoints stay, since other trainings begin there."""
     exports: bool = True
     """Whether to write the model at the end."""
+
+    @property
+    def name(self) -> str:
+        """The table's: trunk, stage1, stage2 or control."""
+        return self.table.name
 
 
 def train(job: Job) -> dict[str, Any]:
@@ -127,8 +139,8 @@ def train(job: Job) -> dict[str, Any]:
             num_workers=settings.num_workers, use_gpu=settings.use_gpu, resources_per_worker=worker_resources(settings)
         ),
         run_config=RunConfig(
-            name=job.name,
-            **for_ray(job.config.run_dir),
+            name="ray_train",
+            **for_ray(job.table.url),
             failure_config=FailureConfig(max_failures=settings.max_failures),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
@@ -140,7 +152,8 @@ def train(job: Job) -> dict[str, Any]:
         raise _first_cause(error) from error
     facts = read_json(_result_url(job))
     if facts is None or "stopped" in facts:
-        raise TrainingStopped(facts["stopped"] if facts else "the workers ended without a result")
+        reason = facts["stopped"] if facts else "the workers ended without a result"
+        raise TrainingStopped(f"{job.name}: {reason}")
     return facts
 
 
@@ -154,7 +167,8 @@ def as_json(job: Job) -> str:
     """A job as text, for its workers."""
     content = {each.name: getattr(job, each.name) for each in fields(job)}
     content |= {name: content[name].model_dump(mode="json") for name in ("config", "settings")}
-    content |= {"encoder": asdict(job.encoder), "start": job.start and asdict(job.start)}
+    content |= {name: asdict(content[name]) for name in ("encoder", "start", "table") if content[name]}
+    content |= {name: [asdict(table) for table in content[name] or ()] for name in ("natural", "active")}
     return json.dumps(content)
 
 
@@ -169,13 +183,16 @@ def job_of(text: str) -> Job:
             "settings": DistillConfig.model_validate_json(json.dumps(content["settings"]), strict=True),
             "encoder": EncoderSpec(**content["encoder"]),
             "start": None if start is None else Checkpoint(**start),
-            "branch_points": tuple(content["branch_points"]),
+            "table": Table(**content["table"]),
+            "natural": tuple(Table(**each) for each in content["natural"]),
+            "active": tuple(Table(**each) for each in content["active"]) or None,
+            "branch_steps": tuple(content["branch_steps"]),
         }
     )
 
 
 def _result_url(job: Job) -> str:
-    return f"{job.config.run_dir}/{job.name}/result.json"
+    return f"{job.table.url}/result.json"
 
 
 def _first_cause(error: WorkerGroupError) -> Exception:
@@ -225,7 +242,7 @@ class Distiller:
         resumed = self._resume()
         if self.rank == 0:
             self._note_start(resumed)
-        self.logger = Logger(self.job.config, self.job.name, self.job.num_steps) if self.rank == 0 else None
+        self.logger = Logger(self.job.config, self.job.table, self.job.num_steps) if self.rank == 0 else None
         self.gauges = {key: Gauge(f"salad_train_{key}", "Of the last steps.", ("run", "stage")) for key in GAUGES}
         for gauge in self.gauges.values():
             gauge.set_default_tags({"run": self.config.run_dir, "stage": self.job.name})
@@ -272,13 +289,9 @@ class Distiller:
         return make_engine(student, self.settings, self.reader.num_micro_batches, self.device)
 
     def _open_reader(self, path: str) -> LaneReader:
-        run_dir, active = self.config.run_dir, None
-        if self.job.active_share:
-            tables = Table(run_dir, "active", "plan"), Table(run_dir, "active", "features")
-            active = ActiveMix(*tables, self.job.active_share)
+        active = ActiveMix(*self.job.active, self.job.active_share) if self.job.active else None
         return LaneReader(
-            Table(run_dir, "natural", "plan"),
-            Table(run_dir, "natural", "features"),
+            *self.job.natural,
             load_tokenizer(path, self.job.teacher["revision"]),
             self.config.pack,
             rank=self.rank,
@@ -315,7 +328,7 @@ class Distiller:
         """Add this start to `starts.json` and show it: what was loaded, by how many workers, from where it goes on."""
         workers = {"num_workers": self.world_size, "zero_stage": self.settings.zero_stage}
         note = {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())} | workers | resumed | self.loaded
-        url = f"{self.config.run_dir}/{self.job.name}/starts.json"
+        url = f"{self.job.table.url}/starts.json"
         write_json(url, {"starts": [*(read_json(url) or {"starts": []})["starts"], note]})
         loaded = self.loaded
         say(
@@ -335,8 +348,8 @@ class Distiller:
 
     def _train_step(self, batches: list[Batch]) -> None:
         """One optimizer step over this worker's micro-batches."""
-        step, settings = self.progress.step, self.settings
-        factor = learning_rate_factor(step, self.job.num_steps, settings.warmup_share, settings.decay_share)
+        step = self.progress.step
+        factor = learning_rate_factor(step, self.job.num_steps, self.job.warmup_steps, self.job.decay_steps)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         missing = self.reader.num_micro_batches - len(batches)  # other workers may have a lane more
@@ -382,7 +395,7 @@ class Distiller:
         last = step == self.job.num_steps
         if step % self.settings.log_every == 0 or last:
             self._log()
-        stays = step in self.job.branch_points
+        stays = step in self.job.branch_steps
         if self._has_notice() or step % self.settings.checkpoint_every == 0 or stays or last:
             self._save_checkpoint(stays)
 
@@ -443,11 +456,11 @@ class Distiller:
         Returns:
             What `starts.json` is to say about it.
         """
-        url = f"{self.config.run_dir}/{self.job.name}/checkpoints"
+        url = checkpoints_url(self.job.table)
         not_whole: list[str] = []
         chosen: list[Any] = [None, None]
         if self.rank == 0:
-            chosen = [latest(url, not_whole.append), new_token()]
+            chosen = [latest(url, not_whole.append, self.job.num_steps), new_token()]
         dist.broadcast_object_list(chosen)
         for sentence in not_whole:
             say(f"{self.job.name}: {sentence}")
@@ -473,15 +486,20 @@ class Distiller:
         restored(self.engine, checkpoint.state["optimizer_step"])
 
     def _export(self) -> None:
-        """Write the student as plain safetensors to `run_dir/<name>/model`."""
+        """Write the student as plain safetensors to `model` in the table's folder."""
         zero3 = self.settings.zero_stage == 3
         weights = self.engine._zero3_consolidated_16bit_state_dict() if zero3 else self.engine.module.state_dict()
         if self.rank == 0:
             with scratch_folder() as folder:
                 self.engine.module.save_pretrained(f"{folder}/model", state_dict=weights)
                 Path(folder, "model", "README.md").write_text(self.job.card, encoding="utf-8")
-                put_folder(f"{folder}/model", f"{self.config.run_dir}/{self.job.name}/model")
+                put_folder(f"{folder}/model", f"{self.job.table.url}/model")
         dist.barrier()
+
+
+def checkpoints_url(table: Table) -> str:
+    """Where a training keeps its checkpoints."""
+    return f"{table.url}/checkpoints"
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from salad_ray import __version__
-from salad_ray.config import Config
-from salad_ray.tables import Table
+from salad_ray.runs import Places, Run
 from salad_ray.text.documents import text_corpus_name
 
 
@@ -23,29 +22,20 @@ class SpeechData:
     attribution: str
 
 
-def speech_data(config: Config, sets: Sequence[str]) -> list[SpeechData]:
+def speech_data(run: Run, sets: Sequence[str]) -> list[SpeechData]:
     """The speech of these sets: hours of each corpus and licence, and whom to name for it."""
-    web = {text_corpus_name(corpus): corpus.attribution or "" for corpus in config.ingest.web}
-    return speech_of_run(config.run_dir, sets, web)
+    web = {text_corpus_name(corpus): corpus.attribution or "" for corpus in run.config.ingest.web}
+    return speech_of_run(run.places, sets, web)
 
 
-def speech_of_run(run_dir: str, sets: Sequence[str], web: Mapping[str, str]) -> list[SpeechData]:
+def speech_of_run(places: Places, sets: Sequence[str], web: Mapping[str, str]) -> list[SpeechData]:
     """As `speech_data`, from the tables alone; `web` is whom to name for the text of each web corpus."""
-    catalog = Table(run_dir, "natural", "catalog").manifest() or {"attributions": {}}
+    catalog = places.table("natural", "catalog").manifest() or {"attributions": {}}
     credits = catalog["attributions"] | web
-    rows = []
-    for name in sets:
-        manifest = Table(run_dir, name, "utterances").manifest() or {}
-        sources = [*manifest.get("speech", ()), *_of_older_run(manifest)]
-        rows += [SpeechData(**source, attribution=_credit(source["corpus"], credits)) for source in sources]
-    return rows
-
-
-def _of_older_run(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Sources as manifests told them until version 0.1: "hours of CORPUS, LICENCE"."""
-    named = {key: hours for key, hours in manifest.get("totals", {}).items() if key.startswith("hours of ")}
-    pairs = [(*key.removeprefix("hours of ").split(", ", 1), hours) for key, hours in named.items()]
-    return [{"corpus": corpus, "license": license, "hours": hours} for corpus, license, hours in pairs]
+    sources = [
+        source for name in sets for source in (places.table(name, "utterances").manifest() or {}).get("speech", ())
+    ]
+    return [SpeechData(**source, attribution=_credit(source["corpus"], credits)) for source in sources]
 
 
 def _credit(corpus: str, credits: Mapping[str, str]) -> str:

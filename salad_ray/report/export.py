@@ -23,9 +23,9 @@ from salad_ray.model.loading import is_hub_id, weights_fingerprint
 from salad_ray.model.speech_lm import SpeechLM
 from salad_ray.report.card import SpeechData, model_card, speech_of_run
 from salad_ray.report.metrics import NAMES
+from salad_ray.runs import Places, open_places
 from salad_ray.speech.readers import language_code
-from salad_ray.store import list_folder
-from salad_ray.tables import Table, TableError, file_exists, local_folder, read_bytes, read_json
+from salad_ray.tables import Table, TableError, local_folder, read_json
 
 LINEAGE = "salad_ray.lineage/1"
 SETS = {"stage1": ("natural",), "stage2": ("natural", "active"), "control": ("natural",)}
@@ -35,7 +35,7 @@ FILES = {
     *("README.md", "config.yaml", "lineage.json", "metrics.json"),
 }
 _FACTS = (
-    *("stage", "version", "fingerprint", "config", "inputs", "schema_version", "salad_ray", "written_at"),
+    *("stage", "version", "config", "inputs", "sources", "schema_version", "salad_ray", "written_at"),
     *(
         "num_input",
         "num_kept",
@@ -49,7 +49,7 @@ _FACTS = (
     ),
 )
 """What lineage.json repeats of a manifest; shards, curves and the like stay in the run."""
-_VERSION = re.compile(r"[0-9a-f]{16}-[0-9a-f]{8}")
+_VERSION = re.compile(r"[0-9a-f]{12}-[0-9a-f]{8}")
 _HUB_LICENSES = re.compile(r"cc0-1\.0|cc-by(-nc)?(-nd|-sa)?-[1-4]\.0|apache-2\.0|mit|bsd-[23]-clause|odc-by|unlicense")
 
 
@@ -57,7 +57,9 @@ _HUB_LICENSES = re.compile(r"cc0-1\.0|cc-by(-nc)?(-nd|-sa)?-[1-4]\.0|apache-2\.0
 class _Run:
     """A finished system of a run and what is known of it."""
 
-    run_dir: str
+    places: Places
+    config: dict[str, Any]
+    """As plain data."""
     system: str
     languages: list[str]
     manifest: dict[str, Any]
@@ -87,8 +89,8 @@ def export(run_dir: str, target: str, system: str | None = None, dtype: str | No
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype}: a model can be exported as {' or '.join(DTYPES)}")
     run = _open(run_dir.rstrip("/"), system)
-    place = _require_replaceable(target, run.run_dir)
-    model = _load(f"{Table(run.run_dir, '', run.system).url}/model", None if dtype is None else DTYPES[dtype])
+    place = _require_replaceable(target, run.places)
+    model = _load(f"{run.places.table('', run.system).url}/model", None if dtype is None else DTYPES[dtype])
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as folder:
         new, old = Path(folder, "new"), Path(folder, "old")
@@ -107,35 +109,24 @@ def export(run_dir: str, target: str, system: str | None = None, dtype: str | No
 
 
 def _open(run_dir: str, system: str | None) -> _Run:
-    if not file_exists(f"{run_dir}/config.yaml"):
-        raise TableError(f"{run_dir} is no run, it has no config.yaml; name a run_dir that `salad run` has written to")
+    places, config = open_places(run_dir)
     if system is not None and system not in SETS:
         raise ConfigError(f"system={system}: a run's systems are {', '.join(SETS)}")
     if system is None:
-        system = "stage2" if Table(run_dir, "", "stage2").manifest() else "stage1"
-    ingest = _ingest_section(run_dir)
-    manifest = _finished(Table(run_dir, "", system), "stage2" if system == "control" else system)
+        system = "stage2" if places.table("", "stage2").manifest() else "stage1"
+    ingest = config.get("ingest") or {}
+    manifest = _finished(places.table("", system), "stage2" if system == "control" else system)
     return _Run(
-        run_dir=run_dir,
+        places=places,
+        config=config,
         system=system,
-        languages=_languages(run_dir, ingest.get("languages") or ()),
+        languages=_languages(places.table("natural", "utterances"), ingest.get("languages") or ()),
         manifest=manifest,
-        teacher=_finished(Table(run_dir, "", "teacher"), "teacher"),
-        features=_finished(Table(run_dir, "natural", "features"), "encode"),
-        metrics=_metrics(run_dir, system, manifest),
-        speech=speech_of_run(run_dir, SETS[system], _web_attributions(ingest)),
+        teacher=_finished(places.table("", "teacher"), "teacher"),
+        features=_finished(places.table("natural", "features"), "encode"),
+        metrics=_metrics(places, system, manifest),
+        speech=speech_of_run(places, SETS[system], _web_attributions(ingest)),
     )
-
-
-def _ingest_section(run_dir: str) -> dict[str, Any]:
-    """Of the run's config, read as plain data: a run of an older salad_ray may have keys that are gone."""
-    url = f"{run_dir}/config.yaml"
-    try:
-        content = yaml.safe_load(read_bytes(url))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise TableError(f"{url}: not valid YAML: {' '.join(str(error).split())}") from None
-    section = content.get("ingest") if isinstance(content, dict) else None
-    return section if isinstance(section, dict) else {}
 
 
 def _web_attributions(ingest: dict[str, Any]) -> dict[str, str]:
@@ -150,24 +141,23 @@ def _finished(table: Table, writer: str) -> dict[str, Any]:
     return manifest
 
 
-def _metrics(run_dir: str, system: str, manifest: dict[str, Any]) -> dict[str, Any]:
+def _metrics(places: Places, system: str, manifest: dict[str, Any]) -> dict[str, Any]:
     """The report's numbers, none before there is a report; a training is known by its seconds."""
-    metrics = read_json(f"{run_dir}/report/metrics.json") or {}
+    url = f"{places.report_url}/metrics.json"
+    metrics = read_json(url) or {}
     if system in metrics and metrics[system].get("train_seconds") != manifest["train_seconds"]:
-        raise TableError(
-            f"{run_dir}/report/metrics.json is of another {system} model; run `salad measure CONFIG --redo` and "
-            "`salad report CONFIG`"
-        )
+        raise TableError(f"{url} is of another {system} model; run `salad run CONFIG`")
     return metrics
 
 
-def _require_replaceable(target: str, run_dir: str) -> Path:
+def _require_replaceable(target: str, places: Places) -> Path:
     if "://" in target:
         raise ConfigError(f"{target}: is a URL; export to a local folder and copy that")
     place = Path(target).expanduser().absolute()
     if place.exists() and not place.is_dir():
         raise ConfigError(f"{target}: is a file; give the name of a folder")
-    if "://" not in run_dir and place.resolve() in {Path(run_dir, name, "model").resolve() for name in SETS}:
+    own = {Path(places.table("", name).url, "model").resolve() for name in SETS if "://" not in places.run_dir}
+    if place.resolve() in own:
         raise ConfigError(f"{target}: is the run's own model; give another folder")
     found = {entry.name for entry in place.iterdir()} if place.is_dir() else set()
     foreign = sorted(found - FILES)
@@ -192,7 +182,7 @@ def _load(url: str, dtype: torch.dtype | None) -> SpeechLM:
 
 def _describe(run: _Run, model: SpeechLM, folder: Path) -> None:
     """Everything beside the weights."""
-    (folder / "config.yaml").write_bytes(read_bytes(f"{run.run_dir}/config.yaml"))
+    (folder / "config.yaml").write_text(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True), "utf-8")
     (folder / "README.md").write_text(_card(run, model), encoding="utf-8")
     _write_json(folder / "lineage.json", _lineage(run, model))
     if run.metrics:
@@ -215,15 +205,16 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def _lineage(run: _Run, model: SpeechLM) -> dict[str, Any]:
     """Where the model comes from: every table that led to it, by version, and all weights by fingerprint."""
-    tables = dict(_manifests(run.run_dir))
+    found = {label: run.places.labelled(label).manifest() for label in run.places.keys}
+    tables = {label: manifest for label, manifest in found.items() if manifest is not None}
     measured = [label for label, table in tables.items() if run.manifest["version"] in table["inputs"].values()]
     led, missing = _led_to([run.system], tables)
     judged, _ = _led_to(measured, tables)
     teacher = {name: run.teacher.get(name) for name in ("path", "revision", "tokenizer_hash", "num_parameters")}
     [*_, start] = run.manifest["starts"] or [{}]
-    precision = run.manifest["config"]["distill"]["precision"]
+    precision = run.config["distill"]["precision"]
     encode = run.features["config"]["encode"]
-    encoder = {"backend": encode["backend"], "weights": run.features["inputs"]["encoder weights"]}
+    encoder = {"backend": encode["backend"], "weights": run.features["sources"]["weights"]}
     return {
         "format": LINEAGE,
         "salad_ray": __version__,
@@ -237,25 +228,6 @@ def _lineage(run: _Run, model: SpeechLM) -> dict[str, Any]:
         "missing": missing,
         "measured_with": {label: _facts(tables[label]) for label in judged if label not in led},
     }
-
-
-def _manifests(run_dir: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Manifests of all finished tables, under `set/name`, or `name` for those of the whole run."""
-    for folder in _folders(run_dir):
-        alone = Table(run_dir, "", folder)
-        inner = [] if _is_table(alone) else [Table(run_dir, folder, name) for name in _folders(f"{run_dir}/{folder}")]
-        for table in (alone, *inner):
-            manifest = table.manifest()
-            if manifest is not None and "version" in manifest:  # a report has none
-                yield "/".join(filter(None, (table.set, table.name))), manifest
-
-
-def _is_table(table: Table) -> bool:
-    return any(file_exists(f"{table.url}/{name}") for name in ("begun.json", "manifest.json"))
-
-
-def _folders(url: str) -> list[str]:
-    return sorted(name for name, entry in list_folder(url).items() if entry["type"] == "directory")
 
 
 def _led_to(labels: Sequence[str], tables: dict[str, dict[str, Any]]) -> tuple[list[str], dict[str, str]]:
@@ -290,8 +262,8 @@ def _card(run: _Run, model: SpeechLM) -> str:
     teacher, encoder = (facts | {"path": _shown(facts["path"])} for facts in (run.teacher, run.features["encoder"]))
     if _is_world(run):
         teacher["path"] = "world"
-    training = run.manifest["config"].get("stage2") or run.manifest["config"]["distill"]
-    hours = sum(_training_hours(run.run_dir, name) for name in SETS[run.system])
+    training = run.config["distill" if run.system == "stage1" else "stage2"]
+    hours = sum(_training_hours(run.places.table(name, "features")) for name in SETS[run.system])
     front_text = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
     parts = [
         f"---\n{front_text}---\n",
@@ -343,15 +315,14 @@ def _common_license(run: _Run) -> str:
     return name if not names and run.speech and _HUB_LICENSES.fullmatch(name) else "other"
 
 
-def _languages(run_dir: str, configured: Sequence[str]) -> list[str]:
+def _languages(table: Table, configured: Sequence[str]) -> list[str]:
     """Configured languages, or those of one shard of natural speech: it is dealt by hash, so a shard has them all."""
-    table = Table(run_dir, "natural", "utterances")
     found = [table.read(shard, ["language"])["language"].unique().to_pylist() for shard in table.shards()[:1]]
     return sorted({language_code(name) for names in (found or [[]]) for name in (configured or names) if name})
 
 
-def _training_hours(run_dir: str, name: str) -> float:
-    manifest = Table(run_dir, name, "features").manifest() or {}
+def _training_hours(features: Table) -> float:
+    manifest = features.manifest() or {}
     return float(manifest.get("totals", {}).get("training hours", 0.0))
 
 

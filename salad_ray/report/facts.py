@@ -18,34 +18,14 @@ import soundfile
 import yaml
 
 from salad_ray.distill.checkpoints import latest
+from salad_ray.flow import TRAINED
+from salad_ray.runs import Places
 from salad_ray.speech.audio import load_utterance
 from salad_ray.store import list_folder
-from salad_ray.tables import BadInput, Reject, Table, TableError, Utterance, file_exists, read_bytes, read_json
+from salad_ray.tables import BadInput, Reject, Table, TableError, Utterance, read_json
 
-TRAINED = ("stage1", "stage2", "control")
 SCORED = ("base", *TRAINED, "cascade")
 MEASURED = ("untrained", *TRAINED)
-_MEASUREMENTS = tuple(f"measurements_{system}" for system in MEASURED)
-TABLES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("web", ("passages", "embeddings", "clusters", "centroids")),
-    ("", ("teacher",)),
-    ("natural", ("catalog", "passages", "utterances", "aligned", "features", "plan")),
-    ("", ("stage1",)),
-    ("probe", ("passages", "utterances", "features", "measurements_stage1")),
-    ("active", ("selection", "passages", "utterances", "features", "plan")),
-    ("", ("stage2", "control")),
-    ("heldout", ("passages", "utterances", "features", *_MEASUREMENTS)),
-    ("natural", _MEASUREMENTS),
-    (
-        "benchmark",
-        (
-            *("items", "exemplars", "passages", "utterances", "features"),
-            *(f"scores_{system}" for system in SCORED),
-        ),
-    ),
-)
-"""Sets and their tables, in the order of the pipeline."""
-
 MAX_REJECTS = 200_000
 MAX_REASONS = 100
 MAX_FOOTERS = 32
@@ -153,41 +133,32 @@ class RunFacts:
         return next(found, {})
 
 
-def collect(run_dir: str, clip_bytes: int = 5_500_000) -> RunFacts:
+def collect(places: Places, clip_bytes: int = 5_500_000) -> RunFacts:
     """Read what there is of a run.
 
     Args:
-        run_dir: a local folder or a URL.
         clip_bytes: room in the page for the run's audio.
-
-    Raises:
-        TableError: it is no run.
     """
-    run_dir = run_dir if run_dir.endswith("://") else run_dir.rstrip("/")
-    if not file_exists(f"{run_dir}/config.yaml"):
-        raise TableError(f"{run_dir} is no run, it has no config.yaml; name a run_dir that `salad run` has written to")
     problems: list[str] = []
-    config_text = read_bytes(f"{run_dir}/config.yaml").decode(errors="replace")
-    metrics = _attempt(lambda: _json(f"{run_dir}/report/metrics.json"), {}, problems)
-    tables = [
-        facts for set_name, names in TABLES for name in names if (facts := _table(run_dir, set_name, name, problems))
-    ]
-    clusters = _attempt(lambda: _clusters(run_dir, metrics.get("selection") or {}), [], problems)
-    left_out = _attempt(lambda: _add_clips(run_dir, clusters, clip_bytes, problems), 0, problems)
-    num_read, rejects = _rejects(run_dir, problems)
+    config = _attempt(lambda: _json(places.index_url), {}, problems).get("config", {})
+    metrics = _attempt(lambda: _json(f"{places.report_url}/metrics.json"), {}, problems)
+    tables = [facts for label in places.keys if (facts := _table(places.labelled(label), problems))]
+    clusters = _attempt(lambda: _clusters(places, metrics.get("selection") or {}), [], problems)
+    left_out = _attempt(lambda: _add_clips(places, clusters, clip_bytes, problems), 0, problems)
+    num_read, rejects = _rejects(places, problems)
     return RunFacts(
-        run_dir=run_dir,
-        config=_attempt(lambda: _config(config_text, run_dir), {}, problems),
-        config_text=config_text,
+        run_dir=places.run_dir,
+        config=config,
+        config_text=yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
         metrics=metrics,
         tables=tables,
-        curves=[curve for name in TRAINED if (curve := _attempt(partial(_curve, run_dir, name), None, problems))],
+        curves=[curve for name in TRAINED if (curve := _attempt(partial(_curve, places, name), None, problems))],
         clusters=clusters,
         num_clips_left_out=left_out,
         rejects=rejects,
         num_rejects_read=num_read,
         problems=problems,
-        sweeps=_attempt(lambda: _sweeps(run_dir), [], problems),
+        sweeps=_attempt(lambda: _sweeps(places.run_dir), [], problems),
     )
 
 
@@ -212,16 +183,7 @@ def _json(url: str) -> dict[str, Any]:
         raise TableError(f"{url} is damaged ({error}); delete it and rerun the stage that writes it") from None
 
 
-def _config(text: str, run_dir: str) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise TableError(f"{run_dir}/config.yaml is not YAML: {' '.join(str(error).split())}") from None
-    return config if isinstance(config, dict) else {}
-
-
-def _table(run_dir: str, set_name: str, name: str, problems: list[str]) -> TableFacts | None:
-    table = Table(run_dir, set_name, name)
+def _table(table: Table, problems: list[str]) -> TableFacts | None:
     manifest = _attempt(lambda: _json(f"{table.url}/manifest.json"), {}, problems)
     begun = {} if manifest else _attempt(lambda: _json(f"{table.url}/begun.json"), {}, problems)
     if not manifest and not begun:
@@ -230,8 +192,8 @@ def _table(run_dir: str, set_name: str, name: str, problems: list[str]) -> Table
     num_bytes = _attempt(lambda: _num_bytes(table, shards), None, problems)
     rows = manifest.get("num_rows", manifest.get("num_positions"))
     return TableFacts(
-        set=set_name,
-        name=name,
+        set=table.set,
+        name=table.name,
         stage=str((manifest or begun).get("stage", "")),
         state="done" if manifest else f"begun, {len(shards)} shards",
         num_rows=rows,
@@ -259,9 +221,9 @@ def _num_bytes(table: Table, shards: Sequence[str]) -> int | None:
     return round(total * len(shards) / len(sample))
 
 
-def _curve(run_dir: str, name: str) -> Curve | None:
+def _curve(places: Places, name: str) -> Curve | None:
     """The training log of the manifest; of unfinished training that of its last checkpoint."""
-    url = Table(run_dir, "", name).url
+    url = places.table("", name).url
     manifest = _json(f"{url}/manifest.json")
     if manifest:
         return Curve(name, manifest.get("log", []), "finished")
@@ -273,15 +235,15 @@ def _curve(run_dir: str, name: str) -> Curve | None:
     return Curve(name, rows, f"unfinished: step {progress.get('step')} of {progress.get('num_steps')}")
 
 
-def _clusters(run_dir: str, selection: Mapping[str, Any]) -> list[ClusterFacts]:
+def _clusters(places: Places, selection: Mapping[str, Any]) -> list[ClusterFacts]:
     """The clusters, those with the largest M(c) first; before `select` in their own order."""
-    table = Table(run_dir, "web", "centroids")
+    table = places.table("web", "centroids")
     if table.manifest() is None:
         return []
     cards = {card["cluster_id"]: card for card in _json(f"{table.url}/cards.json").get("clusters", [])}
     selected = {row["cluster_id"]: row for row in selection.get("by_cluster", [])}
     rows = [row for shard in table.shards() for row in table.read(shard).to_pylist()]
-    places = principal_places([np.frombuffer(row["centroid"], np.float32) for row in rows])
+    spots = principal_places([np.frombuffer(row["centroid"], np.float32) for row in rows])
     clusters = [
         ClusterFacts(
             cluster_id=row["cluster_id"],
@@ -293,7 +255,7 @@ def _clusters(run_dir: str, selection: Mapping[str, Any]) -> list[ClusterFacts]:
             selection=selected.get(row["cluster_id"], {}),
             clips=[],
         )
-        for row, place in zip(rows, places, strict=True)
+        for row, place in zip(rows, spots, strict=True)
     ]
     return sorted(clusters, key=lambda cluster: (-cluster.selection.get("distillation", 0.0), cluster.cluster_id))
 
@@ -322,20 +284,20 @@ class _Wanted:
     num_bytes: int
 
 
-def _add_clips(run_dir: str, clusters: list[ClusterFacts], clip_bytes: int, problems: list[str]) -> int:
+def _add_clips(places: Places, clusters: list[ClusterFacts], clip_bytes: int, problems: list[str]) -> int:
     """Give the clusters their clips, within the budget; returns how many there was no room for."""
-    found = [item for name, number in CLIPS_PER_CLUSTER.items() for item in _candidates(run_dir, name, number)]
+    found = [item for name, number in CLIPS_PER_CLUSTER.items() for item in _candidates(places, name, number)]
     longest = max(MIN_CLIP_SECS, clip_bytes * 3 / 4 / CLIP_BYTES_PER_SEC / max(len(found), 1))
     found = [
         replace(item, num_bytes=min(item.num_bytes, round(longest * CLIP_BYTES_PER_SEC * 4 / 3))) for item in found
     ]
     chosen, left_out = _within(found, [cluster.cluster_id for cluster in clusters], clip_bytes)
-    losses = _losses(run_dir, {item.utt_id for item in chosen if item.set == "probe"})
+    losses = _losses(places, {item.utt_id for item in chosen if item.set == "probe"})
     by_id = {cluster.cluster_id: cluster for cluster in clusters}
-    places = {(item.set, item.shard) for item in chosen}
-    for set_name, shard in sorted(places, key=lambda place: (place[0] != "probe", place[1])):
+    shards = {(item.set, item.shard) for item in chosen}
+    for set_name, shard in sorted(shards, key=lambda place: (place[0] != "probe", place[1])):
         wanted = {item.utt_id: item for item in chosen if (item.set, item.shard) == (set_name, shard)}
-        for row in _utterances(Table(run_dir, set_name, "utterances"), shard, set(wanted)):
+        for row in _utterances(places.table(set_name, "utterances"), shard, set(wanted)):
             try:
                 clip = _clip(row, set_name, wanted[row.utt_id].cluster_id, losses.get(row.utt_id), longest)
             except (BadInput, OSError, soundfile.LibsndfileError) as error:
@@ -345,9 +307,9 @@ def _add_clips(run_dir: str, clusters: list[ClusterFacts], clip_bytes: int, prob
     return left_out
 
 
-def _candidates(run_dir: str, set_name: str, per_cluster: int) -> list[_Wanted]:
+def _candidates(places: Places, set_name: str, per_cluster: int) -> list[_Wanted]:
     """The first utterances of every cluster: passages were dealt by hash, so these are not hand-picked."""
-    table = Table(run_dir, set_name, "utterances")
+    table = places.table(set_name, "utterances")
     if table.manifest() is None:
         return []
     found: dict[int, list[_Wanted]] = {}
@@ -410,9 +372,9 @@ def encode_mp3(audio: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def _losses(run_dir: str, passages: set[str]) -> dict[str, float]:
+def _losses(places: Places, passages: set[str]) -> dict[str, float]:
     """The distillation loss of these probe passages after Stage I, nats per position."""
-    table = Table(run_dir, "probe", "measurements_stage1")
+    table = places.table("probe", "measurements_stage1")
     sums: dict[str, np.ndarray] = {}
     for shard in table.shards() if passages and table.manifest() is not None else []:
         for row in table.read(shard, ["passage", "distillation", "num_positions"]).to_pylist():
@@ -422,12 +384,12 @@ def _losses(run_dir: str, passages: set[str]) -> dict[str, float]:
     return {passage: float(loss / number) for passage, (loss, number) in sums.items()}
 
 
-def _rejects(run_dir: str, problems: list[str]) -> tuple[int, list[RejectGroup]]:
+def _rejects(places: Places, problems: list[str]) -> tuple[int, list[RejectGroup]]:
     """The first rejects of every set, grouped; returns also how many were read."""
     groups: dict[tuple[str, str, str], list[Any]] = {}
     num_read = 0
-    for set_name in sorted({set_name for set_name, _ in TABLES if set_name}):
-        table = Table(run_dir, set_name, "rejects")
+    for label in places.keys:
+        table = places.labelled(label).rejects
         for shard in table.shards():
             if num_read >= MAX_REJECTS:
                 break

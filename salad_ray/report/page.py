@@ -25,6 +25,7 @@ from salad_ray.report.sections import (
     sentences,
     training_section,
 )
+from salad_ray.runs import Places
 from salad_ray.tables import TableError, write_bytes
 
 __all__ = ["RunFacts", "collect", "write_page"]
@@ -35,19 +36,18 @@ NUM_UNFOLDED = 2
 """Clusters whose passages are unfolded from the start."""
 
 
-def write_page(run_dirs: Sequence[str], target: str) -> None:
+def write_page(places: Sequence[Places], target: str) -> None:
     """Write the page of these runs, the first being the one that the others are held against.
 
     Args:
-        run_dirs: local folders or URLs.
         target: local path or URL of the HTML file.
 
     Raises:
-        TableError: none was named, or one of them is no run.
+        TableError: none was named.
     """
-    if not run_dirs:
+    if not places:
         raise TableError("no run was named; name one or more run_dirs")
-    runs = [collect(run_dir, AUDIO_BYTES // len(run_dirs)) for run_dir in run_dirs]
+    runs = [collect(each, AUDIO_BYTES // len(places)) for each in places]
     write_bytes(target, render(runs).encode("utf-8", "replace"))
 
 

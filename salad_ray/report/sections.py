@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from salad_ray.flow import TRAINED
 from salad_ray.report.accuracy import main_gap
-from salad_ray.report.facts import MAX_REJECTS, MEASURED, TRAINED, RunFacts
+from salad_ray.report.facts import MAX_REJECTS, MEASURED, RunFacts
 from salad_ray.report.grids import (
     MAX_ROWS,
     SYSTEM_NAMES,

@@ -64,6 +64,7 @@ SPEECH = {
 }
 """Lines of the derivation, by set."""
 TRAINED = {"stage1": "Stage I, D", "stage2": "Stage II"}
+"""Of a training, the line that says how many positions it sees; the trunk's are Stage I's but those of its decay."""
 
 
 @dataclass(frozen=True)
@@ -506,8 +507,9 @@ def training_workers(config: Config, rates: Rates) -> int:
 
 def _training_cost(config: Config, step: Step, data: Amounts, rates: Rates) -> StageCost:
     rate, settings, training = rates.stage("train"), config.distill, rates.training
-    workers, line = training_workers(config, rates), data.lines[TRAINED[step.stage]]
-    positions = line.value * len(step.tables)
+    workers, line = training_workers(config, rates), data.lines[TRAINED.get(step.stage, TRAINED["stage1"])]
+    share = {"trunk": 1 - settings.decay_share, "stage1": settings.decay_share}.get(step.stage, 1.0)
+    positions = line.value * len(step.tables) * share
     if rate.unit is not None:
         busy, source = rate.unit * positions, rate.source
     else:

@@ -21,13 +21,14 @@ from pydantic import Field, ValidationError, model_validator
 from salad_ray.config import Config, ConfigError, Section, all_keys
 from salad_ray.flow import Step
 from salad_ray.model.speech_lm import ModelError, load_tokenizer
+from salad_ray.runs import Run
 from salad_ray.sequences.interleave import tokenize
 from salad_ray.sequences.plan import plan_shard_name
 from salad_ray.tables import Table, local_folder, read_bytes
 
 RATES = Path(__file__).with_name("rates.yaml")
 ASSUMPTION, DERIVED = "assumption", "derived"
-TRAININGS = ("stage1", "stage2")
+TRAININGS = ("trunk", "stage1", "stage2")
 CLUSTER_FIT = "cluster fit"
 """The kind of the one job that fits k-means; `cluster` is what its actors do then."""
 MIN_WAVES = 3
@@ -218,7 +219,7 @@ class Pace:
     actors: int = 1
 
 
-def measured_rates(rates: Rates, run: Config, steps: Sequence[Step], planned: Config) -> Rates:
+def measured_rates(rates: Rates, run: Run, steps: Sequence[Step], planned: Config) -> Rates:
     """Rates with what a finished run has measured: starts and units of its stages, words, tokens, filled rows.
 
     Args:
@@ -228,12 +229,12 @@ def measured_rates(rates: Rates, run: Config, steps: Sequence[Step], planned: Co
     Raises:
         ConfigError: the rates lack a stage of the run.
     """
-    source = f"measured in {run.run_dir}"
+    source = f"measured in {run.config.run_dir}"
     paces: dict[str, list[Pace]] = {}
     for step in steps:
-        pace = pace_of(run, step) if comparable(run, planned, step) else None
+        pace = pace_of(run, step) if comparable(run.config, planned, step) else None
         if pace is not None:
-            paces.setdefault(kind_of(run, step), []).append(pace)
+            paces.setdefault(kind_of(run.config, step), []).append(pace)
     stages = {kind: _measured_stage(rates.stage(kind), found, source) for kind, found in paces.items()}
     numbers = measured_speech(run, planned)
     changes = {
@@ -268,9 +269,9 @@ def comparable(run: Config, planned: Config, step: Step) -> bool:
     return kind_of(run, step) == kind_of(planned, step) and same_gpus
 
 
-def pace_of(run: Config, step: Step) -> Pace | None:
+def pace_of(run: Run, step: Step) -> Pace | None:
     """The pace of a step, from its manifests; None where it is not finished."""
-    manifests = [Table(run.run_dir, step.set, name).manifest() for name in step.tables]
+    manifests = [run.labelled(label).manifest() for label in step.writes]
     done = [manifest for manifest in manifests if manifest is not None]
     if len(done) < len(manifests) or not done:
         return None
@@ -301,22 +302,23 @@ def _actors_pace(amount: float, done: list[dict[str, Any]]) -> Pace:
 def _training_pace(manifest: dict[str, Any]) -> Pace:
     log = manifest["log"]
     speed = median(row["positions_per_sec"] for row in log[1:] or log)
-    start = manifest.get("seconds", 0.0) - manifest["num_positions"] / speed
-    return Pace(manifest["num_positions"], max(start, 0.0), manifest["num_workers"] / speed, manifest["num_workers"])
+    positions = manifest.get("own_positions", manifest["num_positions"])
+    start = manifest.get("seconds", 0.0) - positions / speed
+    return Pace(positions, max(start, 0.0), manifest["num_workers"] / speed, manifest["num_workers"])
 
 
-def _amount(run: Config, step: Step, done: list[dict[str, Any]]) -> float:
+def _amount(run: Run, step: Step, done: list[dict[str, Any]]) -> float:
     """Units of a finished step, counted from its tables."""
     if step.stage in ("synthesize", "encode", "align"):
-        return _hours(Table(run.run_dir, step.set, step.tables[-1]))
+        return _hours(run.table(step.set, step.tables[-1]))
     if step.stage == "measure":
-        return _hours(Table(run.run_dir, step.set, "features")) * len(step.tables)
+        return _hours(run.table(step.set, "features")) * len(step.tables)
     if step.stage in ("probe", "select"):
-        return float((Table(run.run_dir, "web", "passages").manifest() or {}).get("num_rows", 0))
+        return float((run.table("web", "passages").manifest() or {}).get("num_rows", 0))
     if "catalog" in step.tables:
-        return _hours(Table(run.run_dir, step.set, "utterances"))
+        return _hours(run.table(step.set, "utterances"))
     if step.stage == "evaluate":
-        items = Table(run.run_dir, "benchmark", "items").manifest() or {}
+        items = run.table("benchmark", "items").manifest() or {}
         return float(items.get("num_rows", 0) * len(step.tables))
     return float(done[0].get("num_kept", 0))
 
@@ -332,10 +334,10 @@ def same_speech(run: Config, planned: Config) -> bool:
     return run.ingest.corpora == planned.ingest.corpora and spoken_alike
 
 
-def measured_speech(run: Config, planned: Config) -> dict[str, float]:
+def measured_speech(run: Run, planned: Config) -> dict[str, float]:
     """`words_per_sec`, `tokens_per_word` and `fill` of a run's natural speech, those that hold for what is planned."""
-    features = Table(run.run_dir, "natural", "features")
-    if not same_speech(run, planned) or features.manifest() is None:
+    features = run.table("natural", "features")
+    if not same_speech(run.config, planned) or features.manifest() is None:
         return {}
     secs, texts = 0.0, list[str]()
     for shard in features.shards()[:SAMPLE_SHARDS]:
@@ -346,15 +348,15 @@ def measured_speech(run: Config, planned: Config) -> dict[str, float]:
     if not words or not secs:
         return {}
     found = {"words_per_sec": words / secs}
-    teachers = [(config.model.teacher, config.model.revision) for config in (run, planned)]
-    if teachers[0] == teachers[1] and run.pack == planned.pack:
+    teachers = [(config.model.teacher, config.model.revision) for config in (run.config, planned)]
+    if teachers[0] == teachers[1] and run.config.pack == planned.pack:
         found |= _tokens_per_word(run, texts[:SAMPLE_TEXTS]) | _fill(run)
     return found
 
 
-def _tokens_per_word(run: Config, texts: list[str]) -> dict[str, float]:
+def _tokens_per_word(run: Run, texts: list[str]) -> dict[str, float]:
     """By the teacher's tokenizer, where that can be had here."""
-    teacher = Table(run.run_dir, "", "teacher").manifest()
+    teacher = run.table("", "teacher").manifest()
     if teacher is None:
         return {}
     try:
@@ -366,11 +368,11 @@ def _tokens_per_word(run: Config, texts: list[str]) -> dict[str, float]:
     return {"tokens_per_word": num_tokens / sum(len(text.split()) for text in texts)}
 
 
-def _fill(run: Config) -> dict[str, float]:
+def _fill(run: Run) -> dict[str, float]:
     """Share of the first epoch's positions that is not padding."""
-    plan = Table(run.run_dir, "natural", "plan")
+    plan = run.table("natural", "plan")
     if plan.manifest() is None:
         return {}
-    shards = [plan_shard_name(lane, 0) for lane in range(run.pack.num_lanes)]
+    shards = [plan_shard_name(lane, 0) for lane in range(run.config.pack.num_lanes)]
     rows = [number for shard in shards for number in plan.read(shard, ["num_positions"])["num_positions"].to_pylist()]
-    return {"fill": sum(rows) / (len(rows) * run.pack.context)} if rows else {}
+    return {"fill": sum(rows) / (len(rows) * run.config.pack.context)} if rows else {}

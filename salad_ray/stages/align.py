@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from salad_ray.config import AlignConfig, Config, identity
+from salad_ray.config import AlignConfig, Config
+from salad_ray.flow import Step
+from salad_ray.runs import Run
 from salad_ray.speech.align import Alignment, PocketsphinxAligner
 from salad_ray.speech.audio import load_utterance
 from salad_ray.speech.ctc import CTCAligner
-from salad_ray.stages.common import Stage, finished, run_shards
+from salad_ray.stages.common import Stage, Work
 from salad_ray.stages.shards import ShardPart, StageError, WindowWorker, keep_or_reject
 from salad_ray.tables import BadInput, Table, Utterance, to_arrow
 
@@ -21,21 +23,18 @@ WINDOW_BATCHES = 4
 """Batches of audio in memory at once; they are sorted by length within."""
 
 
-def run(config: Config) -> None:
-    """Write `<set>/aligned` from `<set>/utterances`."""
-    settings = config.align
-    if settings.aligner == "none":
-        raise StageError("align: align.aligner=none, so there is nothing to align; set align.aligner=pocketsphinx")
-    utterances = Table(config.run_dir, config.set, "utterances")
-    manifest = finished(utterances, "ingest")
-    facts, inputs = {}, {"utterances": manifest["version"]}
-    if settings.aligner == "ctc":  # here too, so that a wrong path ends in one sentence
-        facts["aligner"] = load_ctc(settings, "cpu").facts
-        inputs["aligner weights"] = facts["aligner"]["weights"]
-    stage = Stage("align", Table(config.run_dir, config.set, "aligned"), identity(config, "align"), inputs)
-    items = {name: name for name in manifest["shards"]}
-    worker = partial(AlignShard, config, facts.get("aligner"))
-    run_shards(config, stage, items, worker, settings.num_gpus, **facts)
+def sources(config: Config, step: Step) -> dict[str, Any]:
+    """The CTC model, loaded here too, so that a wrong path ends in one sentence; pocketsphinx comes with its own."""
+    return {"aligner": load_ctc(config.align, "cpu").facts} if config.align.aligner == "ctc" else {}
+
+
+def work(run: Run, step: Step) -> Work:
+    """`<set>/aligned` from `<set>/utterances`."""
+    stage = Stage.of(run, step)
+    [(label, utterances)] = stage.inputs.items()
+    facts = dict(run.facts_of(step))
+    worker = partial(AlignShard, run.config, run.labelled(label), facts.get("aligner"))
+    return Work(stage, {name: name for name in utterances["shards"]}, worker, run.config.align.num_gpus, facts)
 
 
 def load_ctc(settings: AlignConfig, device: str) -> CTCAligner:
@@ -47,8 +46,8 @@ def load_ctc(settings: AlignConfig, device: str) -> CTCAligner:
 class AlignShard(WindowWorker):
     """Args: facts: of the CTC model with which the stage was started; None takes pocketsphinx."""
 
-    def __init__(self, config: Config, facts: dict[str, Any] | None = None) -> None:
-        self.config, self.has_other_weights = config, False
+    def __init__(self, config: Config, utterances: Table, facts: dict[str, Any] | None = None) -> None:
+        self.config, self.utterances, self.has_other_weights = config, utterances, False
         settings, device = config.align, "cuda" if config.align.num_gpus else "cpu"
         self.aligner: CTCAligner | PocketsphinxAligner
         if facts is None:
@@ -57,7 +56,6 @@ class AlignShard(WindowWorker):
             pinned = settings.model_copy(update={"revision": facts["revision"] or settings.revision})
             self.aligner = load_ctc(pinned, device)
             self.has_other_weights = self.aligner.facts["weights"] != facts["weights"]
-        self.utterances = Table(config.run_dir, config.set, "utterances")
 
     def __call__(self, shard: str) -> Iterator[ShardPart]:
         if self.has_other_weights:

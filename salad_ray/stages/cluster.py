@@ -13,12 +13,14 @@ import pyarrow as pa
 import ray
 import safetensors.numpy
 
-from salad_ray.config import Config, identity
+from salad_ray.config import Config
 from salad_ray.console import say, show
+from salad_ray.flow import Step
+from salad_ray.runs import Run
 from salad_ray.selection.cards import cards_table, chance_purity, cluster_cards, purity
 from salad_ray.selection.draw import priorities
 from salad_ray.selection.kmeans import BalancedKMeans
-from salad_ray.stages.common import Stage, finished, run_shards
+from salad_ray.stages.common import Stage, Work, run_works
 from salad_ray.stages.ray_cluster import require_gpus, start_ray
 from salad_ray.stages.shards import ShardPart, StageError
 from salad_ray.tables import (
@@ -35,31 +37,23 @@ from salad_ray.tables import (
 )
 
 
-def run(config: Config) -> None:
+def make(run: Run, step: Step) -> None:
     """Write `web/clusters` from `web/embeddings`, and `web/centroids` with the clusters' shares and cards."""
-    embeddings = Table(config.run_dir, "web", "embeddings")
-    manifest = finished(embeddings, "embed")
-    shards = list(manifest["shards"])
-    stage = Stage(
-        "cluster",
-        Table(config.run_dir, "web", "clusters"),
-        identity(config, "cluster", "seed"),
-        {"embeddings": manifest["version"]},
-    )
+    stage = Stage.of(run, step, "clusters")
+    passages, embeddings = (run.labelled(label) for label in step.reads)
+    shards = list(stage.inputs[embeddings.label]["shards"])
+    fitted = f"{stage.table.url}/fitted.safetensors"
     if not stage.is_done():
         stage.begin()
-        fit(config, embeddings, shards)
-    run_shards(config, stage, {name: name for name in shards}, partial(AssignShard, config))
-    write_centroids(config, stage)
+        fit(run.config, embeddings, shards, fitted)
+    worker = partial(AssignShard, embeddings, fitted, run.config.seed)
+    run_works(run, [Work(stage, {name: name for name in shards}, worker)])
+    write_centroids(run, step, passages, stage.table, fitted)
 
 
-def fitted_url(config: Config) -> str:
-    return f"{Table(config.run_dir, 'web', 'clusters').url}/fitted.safetensors"
-
-
-def fit(config: Config, embeddings: Table, shards: list[str]) -> None:
+def fit(config: Config, embeddings: Table, shards: list[str], fitted_url: str) -> None:
     """Centroids and prices, from the first shards: passages were dealt to them by hash, so they are a fair sample."""
-    if file_exists(fitted_url(config)):
+    if file_exists(fitted_url):
         return
     start_ray(config)
     settings = config.cluster
@@ -67,7 +61,7 @@ def fit(config: Config, embeddings: Table, shards: list[str]) -> None:
     require_gpus(config, "cluster", settings.num_gpus)
     on_gpu = ray.remote(num_cpus=1, num_gpus=settings.num_gpus or None)(_fit)
     fitted, num_points = ray.get(on_gpu.remote(config, embeddings, shards))
-    write_bytes(fitted_url(config), safetensors.numpy.save(fitted))
+    write_bytes(fitted_url, safetensors.numpy.save(fitted))
     secs = time.monotonic() - started
     say(f"cluster: {settings.num_clusters} centroids and prices from {num_points:,} passages in {secs:.1f} s")
 
@@ -91,8 +85,8 @@ def _fit(config: Config, embeddings: Table, shards: list[str]) -> tuple[dict[str
     return {"centroids": kmeans.centroids, "prices": kmeans.prices}, len(sample)
 
 
-def load_kmeans(config: Config) -> BalancedKMeans:
-    fitted = safetensors.numpy.load(read_bytes(fitted_url(config)))
+def load_kmeans(fitted_url: str) -> BalancedKMeans:
+    fitted = safetensors.numpy.load(read_bytes(fitted_url))
     return BalancedKMeans.from_arrays(fitted["centroids"], fitted["prices"])
 
 
@@ -105,10 +99,9 @@ def vectors(table: pa.Table) -> np.ndarray:
 class AssignShard:
     """Cluster, distance and priority of every passage, and the sizes of the clusters for the manifest."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.kmeans = load_kmeans(config)
-        self.embeddings = Table(config.run_dir, "web", "embeddings")
+    def __init__(self, embeddings: Table, fitted: str, seed: int) -> None:
+        self.embeddings, self.seed = embeddings, seed
+        self.kmeans = load_kmeans(fitted)
 
     def __call__(self, shard: str) -> Iterator[ShardPart]:
         rows = self.embeddings.read(shard)
@@ -116,7 +109,7 @@ class AssignShard:
         found = {
             "cluster_id": labels,
             "distance": distances,
-            "priority": priorities(rows["passage_id"].to_pylist(), self.config.seed),
+            "priority": priorities(rows["passage_id"].to_pylist(), self.seed),
         }
         columns = {name: rows[name] for name in ("passage_id", "num_chars", "split")} | found
         schema = schema_of(Membership)
@@ -140,15 +133,15 @@ def _sizes(rows: pa.Table) -> dict[str, float]:
     }
 
 
-def write_centroids(config: Config, clusters: Stage) -> None:
+def write_centroids(run: Run, step: Step, passages: Table, clusters: Table, fitted: str) -> None:
     """`web/centroids`: centroid, price and share of each cluster, and its card in `cards.json`."""
-    manifest = finished(clusters.table, "cluster")
-    table = Table(config.run_dir, "web", "centroids")
-    stage = Stage("cluster", table, identity(config, "cluster.num_clusters"), {"clusters": manifest["version"]})
+    manifest = clusters.manifest()
+    assert manifest is not None
+    stage = Stage.of(run, step, "centroids", clusters=manifest)
     if stage.is_done():
         return
     stage.begin()
-    kmeans, totals = load_kmeans(config), manifest["totals"]
+    kmeans, totals = load_kmeans(fitted), manifest["totals"]
     sizes = [int(totals.get(f"passages of cluster {index}", 0)) for index in range(len(kmeans.prices))]
     if not sum(sizes):
         raise StageError("cluster: web/passages has none but those kept aside; lower ingest.heldout_share")
@@ -163,17 +156,16 @@ def write_centroids(config: Config, clusters: Stage) -> None:
         )
         for index, size in enumerate(sizes)
     ]
-    table.write("part-00000", to_arrow(Cluster, rows))
-    facts = write_cards(config, sizes)
+    stage.table.write("part-00000", to_arrow(Cluster, rows))
+    facts = write_cards(run.config, passages, clusters, f"{stage.table.url}/cards.json", sizes)
     stage.finish(num_rows=len(rows), shards={"part-00000": len(rows)}, **facts)
-    mean = sum(sizes) / len(sizes)
-    say(f"cluster: sizes {min(sizes) / mean:.2f} to {max(sizes) / mean:.2f} of the mean {mean:,.0f} → {table.url}")
+    mean, url = sum(sizes) / len(sizes), stage.table.url
+    say(f"cluster: sizes {min(sizes) / mean:.2f} to {max(sizes) / mean:.2f} of the mean {mean:,.0f} → {url}")
 
 
-def write_cards(config: Config, sizes: list[int]) -> dict[str, Any]:
+def write_cards(config: Config, passages: Table, clusters: Table, url: str, sizes: list[int]) -> dict[str, Any]:
     """What the clusters are about, from a sample; how pure they are, where passages have domains."""
     parts: list[pa.Table] = []
-    clusters, passages = (Table(config.run_dir, "web", name) for name in ("clusters", "passages"))
     for shard in clusters.shards():
         texts = passages.read(shard, ["passage_id", "text", "domain"])
         parts.append(clusters.read(shard, ["passage_id", "cluster_id", "distance"]).join(texts, "passage_id"))
@@ -182,9 +174,7 @@ def write_cards(config: Config, sizes: list[int]) -> dict[str, Any]:
     sample = pa.concat_tables(parts)
     labels = sample["cluster_id"].to_numpy()
     cards = cluster_cards(sample["text"].to_pylist(), labels, sample["distance"].to_numpy(), len(sizes), sizes)
-    write_json(
-        f"{Table(config.run_dir, 'web', 'centroids').url}/cards.json", {"clusters": json.loads(json.dumps(cards))}
-    )
+    write_json(url, {"clusters": json.loads(json.dumps(cards))})
     show(cards_table(cards))
     domains = sample["domain"].to_pylist()
     if len(set(domains)) < 2:

@@ -1,4 +1,4 @@
-"""What all stages share: skip, resume or refuse; manifests, counts and rejects.
+"""What all stages share: skip and resume; manifests, counts and rejects.
 
 A stage maps items (usually the shards of its input) to shards of one table (`shards.py`); a rerun does only what is
 missing.
@@ -7,12 +7,11 @@ missing.
 from __future__ import annotations
 
 import json
-import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar, get_args
 
@@ -23,6 +22,8 @@ import ray
 from salad_ray import __version__
 from salad_ray.config import PICKED_PER_SHARD, Condition, Config, identity
 from salad_ray.console import progress, say
+from salad_ray.flow import Step, steps
+from salad_ray.runs import Run
 from salad_ray.stages.ray_cluster import require_gpus, start_ray
 from salad_ray.stages.shards import ShardPart, StageError, Task, Worker, map_shards
 from salad_ray.tables import (
@@ -30,7 +31,6 @@ from salad_ray.tables import (
     Passage,
     Table,
     Utterance,
-    fingerprint,
     read_json,
     to_arrow,
     write_json,
@@ -41,59 +41,58 @@ Row = TypeVar("Row")
 SPEECH = "speech"
 TRAINED_ON = "training hours of domain "
 """How the totals of `encode` begin that say what was heard in training."""
+OWN_MODEL = "model"
+"""The teacher's path, where it was trained into its own table: with the run it can be moved."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage's work on one table, as its manifest describes it."""
+    """The making of one table, as its manifest describes it."""
 
-    name: str
+    run: Run
+    step: Step
     table: Table
-    own_config: dict[str, Any]
-    inputs: dict[str, str]
-    """Versions of the tables that it reads, and fingerprints of what else does."""
+    inputs: dict[str, dict[str, Any]]
+    """Label of a table that it is made from → its manifest."""
+
+    @classmethod
+    def of(cls, run: Run, step: Step, name: str | None = None, **others: dict[str, Any]) -> Stage:
+        """Of a step's table, by default its first; `others` are manifests of tables of the same step that it is made
+        from. Raises `StageError` where an input is not finished."""
+        table = run.table(step.set, name or step.tables[0])
+        return cls(run, step, table, {label: finished(run, label) for label in step.reads} | others)
 
     @property
-    def fingerprint(self) -> str:
-        return fingerprint({"schema": SCHEMA_VERSION, "config": self.own_config, "inputs": self.inputs})
+    def name(self) -> str:
+        return self.step.stage
 
     @property
     def label(self) -> str:
         return f"{self.name} set={self.table.set}" if self.table.set else self.name
 
     def is_done(self) -> bool:
-        """Whether the table is finished; refuses one that was begun with another config.
-
-        A table of another run that is not what this config makes is let go instead.
-        """
+        """Whether the table is finished, of the inputs as they are now. One that is not is removed: an input that was
+        made anew may differ (training on GPUs does), though its key is the same."""
         manifest = self.table.manifest()
         begun = manifest or read_json(f"{self.table.url}/begun.json")
-        if self.table.linked_to() and (manifest is None or manifest["fingerprint"] != self.fingerprint):
-            self.table.unlink()
-            return self.is_done()
-        if begun is None and self.table.shards():
-            raise StageError(f"{self.table.url} holds shards, but not whose they are; {self._remedy}")
-        if begun is not None and begun["fingerprint"] != self.fingerprint:
-            difference = self._difference(begun)
-            raise StageError(f"{self.table.url} was written with another config ({difference}); {self._remedy}")
+        if begun is None:
+            return False
+        other = [label for label, version in self._versions().items() if begun["inputs"].get(label) != version]
+        if other:
+            say(f"{self.label}: {other[0]} was made anew, so {self.table.url} is, too")
+            self.table.delete()
+            return False
         if manifest is None:
             return False
         lost = set(manifest.get("shards", ())) - set(self.table.shards())
-        if lost and self.table.linked_to():
-            self.table.unlink()  # it is for its own run to mend
-            return self.is_done()
         if lost:
             say(f"{self.label}: {len(lost)} shards of {self.table.url} are gone, {min(lost)} first; making them again")
         return not lost
 
     def begin(self) -> None:
-        """Say whose output this is before the first shard is written.
-
-        A table that is made anew is another version of it: what was made from the former one is stale, even where
-        the config is the same.
-        """
+        """Say what this is before the first shard is written. What is made anew gets another version."""
         if read_json(f"{self.table.url}/begun.json") is None:
-            version = f"{self.fingerprint}-{uuid.uuid4().hex[:8]}"
+            version = f"{self.table.url.rsplit('/', 1)[-1]}-{uuid.uuid4().hex[:8]}"
             write_json(f"{self.table.url}/begun.json", self._description() | {"version": version})
 
     def finish(self, **facts: Any) -> dict[str, Any]:
@@ -106,118 +105,93 @@ class Stage:
         write_json(f"{self.table.url}/manifest.json", manifest)
         return manifest
 
-    @property
-    def _remedy(self) -> str:
-        of_sweep = re.search(r"/sweeps/([^/]+)/(shared-|pool-|[^/]*=)[^/]*(/[^/]*=[^/]*)?$", self.table.run_dir)
-        if of_sweep is not None:
-            return f"to begin anew run `salad sweep CONFIG --only {of_sweep[1]} --redo`"
-        where = f" set={self.table.set}" if self.table.set else ""
-        return f"to replace it run `salad {self.name} CONFIG{where} --redo`, or choose another run_dir"
+    def _versions(self) -> dict[str, str]:
+        return {label: manifest["version"] for label, manifest in self.inputs.items()}
 
     def _description(self) -> dict[str, Any]:
+        config, step = self.run.config, self.step
         return {
-            "stage": self.name,
-            "fingerprint": self.fingerprint,
-            "config": self.own_config,
-            "inputs": self.inputs,
+            "stage": step.stage,
+            "set": step.set,
+            "config": identity(config, *step.keys, without=step.without),
+            "inputs": self._versions(),
+            "sources": dict(self.run.facts_of(step)),
             "schema_version": SCHEMA_VERSION,
             "salad_ray": __version__,
             "written_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
 
-    def _difference(self, begun: dict[str, Any]) -> str:
-        old, new = _flatten(begun["config"]), _flatten(self.own_config)
-        changes = [f"{key}: {old.get(key)} → {new.get(key)}" for key in new | old if old.get(key) != new.get(key)]
-        changes += [
-            f"its input {name} changed" for name in self.inputs if begun["inputs"].get(name) != self.inputs[name]
-        ]
-        if begun["schema_version"] != SCHEMA_VERSION:
-            changes.append(f"schema version {begun['schema_version']} → {SCHEMA_VERSION}")
-        return "; ".join(changes[:5])
 
-
-def training_budget(config: Config) -> dict[str, Any]:
-    """What decides how many steps a plan must last."""
-    keys = ("distill.num_steps", "distill.num_positions", "distill.decay_share", "pack.rows_per_lane")
-    second = config.stage2
-    ends = None if second is None else {"num_steps": second.num_steps, "num_positions": second.num_positions}
-    return identity(config, *keys) | {"stage2": ends}
-
-
-def finished(table: Table, writer: str) -> dict[str, Any]:
-    """The manifest of an input; without it, say which stage to run."""
+def finished(run: Run, label: str) -> dict[str, Any]:
+    """The manifest of a table; raises `StageError`, which says what to run, where it is not finished."""
+    table = run.labelled(label)
     manifest = table.manifest()
     if manifest is None:
-        where = f" set={table.set}" if table.set else ""
-        raise StageError(f"{table.url} is not finished; run `salad {writer} CONFIG{where}` first")
-    if manifest["schema_version"] != SCHEMA_VERSION:
-        raise StageError(
-            f"{table.url} is of schema version {manifest['schema_version']}, and this salad_ray reads "
-            f"{SCHEMA_VERSION}; choose another run_dir"
-        )
+        writer = next((step for step in steps(run.config) if label in step.writes), None)
+        if writer is None:
+            raise StageError(f"this config has no table {label}")
+        where = f" set={writer.set}" if writer.set else ""
+        raise StageError(f"{table.url} is not finished; run `salad {writer.stage} CONFIG{where}` first")
     return manifest
+
+
+def teacher_of(run: Run) -> dict[str, Any]:
+    """The manifest of the text LLM; its `path` as it is now, where the run has trained it itself."""
+    manifest = finished(run, "teacher")
+    is_own = manifest["path"] == OWN_MODEL
+    return manifest | ({"path": f"{run.table('', 'teacher').url}/{OWN_MODEL}"} if is_own else {})
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one stage does: shard name → payload (plain JSON data), and what builds the worker inside its actor."""
+    """What a step that goes shard by shard does."""
 
     stage: Stage
     items: dict[str, Any]
+    """Shard name → payload (plain JSON data) for the worker."""
     make_worker: Callable[[], Worker]
+    """Builds the worker inside its actor (a `functools.partial` of its class)."""
+    num_gpus: float = 0.0
+    """Of each actor."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """For the manifest."""
+    clean_up: Callable[[], None] = lambda: None
+    """Called when the manifest is written."""
 
 
-def run_shards(
-    config: Config,
-    stage: Stage,
-    items: dict[str, Any],
-    make_worker: Callable[[], Worker],
-    num_gpus: float = 0.0,
-    **facts: Any,
-) -> None:
-    """Skip the stage if it is done; else do every item whose shard is missing and write the manifest, with `facts`."""
-    run_together(config, [Work(stage, items, make_worker)], num_gpus, **facts)
+def run_works(run: Run, works: Sequence[Work]) -> None:
+    """Make the tables that are not done, by the same actors, which have one worker at a time: they start once for all.
 
-
-def run_together(config: Config, works: Sequence[Work], num_gpus: float = 0.0, **facts: Any) -> None:
-    """`run_shards` for several tables by the same actors, which have one worker at a time: they start once for all."""
+    Raises:
+        StageError: with strict=true at the first bad input; when too large a share is rejected; without items.
+    """
     pending = []
     for work in works:
         if work.stage.is_done():
-            check_strict(config, work.stage)
+            check_strict(run.config, work.stage)
             say(f"{work.stage.label}: done already, {work.stage.table.url}")
         else:
             work.stage.begin()
             pending.append(work)
     started = time.monotonic()
-    pace = _do(config, pending, num_gpus)
+    pace = _do(run, pending)
     secs = time.monotonic() - started
     total = sum(len(work.items) for work in pending)
     for work in pending:
-        counts = checked_counts(config, work.stage, list(work.items))
+        counts = checked_counts(run.config, work.stage, list(work.items))
         own_secs = secs * len(work.items) / total
-        work.stage.finish(**counts, **pace, **facts, seconds=round(own_secs, 2))
+        work.stage.finish(**counts, **pace, **work.facts, seconds=round(own_secs, 2))
+        work.clean_up()
         say(f"{work.stage.label}: {counts['num_kept']:,} kept in {own_secs:.1f} s → {work.stage.table.url}")
 
 
-def make_shards(
-    config: Config, stage: Stage, items: dict[str, Any], make_worker: Callable[[], Worker], num_gpus: float = 0.0
-) -> dict[str, Any]:
-    """Do every item whose shard is missing; returns the counts over all items.
-
-    Args:
-        items: shard name → payload (plain JSON data) for the worker.
-        make_worker: builds the worker inside its actor (a `functools.partial` of its class).
-        num_gpus: GPUs of each actor.
-
-    Raises:
-        StageError: with strict=true at the first bad input; when too large a share is rejected; without items.
-    """
-    pace = _do(config, [Work(stage, items, make_worker)], num_gpus)
-    return checked_counts(config, stage, list(items)) | pace
+def make_shards(run: Run, work: Work) -> dict[str, Any]:
+    """Make every shard that is missing, and no manifest; returns the counts over all items. Raises as `run_works`."""
+    pace = _do(run, [work])
+    return checked_counts(run.config, work.stage, list(work.items)) | pace
 
 
-def _do(config: Config, works: Sequence[Work], num_gpus: float) -> dict[str, float]:
+def _do(run: Run, works: Sequence[Work]) -> dict[str, float]:
     """Make the shards that are missing; returns the pace (`map_shards`)."""
     tasks = []
     for work in works:
@@ -228,9 +202,11 @@ def _do(config: Config, works: Sequence[Work], num_gpus: float) -> dict[str, flo
             say(f"{work.stage.label}: continuing, {there}")
         if items:
             num_there = len(work.items) - len(items)
-            tasks.append(Task(work.stage.label, work.stage.table, items, work.make_worker, num_there))
+            table = work.stage.table
+            tasks.append(Task(work.stage.label, table, run.config.run_dir, items, work.make_worker, num_there))
     if not tasks:
         return {}
+    config, num_gpus = run.config, works[0].num_gpus
     start_ray(config)
     cluster = ray.cluster_resources()
     room = int(cluster.get("GPU", 0) / num_gpus) if num_gpus else int(cluster.get("CPU", 0))
@@ -263,7 +239,7 @@ def gather(config: Config, label: str, shards: Sequence[str], work: Callable[[st
     return pa.concat_tables(parts).sort_by("number").drop_columns(["number"])
 
 
-def members_below(config: Config, label: str, shards: Sequence[str], bounds: np.ndarray) -> pa.Table:
+def members_below(run: Run, label: str, shards: Sequence[str], bounds: np.ndarray) -> pa.Table:
     """Passages of `web/clusters`, but those kept aside for measuring, whose priority is below their cluster's bound.
 
     Args:
@@ -272,7 +248,7 @@ def members_below(config: Config, label: str, shards: Sequence[str], bounds: np.
     Returns:
         The rows of the table with a column `shard`.
     """
-    clusters = Table(config.run_dir, "web", "clusters")
+    clusters = run.table("web", "clusters")
 
     def of_shard(shard: str) -> pa.Table:
         rows = clusters.read(shard)
@@ -283,14 +259,14 @@ def members_below(config: Config, label: str, shards: Sequence[str], bounds: np.
         found = rows.filter(pa.array(near))
         return found.append_column("shard", pa.array([shard] * len(found), pa.string()))
 
-    return gather(config, label, shards, of_shard)
+    return gather(run.config, label, shards, of_shard)
 
 
 class PickPassages:
     """Makes a shard of passages out of chosen ones of the web's shards: web shard → [[passage_id, cluster_id], …]."""
 
-    def __init__(self, config: Config, split: str) -> None:
-        self.passages = Table(config.run_dir, "web", "passages")
+    def __init__(self, passages: Table, split: str) -> None:
+        self.passages = passages
         self.split = split
 
     def __call__(self, chosen: dict[str, list[tuple[str, int | None]]]) -> Iterator[ShardPart]:
@@ -344,9 +320,7 @@ def checked_counts(config: Config, stage: Stage, shards: Sequence[str]) -> dict[
     check_counts(config, stage, counts)
     if counts["num_rejected"]:
         rejects = stage.table.rejects
-        say(
-            f"{stage.label}: {counts['num_rejected']:,} rejected, the reasons are in {rejects.url}/{stage.table.name}-*"
-        )
+        say(f"{stage.label}: {counts['num_rejected']:,} rejected, the reasons are in {rejects.url}")
     return counts
 
 
@@ -391,7 +365,7 @@ def check_strict(config: Config, stage: Stage) -> None:
 
 def _first_reject(stage: Stage) -> dict[str, str]:
     rejects = stage.table.rejects
-    name = next((name for name in rejects.shards() if name.startswith(f"{stage.table.name}-")), None)
+    name = next(iter(rejects.shards()), None)
     return rejects.read(name).to_pylist()[0] if name else {"key": "", "reason": "no input"}
 
 
@@ -407,10 +381,3 @@ def check_counts(config: Config, stage: Stage, counts: dict[str, Any]) -> None:
             f"{reason['key']}: {reason['reason']}; mend the input and run the "
             "stage with --redo, or raise ingest.max_rejected_share"
         )
-
-
-def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
-from salad_ray.config import Config, identity
+from salad_ray.config import Config
+from salad_ray.flow import Step
 from salad_ray.model.encoder import encode_in_batches, load_encoder
+from salad_ray.runs import Run
 from salad_ray.sequences.batch import store_frames
 from salad_ray.speech.audio import load_utterance
 from salad_ray.speech.augment import augment, distort
-from salad_ray.stages.common import TRAINED_ON, Stage, condition_of, finished, run_shards
+from salad_ray.stages.common import TRAINED_ON, Stage, Work, condition_of
 from salad_ray.stages.shards import ShardPart, StageError, WindowWorker, keep_or_reject
 from salad_ray.tables import Features, Table, Utterance, stable_hash, to_arrow
 
@@ -21,30 +24,26 @@ WINDOW_BATCHES = 4
 """Batches of audio in memory at once; they are sorted by length within."""
 
 
-def run(config: Config) -> None:
-    """Write `<set>/features` from `<set>/aligned`, or `<set>/utterances` where the words are known or not wanted."""
-    recorded = config.set == "natural" and bool(config.ingest.corpora)
-    aligned = recorded and config.align.aligner != "none"
-    utterances = Table(config.run_dir, config.set, "aligned" if aligned else "utterances")
-    manifest = finished(utterances, "align" if aligned else "ingest" if recorded else "synthesize")
-    encoder = load_encoder(config.encode, "cpu")  # here too, so that a wrong path ends in one sentence
-    keys = ["seed"] if config.encode.augment.share or config.set == "benchmark" else []
-    keys += ["evaluate.conditions"] if config.set == "benchmark" else []
-    stage = Stage(
-        "encode",
-        Table(config.run_dir, config.set, "features"),
-        identity(config, "encode", *keys),
-        {utterances.name: manifest["version"], "encoder weights": encoder.weights},
-    )
+def sources(config: Config, step: Step) -> dict[str, Any]:
+    """The encoder, loaded here too, so that a wrong path ends in one sentence."""
+    encoder = load_encoder(config.encode, "cpu")
     spec = {name: getattr(encoder, name) for name in ("name", "sampling_rate", "frame_rate", "dim", "revision")}
-    items = {name: name for name in manifest["shards"]}
-    worker = partial(EncodeShard, config, utterances, encoder.weights)
-    run_shards(config, stage, items, worker, config.encode.num_gpus, encoder=spec | {"path": config.encode.path})
+    return {"encoder": spec | {"path": config.encode.path}, "weights": encoder.weights}
+
+
+def work(run: Run, step: Step) -> Work:
+    """`<set>/features` from utterances, aligned ones where they were."""
+    stage = Stage.of(run, step)
+    [(label, utterances)] = stage.inputs.items()
+    facts = run.facts_of(step)
+    worker = partial(EncodeShard, run.config, step.set, run.labelled(label), facts["weights"])
+    items = {name: name for name in utterances["shards"]}
+    return Work(stage, items, worker, run.config.encode.num_gpus, {"encoder": facts["encoder"]})
 
 
 class EncodeShard(WindowWorker):
-    def __init__(self, config: Config, utterances: Table, weights: str) -> None:
-        self.config = config
+    def __init__(self, config: Config, set_name: str, utterances: Table, weights: str) -> None:
+        self.config, self.is_benchmark = config, set_name == "benchmark"
         self.utterances, self.weights = utterances, weights
         self.encoder = load_encoder(config.encode, "cuda" if config.encode.num_gpus else "cpu")
 
@@ -62,7 +61,7 @@ class EncodeShard(WindowWorker):
     def _conditions(self, row: Utterance) -> Iterator[Utterance]:
         """The utterance, and of a benchmark's also once for every other condition that it is to be heard under."""
         yield row
-        if self.config.set == "benchmark" and condition_of(row.utt_id)[1] == "clean":
+        if self.is_benchmark and condition_of(row.utt_id)[1] == "clean":
             for condition in self.config.evaluate.conditions:
                 if condition not in ("clean", "voice"):
                     yield replace(row, utt_id=f"{row.utt_id}@{condition}")
@@ -91,7 +90,7 @@ class EncodeShard(WindowWorker):
         the number of frames tells.
         """
         audio = load_utterance(row, self.encoder.sampling_rate)
-        _, condition = condition_of(row.utt_id) if self.config.set == "benchmark" else ("", "clean")
+        _, condition = condition_of(row.utt_id) if self.is_benchmark else ("", "clean")
         if condition not in ("clean", "voice"):
             rng = np.random.default_rng(stable_hash(self.config.seed, row.utt_id))
             return row, distort(audio, self.encoder.sampling_rate, condition, rng)

@@ -9,20 +9,22 @@ from typing import Any
 
 import numpy as np
 
-from salad_ray.config import Config, identity
-from salad_ray.console import say
+from salad_ray.config import Config
 from salad_ray.distill.step import DTYPES
 from salad_ray.evaluation.benchmarks import choose_exemplars, exemplar_of
 from salad_ray.evaluation.scoring import Query, batches, predict, score, speech_query, text_query
+from salad_ray.flow import Step
 from salad_ray.model.speech_lm import SpeechLM, load_text_lm, load_tokenizer
+from salad_ray.runs import Run
 from salad_ray.sequences.batch import frames_of
 from salad_ray.speech.audio import load_utterance
 from salad_ray.speech.augment import distort
 from salad_ray.speech.recognise import load_recogniser, word_error_rate
-from salad_ray.stages.common import Stage, Work, condition_of, finished, run_together
+from salad_ray.stages.common import Stage, Work, condition_of, teacher_of
 from salad_ray.stages.shards import ShardPart, StageError, keep_or_reject
 from salad_ray.tables import Features, Item, Score, Table, Utterance, local_folder, stable_hash, to_arrow
 
+CASCADE = "cascade"
 SPOKEN_RATE = 16000
 """At which recognisers listen, in Hz."""
 
@@ -30,46 +32,25 @@ Asked = tuple[Item, str, Query, dict[str, Any]]
 """An item, the condition under which it is heard, what the model is asked, and what else is known of it."""
 
 
-def run(config: Config) -> None:
-    """Write `benchmark/scores_<system>`: the base LLM reads, the cascade reads transcripts, others read and listen."""
-    if not config.has_benchmark:
-        say("evaluate: no benchmarks; name some in evaluate.benchmarks")
-        return
-    run_together(config, [_work(config, system) for system in systems_of(config)], config.evaluate.num_gpus)
+def sources(config: Config, step: Step) -> dict[str, Any]:
+    """The cascade's recogniser, loaded here too, so that a wrong path ends in one sentence."""
+    if step.tables != (f"scores_{CASCADE}",):
+        return {}
+    return {name: str(fact) for name, fact in _recogniser(config, "cpu").facts.items()}
 
 
-def systems_of(config: Config) -> list[str]:
-    """The systems that there are by now."""
-    trained = [name for name in ("stage1", "stage2", "control") if Table(config.run_dir, "", name).manifest()]
-    return ["base", *trained, *(["cascade"] if config.evaluate.cascade != "none" else [])]
-
-
-def _work(config: Config, system: str) -> Work:
-    """Asking one system."""
-    teacher = finished(Table(config.run_dir, "", "teacher"), "teacher")
-    items = finished(Table(config.run_dir, "benchmark", "items"), "ingest")
-    inputs, keys = {"items": items["version"], "teacher": teacher["version"]}, ["evaluate.num_shots"]
-    if config.evaluate.has_pool:
-        inputs["exemplars"] = finished(Table(config.run_dir, "benchmark", "exemplars"), "ingest")["version"]
-    work = {} if system == "cascade" else {f"text-{shard}": ["text", shard] for shard in items["shards"]}
-    if system == "cascade":
-        spoken = finished(Table(config.run_dir, "benchmark", "utterances"), "synthesize")
-        recogniser = _recogniser(config, "cpu")  # here too, so that a wrong path ends in one sentence
-        inputs |= {"utterances": spoken["version"]} | {name: str(fact) for name, fact in recogniser.facts.items()}
-        keys += ["evaluate.conditions", "evaluate.cascade"]
-        work |= {f"speech-{shard}": ["cascade", shard] for shard in spoken["shards"]}
-    elif system != "base":
-        features = finished(Table(config.run_dir, "benchmark", "features"), "encode")
-        model = finished(Table(config.run_dir, "", system), system)
-        inputs |= {"features": features["version"], "model": model["version"]}
-        work |= {f"speech-{shard}": ["speech", shard] for shard in features["shards"]}
-    stage = Stage(
-        "evaluate",
-        Table(config.run_dir, "benchmark", f"scores_{system}"),
-        identity(config, *keys, "distill.precision", "pack.context", "seed"),
-        inputs,
-    )
-    return Work(stage, work, partial(AskShard, config, system, teacher))
+def work(run: Run, step: Step) -> Work:
+    """`benchmark/scores_<system>`: the base LLM reads, the cascade reads transcripts, others read and listen."""
+    stage = Stage.of(run, step)
+    system = step.tables[0].removeprefix("scores_")
+    tables = {table.name: table for table in map(run.labelled, step.reads)}
+    shards = {table.name: list(stage.inputs[table.label].get("shards", ())) for table in tables.values()}
+    items = {} if system == CASCADE else {f"text-{shard}": ["text", shard] for shard in shards["items"]}
+    items |= {f"speech-{shard}": ["speech", shard] for shard in shards.get("features", ())}
+    items |= {f"speech-{shard}": [CASCADE, shard] for shard in shards.get("utterances", ())}
+    model = f"{tables[system].url}/model" if system in tables else None
+    worker = partial(AskShard, run.config, system, teacher_of(run), tables, model)
+    return Work(stage, items, worker, run.config.evaluate.num_gpus)
 
 
 def _recogniser(config: Config, device: str) -> Any:
@@ -81,12 +62,13 @@ def _recogniser(config: Config, device: str) -> Any:
 class AskShard:
     """A system and all items; scores the items of one shard of texts, features or utterances."""
 
-    def __init__(self, config: Config, system: str, teacher: dict[str, Any]) -> None:
-        self.config, self.system = config, system
+    def __init__(
+        self, config: Config, system: str, teacher: dict[str, Any], tables: dict[str, Table], model: str | None
+    ) -> None:
+        self.config, self.system, self.tables = config, system, tables
         device, dtype = "cuda" if config.evaluate.num_gpus else "cpu", DTYPES[config.distill.precision]
-        is_text = system in ("base", "cascade")
-        with local_folder(teacher["path"] if is_text else f"{Table(config.run_dir, '', system).url}/model") as path:
-            if is_text:
+        with local_folder(model or teacher["path"]) as path:
+            if model is None:
                 self.model: Any = load_text_lm(path, teacher["revision"], dtype).to(device)
                 self.tokenizer = load_tokenizer(path, teacher["revision"])
             else:
@@ -96,10 +78,10 @@ class AskShard:
             getattr(self.model, "llm", self.model).config.get_text_config(), "max_position_embeddings", None
         )
         self.context = min(config.pack.context, reach or config.pack.context)
-        self.recogniser = _recogniser(config, device) if system == "cascade" else None
-        self.items = {row.item_id: row for row in _all_items(config, "items")}
+        self.recogniser = _recogniser(config, device) if system == CASCADE else None
+        self.items = {row.item_id: row for row in _all_items(tables["items"])}
         self.pools: dict[str, list[Item]] = {}
-        others = _all_items(config, "exemplars") if config.evaluate.has_pool else []
+        others = _all_items(tables["exemplars"]) if "exemplars" in tables else []
         named = {row.benchmark for row in others}
         for row in others + [row for row in self.items.values() if row.benchmark not in named]:
             self.pools.setdefault(row.benchmark, []).append(row)
@@ -123,12 +105,12 @@ class AskShard:
     def _rows(self, kind: str, shard: str) -> tuple[Sequence[Any], Any, Any]:
         """A shard's rows, how they are called, and how each is asked."""
         if kind == "text":
-            items = Table(self.config.run_dir, "benchmark", "items").read_rows(Item, shard)
+            items = self.tables["items"].read_rows(Item, shard)
             return items, lambda row: row.item_id, self._ask_text
         if kind == "speech":
-            features = Table(self.config.run_dir, "benchmark", "features").read_rows(Features, shard)
+            features = self.tables["features"].read_rows(Features, shard)
             return features, lambda row: row.utt_id, self._ask_speech
-        utterances = Table(self.config.run_dir, "benchmark", "utterances").read_rows(Utterance, shard)
+        utterances = self.tables["utterances"].read_rows(Utterance, shard)
         heard = [(row, condition) for row in utterances for condition in self._conditions(row)]
         return heard, lambda pair: f"{pair[0].utt_id}@{pair[1]}", self._ask_cascade
 
@@ -194,6 +176,5 @@ class AskShard:
         )
 
 
-def _all_items(config: Config, name: str) -> list[Item]:
-    table = Table(config.run_dir, "benchmark", name)
+def _all_items(table: Table) -> list[Item]:
     return [row for shard in table.shards() for row in table.read_rows(Item, shard)]

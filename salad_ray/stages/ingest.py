@@ -30,9 +30,11 @@ import pyarrow as pa
 import ray
 import ray.data
 
-from salad_ray.config import BenchmarkConfig, Config, ConfigError, CorpusConfig, WebTextConfig, identity, redact
+from salad_ray.config import BenchmarkConfig, Config, ConfigError, CorpusConfig, WebTextConfig, redact
 from salad_ray.console import progress, say, user_error
 from salad_ray.evaluation.benchmarks import prompt_of, read_items, world_items
+from salad_ray.flow import Step
+from salad_ray.runs import Run
 from salad_ray.selection.draw import priorities, probe_bounds
 from salad_ray.speech.audio import check_recording
 from salad_ray.speech.corpora import Source, attributions, corpus_name, find_sources, scan, source_stamp
@@ -40,13 +42,13 @@ from salad_ray.speech.readers import language_code, split_of
 from salad_ray.stages.common import (
     PickPassages,
     Stage,
+    Work,
     check_strict,
     checked_counts,
-    finished,
     gather,
     hours_by_licence,
     picked_shards,
-    run_shards,
+    run_works,
 )
 from salad_ray.stages.ray_cluster import start_ray
 from salad_ray.stages.shards import (
@@ -101,58 +103,63 @@ DEALT = [pa.field("shard", pa.int64()), pa.field("reason", pa.string()), pa.fiel
 document, as JSON, what was cut out of it."""
 
 
-def run(config: Config) -> None:
+def sources(config: Config, step: Step) -> dict[str, Any]:
+    """Stamps of what is read: an edited corpus is another one, and its tables lie elsewhere."""
+    if step.set == "benchmark":
+        if step.reads:
+            return {"voices": len(_voices(config))}
+        return {"items": fingerprint({"rows": [asdict(row) for row in (*_items(config), *_exemplars(config))]})}
+    if config.ingest.web and step.set == "web":
+        stamps = {text_corpus_name(corpus): _text_stamp(corpus) for corpus in config.ingest.web}
+        texts = fingerprint({"texts": _benchmark_texts(config)})
+        return {"corpora": stamps, "benchmarks": texts, "max_words": config.max_words}
+    if "catalog" in step.tables:
+        return {corpus_name(corpus): _stamp(find_sources(corpus)) for corpus in config.ingest.corpora}
+    return {}
+
+
+def make(run: Run, step: Step) -> None:
     """Write `<set>/passages` (text that is spoken later), or `natural/catalog` and `natural/utterances`."""
-    if config.set == "benchmark":
-        make_items(config)
-    elif config.ingest.web and config.set == "web":
-        make_passages(config)
-    elif config.ingest.web and config.set == "heldout":
-        keep_aside(config)
+    config = run.config
+    if step.set == "benchmark":
+        make_benchmark_passages(run, step) if step.reads else make_items(run, step)
+    elif "catalog" in step.tables:
+        make_catalog(run, step)
+    elif "utterances" in step.tables:
+        stage = Stage.of(run, step)
+        [(label, catalog)] = stage.inputs.items()
+        worker = partial(CheckShard, config, run.labelled(label))
+        run_works(run, [Work(stage, {name: name for name in catalog["shards"]}, worker)])
+    elif step.reads:
+        keep_aside(run, step)
+    elif config.ingest.web and step.set == "web":
+        make_passages(run, step)
     else:
-        _run_shards(config)
-
-
-def _run_shards(config: Config) -> None:
-    if config.set == "natural" and config.ingest.corpora:
-        catalog = make_catalog(config)
-        stage = Stage(
-            "ingest",
-            Table(config.run_dir, "natural", "utterances"),
-            identity(config, "ingest.quality"),
-            {"catalog": catalog["version"]},
-        )
-        worker: Any = CheckShard
-        items: dict[str, Any] = {name: name for name in catalog["shards"]}
-    else:
-        stage, worker = _world_stage(config), WorldPassages
+        _require_domains(config)
         items = {name: index for index, name in enumerate(shard_names(config))}
-    run_shards(config, stage, items, partial(worker, config))
+        run_works(run, [Work(Stage.of(run, step), items, partial(WorldPassages, config, step.set))])
 
 
 def shard_names(config: Config) -> list[str]:
     return [f"part-{index:05d}" for index in range(config.ingest.num_shards)]
 
 
-def _world_stage(config: Config) -> Stage:
+def _require_domains(config: Config) -> None:
     unknown = set(config.world.unheard) - set(DOMAINS)
     if unknown:
         raise ConfigError(f"world.unheard={sorted(unknown)}: the world's domains are {', '.join(DOMAINS)}")
-    size = {"natural": "num_natural", "heldout": "num_heldout"}.get(config.set, "num_web")
-    keys = (f"world.{size}", "ingest.num_shards", "seed", *(["world.unheard"] if config.set == "natural" else []))
-    return Stage("ingest", Table(config.run_dir, config.set, "passages"), identity(config, *keys), {})
 
 
 class WorldPassages:
     """Every shard takes each num_shards-th document, so all domains are in all shards."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, set_name: str) -> None:
         world = config.world
         heard = tuple(domain for domain in DOMAINS if domain not in world.unheard)
         number, domains, split = {
             "natural": (world.num_natural, heard, "train"),
             "heldout": (world.num_heldout, DOMAINS, "test"),
-        }.get(config.set, (world.num_web, DOMAINS, config.set))
+        }.get(set_name, (world.num_web, DOMAINS, set_name))
         self.passages = world_passages(number, domains, config.seed, split)
         self.num_shards = config.ingest.num_shards
 
@@ -164,9 +171,8 @@ class WorldPassages:
 class CheckShard(WindowWorker):
     """Decodes the audio of a catalog shard and checks it and its transcript; the rows get their true durations."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.catalog = Table(config.run_dir, "natural", "catalog")
+    def __init__(self, config: Config, catalog: Table) -> None:
+        self.config, self.catalog = config, catalog
         self.corpora = {corpus_name(corpus): corpus for corpus in config.ingest.corpora}
 
     def __call__(self, shard: str) -> Iterator[ShardPart]:
@@ -200,27 +206,20 @@ def _require_folder(corpus: CorpusConfig, uri: str) -> None:
     )
 
 
-def make_catalog(config: Config) -> dict[str, Any]:
-    """Read all sources and deal their rows to shards; returns the manifest of `natural/catalog`.
+def make_catalog(run: Run, step: Step) -> None:
+    """Read all sources and deal their rows to shards.
 
     An interrupted catalog is begun again: reading it costs little beside the audio, whose checks continue.
 
     Raises:
         ConfigError: a corpus that is not there, or not of a kind that is known.
-        StageError: the corpora changed since, or too much of them is unusable.
+        StageError: too much of the corpora is unusable.
     """
-    found = [(corpus, find_sources(corpus)) for corpus in config.ingest.corpora]
-    stage = Stage(
-        "ingest",
-        Table(config.run_dir, "natural", "catalog"),
-        identity(config, "ingest.corpora", "ingest.languages", "ingest.heldout_share", "ingest.split_by")
-        | identity(config, "ingest.num_shards"),
-        {corpus_name(corpus): _stamp(sources) for corpus, sources in found},
-    )
-    manifest = stage.table.manifest()
-    if manifest is not None and stage.is_done():
+    config, stage = run.config, Stage.of(run, step)
+    if stage.is_done():
         check_strict(config, stage)
-        return manifest
+        return
+    found = [(corpus, find_sources(corpus)) for corpus in config.ingest.corpora]
     started = time.monotonic()
     stage.begin()
     items = [
@@ -228,13 +227,16 @@ def make_catalog(config: Config) -> dict[str, Any]:
         for corpus, sources in found
         for source in sources
     ]
-    write_group = partial(_write_group, config, stage.table)
-    counts = _deal(config, "ingest: catalog", stage, items, partial(_scan, config), write_group, Utterance)
+    scan_source, write_group = partial(_scan, config, stage.table), partial(_write_group, config, stage.table)
+    counts = _deal(config, "ingest: catalog", stage, items, scan_source, write_group, Utterance)
     seconds = round(time.monotonic() - started, 2)
-    manifest = stage.finish(**counts, seconds=seconds, attributions=attributions(config.ingest.corpora))
+    stage.finish(**counts, seconds=seconds, attributions=attributions(config.ingest.corpora))
     check_strict(config, stage)
     say(f"ingest: {counts['num_kept']:,} utterances in {sum(len(s) for _, s in found):,} files, {seconds:.1f} s")
-    return manifest
+
+
+def _text_stamp(corpus: WebTextConfig) -> str:
+    return fingerprint({"stamps": list(map(text_stamp, find_text_sources(corpus)))})
 
 
 def _stamp(sources: list[Source]) -> str:
@@ -262,7 +264,7 @@ def _deal(
     delete_folder(scanned)  # of a run that was interrupted, perhaps of other sources
     names = shard_names(config)
     at_once = ray.data.TaskPoolStrategy(config.ray.max_actors)
-    tags = {"run": stage.table.run_dir, "stage": stage.name, "set": stage.table.set or "-"}
+    tags = {"run": config.run_dir, "stage": stage.name, "set": stage.table.set or "-"}
     sources = ray.data.from_items(items, override_num_blocks=len(items))
     if config.ray.max_actors:  # of this data set alone; they hold CPUs, too
         sources.context.max_hash_shuffle_aggregators = min(config.ray.max_actors, MAX_AGGREGATORS)
@@ -414,12 +416,11 @@ def _undealt(row_type: type, group: pa.Table) -> tuple[list[Any], list[Reject]]:
     return from_arrow(row_type, found), rejects
 
 
-def _scan(config: Config, item: dict[str, Any]) -> Iterator[pa.Table]:
+def _scan(config: Config, catalog: Table, item: dict[str, Any]) -> Iterator[pa.Table]:
     """The rows of one source, some thousands at a time."""
     corpus = CorpusConfig.model_validate_json(item["corpus"][0])
     source = Source(**json.loads(item["source"][0]))
-    unpacked = f"{config.run_dir}/natural/unpacked"
-    rows = scan(source, corpus, config.ingest.max_member_bytes, unpacked)
+    rows = scan(source, corpus, config.ingest.max_member_bytes, f"{catalog.url}/unpacked")
     with _reading(source.url):
         while piece := list(islice(rows, SCAN_ROWS)):
             yield pa.Table.from_pylist([_scanned(config, row) for row in piece], schema=dealt_schema(Utterance))
@@ -468,24 +469,19 @@ def _write_group(config: Config, table: Table, group: pa.Table) -> dict[str, Any
     return {"shard": [name]}
 
 
-def make_items(config: Config) -> None:
-    """Write `benchmark/items`, `benchmark/passages`, which are spoken, and `benchmark/exemplars` from other files.
+def make_items(run: Run, step: Step) -> None:
+    """Write `benchmark/items`, and `benchmark/exemplars` from other files.
 
     Raises:
         ConfigError: a benchmark that is not there, or not of its format.
     """
-    benchmarks = config.evaluate.benchmarks
-    if not config.has_benchmark:
-        raise ConfigError("ingest set=benchmark: name benchmarks in evaluate.benchmarks, or raise world.num_questions")
-    rows = [row for benchmark in benchmarks for row in _chosen_items(config, benchmark)]
-    if not benchmarks:
-        rows = list(world_items(config.world.num_questions, DOMAINS, config.seed))
-    pools = [benchmark for benchmark in benchmarks if benchmark.exemplars or benchmark.max_items]
-    exemplars = [row for benchmark in pools for row in _pool(benchmark)]
-    items = _write_rows(config, "items", Item, rows, identity(config, "evaluate.benchmarks"))
-    if exemplars:
-        _write_rows(config, "exemplars", Item, exemplars, identity(config, "evaluate.benchmarks"))
-    voices = ("", "@voice") if "voice" in config.evaluate.conditions else ("",)
+    _write_rows(run, Stage.of(run, step, "items"), Item, _items(run.config))
+    if "exemplars" in step.tables:
+        _write_rows(run, Stage.of(run, step, "exemplars"), Item, _exemplars(run.config))
+
+
+def make_benchmark_passages(run: Run, step: Step) -> None:
+    """Write `benchmark/passages`: what is spoken of the items, by each voice that is asked for."""
     passages = [
         Passage(
             passage_id=f"{row.item_id}{voice}",
@@ -496,11 +492,27 @@ def make_items(config: Config) -> None:
             split="test",
             uri=row.audio,
         )
-        for row in rows
+        for row in _items(run.config)
         if isinstance(row, Item)
-        for voice in (voices if row.audio is None else ("",))
+        for voice in (_voices(run.config) if row.audio is None else ("",))
     ]
-    _write_rows(config, "passages", Passage, passages, {"voices": len(voices)}, {"items": items["version"]})
+    _write_rows(run, Stage.of(run, step), Passage, passages)
+
+
+def _voices(config: Config) -> tuple[str, ...]:
+    return ("", "@voice") if "voice" in config.evaluate.conditions else ("",)
+
+
+def _items(config: Config) -> list[Item | Reject]:
+    """The items of all benchmarks; without any, the world's own questions."""
+    if not config.evaluate.benchmarks:
+        return list(world_items(config.world.num_questions, DOMAINS, config.seed))
+    return [row for benchmark in config.evaluate.benchmarks for row in _chosen_items(config, benchmark)]
+
+
+def _exemplars(config: Config) -> list[Item | Reject]:
+    pools = [benchmark for benchmark in config.evaluate.benchmarks if benchmark.exemplars or benchmark.max_items]
+    return [row for benchmark in pools for row in _pool(benchmark)]
 
 
 def _pool(benchmark: BenchmarkConfig) -> Iterator[Item | Reject]:
@@ -520,22 +532,11 @@ def _chosen_items(config: Config, benchmark: BenchmarkConfig) -> list[Item | Rej
     return [*items[: benchmark.max_items], *(row for row in rows if isinstance(row, Reject))]
 
 
-def _write_rows(
-    config: Config,
-    name: str,
-    row_type: type,
-    rows: Sequence[Any],
-    own_config: dict[str, Any],
-    inputs: dict[str, str] | None = None,
-) -> dict[str, Any]:
+def _write_rows(run: Run, stage: Stage, row_type: type, rows: Sequence[Any]) -> None:
     """Write a small table of set=benchmark in shards of a few rows, the unit of resume of what follows."""
-    content = fingerprint({"rows": [asdict(row) for row in rows]})
-    stage = Stage("ingest", Table(config.run_dir, "benchmark", name), own_config, {"rows": content} | (inputs or {}))
-    manifest = stage.table.manifest()
-    if manifest is not None and stage.is_done():
+    if stage.is_done():
         say(f"{stage.label}: done already, {stage.table.url}")
-        return manifest
-    stage.is_done()
+        return
     stage.begin()
     shards = [f"part-{index:05d}" for index in range(-(-len(rows) // ITEMS_PER_SHARD) or 1)]
     for index, shard in enumerate(shards):
@@ -543,38 +544,27 @@ def _write_rows(
         rejects = [row for row in window if isinstance(row, Reject)]
         kept = [row for row in window if not isinstance(row, Reject)]
         write_shard(stage.table, shard, iter([ShardPart(to_arrow(row_type, kept), len(window), len(kept), rejects)]))
-    manifest = stage.finish(**checked_counts(config, stage, shards))
-    check_strict(config, stage)
-    say(f"{stage.label}: {manifest['num_kept']:,} {name} → {stage.table.url}")
-    return manifest
+    manifest = stage.finish(**checked_counts(run.config, stage, shards))
+    check_strict(run.config, stage)
+    say(f"{stage.label}: {manifest['num_kept']:,} {stage.table.name} → {stage.table.url}")
 
 
-def make_passages(config: Config) -> None:
+def make_passages(run: Run, step: Step) -> None:
     """Read the web text, cut it into passages and deal them to shards; an interrupted one is begun again.
 
     Raises:
         ConfigError: a corpus that is not there, or without the columns that it must have.
-        StageError: the corpora changed since, or too much of them is unusable.
+        StageError: too much of the corpora is unusable.
     """
-    settings = config.ingest
-    found = [(corpus, find_text_sources(corpus)) for corpus in settings.web]
-    texts = _benchmark_texts(config)
-    if not texts:
-        say(f"ingest set=web: no benchmarks are named, so none is kept out of the text; {DECONTAMINATE}")
-    cut = [f"ingest.passages.{name}" for name in ("max_word_pieces", "min_words", "max_words", "ngram")]
-    stage = Stage(
-        "ingest",
-        Table(config.run_dir, "web", "passages"),
-        identity(config, "ingest.web", *cut, "ingest.heldout_share", "ingest.num_shards")
-        | identity(config, "embed.embedder", "embed.path", "embed.revision")
-        | {"max_words": config.max_words},
-        {text_corpus_name(corpus): fingerprint({"stamps": list(map(text_stamp, sources))}) for corpus, sources in found}
-        | {"benchmarks": fingerprint({"texts": texts})},
-    )
+    config, stage = run.config, Stage.of(run, step)
     if stage.is_done():
         check_strict(config, stage)
         say(f"{stage.label}: done already, {stage.table.url}")
         return
+    found = [(corpus, find_text_sources(corpus)) for corpus in config.ingest.web]
+    texts = _benchmark_texts(config)
+    if not texts:
+        say(f"ingest set=web: no benchmarks are named, so none is kept out of the text; {DECONTAMINATE}")
     started = time.monotonic()
     stage.begin()
     items = [
@@ -582,7 +572,7 @@ def make_passages(config: Config) -> None:
         for corpus, sources in found
         for source in sources
     ]
-    ngrams = benchmark_ngrams(texts, settings.passages.ngram)
+    ngrams = benchmark_ngrams(texts, config.ingest.passages.ngram)
     start_ray(config)
     scan = partial(_scan_text, config, ray.put(ngrams))
     write_group = partial(_write_passages, config, stage.table)
@@ -701,17 +691,12 @@ def _write_passages(config: Config, table: Table, group: pa.Table) -> dict[str, 
     return {"shard": [name]}
 
 
-def keep_aside(config: Config) -> None:
+def keep_aside(run: Run, step: Step) -> None:
     """Write `heldout/passages`: of the web's passages that are kept aside, those with the lowest priorities."""
-    passages = Table(config.run_dir, "web", "passages")
-    manifest = finished(passages, "ingest")
+    config, stage = run.config, Stage.of(run, step)
+    [(label, manifest)] = stage.inputs.items()
+    passages = run.labelled(label)
     number, there = config.ingest.passages.num_heldout, manifest["totals"]["passages kept aside"]
-    stage = Stage(
-        "ingest",
-        Table(config.run_dir, "heldout", "passages"),
-        identity(config, "ingest.passages.num_heldout", "seed"),
-        {"passages": manifest["version"]},
-    )
     if not there:
         raise StageError("ingest set=heldout: no passage of the web text is kept aside; raise ingest.heldout_share")
     bound = probe_bounds(np.array([there]), number)[0]
@@ -724,9 +709,9 @@ def keep_aside(config: Config) -> None:
         columns = {"priority": pa.array(order[near]), "shard": pa.array([shard] * int(near.sum()), pa.string())}
         return pa.table({"passage_id": rows["passage_id"].filter(pa.array(near))} | columns)
 
-    chosen = pa.table({"passage_id": [], "shard": []})
+    items = {}
     if not stage.is_done():
         chosen = gather(config, stage.label, list(manifest["shards"]), of_shard)
         chosen = chosen.sort_by([("priority", "ascending"), ("passage_id", "ascending")]).slice(0, number)
-    chosen = chosen.append_column("cluster_id", pa.nulls(len(chosen), pa.int64()))
-    run_shards(config, stage, picked_shards(config, chosen), partial(PickPassages, config, "test"))
+        items = picked_shards(config, chosen.append_column("cluster_id", pa.nulls(len(chosen), pa.int64())))
+    run_works(run, [Work(stage, items, partial(PickPassages, passages, "test"))])

@@ -6,80 +6,70 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from salad_ray.config import Config, SetName, identity
-from salad_ray.console import say
+from salad_ray.config import Config
 from salad_ray.distill.step import DTYPES
 from salad_ray.evaluation.misalignment import measure_batch, summarise
+from salad_ray.flow import Step
 from salad_ray.model.speech_lm import EncoderSpec, SpeechLM, load_text_lm
+from salad_ray.runs import Run
 from salad_ray.sequences.batch import collate
 from salad_ray.sequences.loader import samples_of
 from salad_ray.sequences.plan import plan_lane
-from salad_ray.stages.common import Stage, Work, finished, run_together
+from salad_ray.stages.common import Stage, Work, teacher_of
 from salad_ray.stages.shards import ShardPart, StageError
 from salad_ray.tables import Features, Measurement, PlanRow, Table, local_folder, to_arrow
 
-SYSTEMS = ("untrained", "stage1", "stage2", "control")
+UNTRAINED = "untrained"
 
 
-def run(config: Config) -> None:
-    """Write `<set>/measurements_<system>` for every model there is; of the probe set, only what Stage I makes of it.
-
-    A set that is not measured stands for those that are.
-    """
-    if config.set == "probe":
-        run_together(config, _works(config, "probe", "stage1"), config.measure.num_gpus)
-        return
-    sets = (config.set,) if config.set in config.measured_sets else config.measured_sets
-    works = [work for name in sets for system in SYSTEMS for work in _works(config, name, system)]
-    run_together(config, works, config.measure.num_gpus)
-
-
-def _works(config: Config, name: SetName, system: str) -> list[Work]:
-    """Measuring one system on one set; none if the system was not trained yet."""
-    teacher = finished(Table(config.run_dir, "", "teacher"), "teacher")
-    features = finished(Table(config.run_dir, name, "features"), "encode")
-    trained = Table(config.run_dir, "", system).manifest()
-    if system != "untrained" and trained is None:
-        if system == "stage1":
-            say("measure: no stage1 model yet; run `salad stage1 CONFIG` to have one")
-        return []
-    inputs = {} if trained is None else {"model": trained["version"]}
-    keys = ["measure", "distill.precision", "pack.context", "pack.text_words", "pack.speech_words", "seed"]
-    stage = Stage(
-        "measure",
-        Table(config.run_dir, name, f"measurements_{system}"),
-        identity(config, *keys, *(["model.adapter"] if trained is None else [])),
-        inputs | {"teacher": teacher["version"], "features": features["version"]},
+def work(run: Run, step: Step) -> Work:
+    """`<set>/measurements_<system>`; of the probe set only what Stage I makes of it."""
+    stage = Stage.of(run, step)
+    _, features, *trained = step.reads
+    manifest = stage.inputs[features]
+    worker = partial(
+        MeasureShard,
+        run.config,
+        trained[0] if trained else UNTRAINED,
+        teacher_of(run),
+        run.labelled(features),
+        manifest["encoder"],
+        f"{run.labelled(trained[0]).url}/model" if trained else None,
     )
-    items = {shard: shard for shard in features["shards"]}
-    return [
-        Work(stage, items, partial(MeasureShard, config.model_copy(update={"set": name}), system, teacher, features))
-    ]
+    return Work(stage, {shard: shard for shard in manifest["shards"]}, worker, run.config.measure.num_gpus)
 
 
 class MeasureShard:
     """The model and its teacher; scores the `split=test` utterances of a feature shard, interleaved as in training."""
 
-    def __init__(self, config: Config, system: str, teacher: dict[str, Any], features: dict[str, Any]) -> None:
-        self.config, self.system = config, system
+    def __init__(
+        self,
+        config: Config,
+        system: str,
+        teacher: dict[str, Any],
+        features: Table,
+        encoder: dict[str, Any],
+        model: str | None,
+    ) -> None:
+        self.config, self.system, self.features = config, system, features
         self.device = "cuda" if config.measure.num_gpus else "cpu"
         self.dtype, attention = DTYPES[config.distill.precision], config.model.attention
-        revision, encoder = teacher["revision"], EncoderSpec(**features["encoder"])
+        revision = teacher["revision"]
         with local_folder(teacher["path"]) as path:
             self.teacher = load_text_lm(path, revision, self.dtype, attention).to(self.device)
-            if system == "untrained":
-                model = SpeechLM.from_teacher(
-                    path, revision, config.model.adapter, encoder, config.seed, self.dtype, attention
+            if model is None:
+                spec = EncoderSpec(**encoder)
+                student = SpeechLM.from_teacher(
+                    path, revision, config.model.adapter, spec, config.seed, self.dtype, attention
                 )
-        if system != "untrained":
-            with local_folder(f"{Table(config.run_dir, '', system).url}/model") as path:
-                model = SpeechLM.from_pretrained(path, self.dtype, attention)
-        self.student = model.eval().to(self.device)
+        if model is not None:
+            with local_folder(model) as path:
+                student = SpeechLM.from_pretrained(path, self.dtype, attention)
+        self.student = student.eval().to(self.device)
 
     def __call__(self, shard: str) -> Iterator[ShardPart]:
         config = self.config
-        features = Table(config.run_dir, config.set, "features")
-        utterances: list[Features] = features.read_where(Features, shard, "split", ["test"])
+        utterances: list[Features] = self.features.read_where(Features, shard, "split", ["test"])
         num_input = len(utterances)
         rows, rejects = plan_lane(
             lambda _: utterances,

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from salad_ray.config import Config, SetName
+from salad_ray.config import SetName
 from salad_ray.console import say, show
 from salad_ray.evaluation.analysis import robustness_grid
 from salad_ray.evaluation.statistics import accuracy_table as accuracy_rows
 from salad_ray.evaluation.statistics import compare, gap_table, robustness_table
+from salad_ray.flow import Step
 from salad_ray.report.metrics import (
     NAMES,
     SYSTEMS,
@@ -22,28 +23,30 @@ from salad_ray.report.metrics import (
     unheard_auc,
 )
 from salad_ray.report.page import write_page
+from salad_ray.runs import Run, lead_to
 from salad_ray.stages.common import TRAINED_ON, finished
 from salad_ray.stages.shards import StageError
-from salad_ray.tables import Measurement, Score, Table, each_shard, write_json
+from salad_ray.tables import Measurement, Score, Table, each_shard, table_label, write_json
 
 ANSWERING = ("base", "stage1", "stage2", "control", "cascade")
 """The systems that `evaluate` asks."""
 
 
-def run(config: Config) -> None:
-    """Write `report/metrics.json` from the measurements; always anew, since it costs nothing."""
-    heard = heard_domains(Table(config.run_dir, "natural", "features"))
+def make(run: Run, step: Step) -> None:
+    """Write the run's `report/metrics.json` and `report/page.html`; always anew, since it costs nothing."""
+    config = run.config
+    heard = heard_domains(finished(run, "natural/features"))
     main, *others = config.measured_sets
-    metrics = measured(config, main, heard)
+    metrics = measured(run, main, heard)
     show(*gap_tables(metrics))
     for name in others:  # recordings, beside web text that is spoken
-        metrics["recorded"] = measured(config, name, heard)
+        metrics["recorded"] = measured(run, name, heard)
         show(*gap_tables(metrics["recorded"], ", held-out recordings"))
-    selection = Table(config.run_dir, "active", "selection").manifest()
+    selection = _current(run, run.table("active", "selection"))
     if selection is not None:
-        metrics["selection"] = selection_metrics(config, selection, heard)
+        metrics["selection"] = selection_metrics(run, selection, heard)
         show(selection_table(metrics["selection"]))
-    scores = scored(config)
+    scores = scored(run)
     if scores:
         metrics["accuracy"] = accuracy_rows(scores, heard)
         metrics["gaps"] = gap_table(scores)
@@ -52,37 +55,30 @@ def run(config: Config) -> None:
     if len(config.evaluate.conditions) > 1:
         metrics["robustness"] = robustness_table(scores)
         show(robustness_grid(metrics["robustness"]))
-    url = f"{config.run_dir}/report/metrics.json"
-    write_json(url, metrics)
-    write_json(f"{config.run_dir}/report/manifest.json", {"stage": "report", "systems": list(metrics)})
+    write_json(f"{run.places.report_url}/metrics.json", metrics)
     for line in conclusions(metrics):
         say(line)
-    page = f"{config.run_dir}/report/page.html"
-    write_page([config.run_dir], page)
-    say(f"report: {page}, to look at and listen to; the numbers are in {url}")
+    write_page([run.places], f"{run.places.report_url}/page.html")
+    lead_to(run.places)
+    url = run.places.report_url if "/" in run.places.name else f"{config.run_dir}/report"
+    say(f"report: {url}/page.html, to look at and listen to; the numbers are in {url}/metrics.json")
 
 
-def scored(config: Config) -> list[Score]:
-    """What the systems answered; raises `StageError` where a system was trained anew since."""
-    scores: list[Score] = []
-    read = [Table(config.run_dir, "benchmark", name) for name in ("items", "features", "utterances")]
-    current = {
-        table.name: (table.manifest() or {}).get("version") for table in (*read, Table(config.run_dir, "", "teacher"))
-    }
-    for system in ANSWERING:
-        table = Table(config.run_dir, "benchmark", f"scores_{system}")
-        manifest, trained = table.manifest(), Table(config.run_dir, "", system).manifest()
-        if manifest is None or (system == "cascade" and config.evaluate.cascade == "none"):
-            continue
-        if trained is not None and manifest["inputs"].get("model") != trained["version"]:
-            raise StageError(f"report: {table.url} is of another {system} model; run `salad evaluate CONFIG --redo`")
-        for name, version in current.items():
-            if manifest["inputs"].get(name, version) != version:
-                raise StageError(f"report: {table.url} is of other {name}; run `salad evaluate CONFIG --redo`")
-        if manifest["config"]["evaluate.num_shots"] != config.evaluate.num_shots:
-            raise StageError(f"report: {table.url} has another evaluate.num_shots; run `salad evaluate CONFIG --redo`")
-        scores += rows_of(Score, table)
-    return scores
+def _current(run: Run, table: Table) -> dict[str, Any] | None:
+    """The manifest of a table, None where it is not finished; raises `StageError` if an input was made anew since."""
+    manifest = table.manifest()
+    for label, version in (manifest or {"inputs": {}})["inputs"].items():
+        inner = label if "/" in label or run.labelled(label).manifest() else f"{table.set}/{label}"
+        now = run.labelled(inner).manifest()
+        if now is None or now["version"] != version:
+            raise StageError(f"report: {table.url} was made from another {label}; run `salad run CONFIG`")
+    return manifest
+
+
+def scored(run: Run) -> list[Score]:
+    """What the systems answered."""
+    tables = [run.table("benchmark", f"scores_{system}") for system in ANSWERING]
+    return [row for table in tables if _current(run, table) is not None for row in rows_of(Score, table)]
 
 
 def differences(scores: list[Score]) -> list[dict[str, Any]]:
@@ -97,20 +93,15 @@ def differences(scores: list[Score]) -> list[dict[str, Any]]:
     ]
 
 
-def measured(config: Config, name: SetName, heard: set[str]) -> dict[str, Any]:
+def measured(run: Run, name: SetName, heard: set[str]) -> dict[str, Any]:
     """The metrics of every system that was measured on a set."""
     metrics: dict[str, Any] = {}
     for system in SYSTEMS:
-        table = Table(config.run_dir, name, f"measurements_{system}")
-        trained = Table(config.run_dir, "", system).manifest()
-        if system != "untrained" and (table.manifest() is None or trained is None):
-            continue
-        manifest = finished(table, "measure")
-        if trained is not None and manifest["inputs"]["model"] != trained["version"]:
-            raise StageError(
-                f"report: {table.url} is of another {system} model; run `salad measure CONFIG set={name} --redo`"
-            )
-        metrics[system] = system_metrics(rows_of(Measurement, table), heard) | training_facts(config, system)
+        table = run.table(name, f"measurements_{system}")
+        if _current(run, table) is not None:
+            metrics[system] = system_metrics(rows_of(Measurement, table), heard) | training_facts(run, system)
+    if not metrics:
+        finished(run, table_label(name, "measurements_stage1"))
     return metrics
 
 
@@ -119,23 +110,23 @@ def rows_of(row_type: type, table: Table) -> list[Any]:
     return [row for rows in each_shard(partial(table.read_rows, row_type), table.shards()) for row in rows]
 
 
-def training_facts(config: Config, system: str) -> dict[str, Any]:
+def training_facts(run: Run, system: str) -> dict[str, Any]:
     """Positions and seconds of training; none for the untrained model."""
-    manifest = Table(config.run_dir, "", system).manifest() or {}
+    manifest = run.table("", system).manifest() or {}
     return {name: manifest.get(name, 0) for name in ("num_positions", "train_seconds")}
 
 
-def heard_domains(features: Table) -> set[str]:
-    """Domains of the natural training speech."""
-    totals = finished(features, "encode")["totals"]
+def heard_domains(features: dict[str, Any]) -> set[str]:
+    """Domains of the natural training speech, from the manifest of its features."""
+    totals = features["totals"]
     return {name.removeprefix(TRAINED_ON) for name in totals if name.startswith(TRAINED_ON)}
 
 
-def selection_metrics(config: Config, manifest: dict[str, Any], heard: set[str]) -> dict[str, Any]:
+def selection_metrics(run: Run, manifest: dict[str, Any], heard: set[str]) -> dict[str, Any]:
     """What was selected and why; and, where passages have domains, whether M(c) finds those that were never heard."""
     names = ("gamma", "budget_hours", "hours", "effective_sample_size", "num_web_passages", "reliability", "by_cluster")
     selection = {name: manifest[name] for name in names}
-    probe = Table(config.run_dir, "probe", "passages")
+    probe = run.table("probe", "passages")
     domains = [Counter[str]() for _ in selection["by_cluster"]]
     for passages in each_shard(partial(probe.read, columns=["cluster_id", "domain"]), probe.shards()):
         for row in passages.to_pylist():

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from salad_ray.config import Config, identity
+from salad_ray.config import Config
 from salad_ray.console import say, show
+from salad_ray.flow import Step
 from salad_ray.report.metrics import selection_table
+from salad_ray.runs import Run
 from salad_ray.selection.draw import bounds, draw, exhausted
 from salad_ray.selection.importance import (
     distillation_by_cluster,
@@ -20,7 +22,7 @@ from salad_ray.selection.importance import (
     shrink,
     target_share,
 )
-from salad_ray.stages.common import PickPassages, Stage, finished, members_below, picked_shards, run_shards
+from salad_ray.stages.common import PickPassages, Stage, Work, members_below, picked_shards, run_works
 from salad_ray.stages.shards import StageError
 from salad_ray.tables import Measurement, Selected, Table, schema_of
 
@@ -28,45 +30,34 @@ DEFAULT_PERCENT = 1.0
 """Of the natural speech, the paper's budget."""
 
 
-def run(config: Config) -> None:
+def make(run: Run, step: Step) -> None:
     """Write `active/selection`, what is drawn and why, and `active/passages`."""
-    selection = draw_selection(config)
-    chosen = selection.read("part-00000", ["passage_id", "cluster_id", "shard"])
-    manifest = finished(selection, "select")
-    stage = Stage("select", Table(config.run_dir, "active", "passages"), {}, {"selection": manifest["version"]})
-    run_shards(config, stage, picked_shards(config, chosen), partial(PickPassages, config, "train"))
-
-
-def draw_selection(config: Config) -> Table:
-    """Write `active/selection`; its manifest says for each cluster what was measured, aimed at and drawn."""
-    read = {
-        "clusters": finished(Table(config.run_dir, "web", "clusters"), "cluster"),
-        "centroids": finished(Table(config.run_dir, "web", "centroids"), "cluster"),
-        "probe": finished(Table(config.run_dir, "probe", "passages"), "probe"),
-        "probe speech": finished(Table(config.run_dir, "probe", "utterances"), "synthesize"),
-        "measurements": finished(Table(config.run_dir, "probe", "measurements_stage1"), "measure"),
-        "natural": finished(Table(config.run_dir, "natural", "features"), "encode"),
-    }
-    stage = Stage(
-        "select",
-        Table(config.run_dir, "active", "selection"),
-        identity(config, "select"),
-        {name: manifest["version"] for name, manifest in read.items()},
-    )
+    stage = Stage.of(run, step, "selection")
     if stage.is_done():
         say(f"select: done already, {stage.table.url}")
-        return stage.table
+    else:
+        _draw(run, stage)
+    selection = stage.table.manifest()
+    assert selection is not None
+    chosen = stage.table.read("part-00000", ["passage_id", "cluster_id", "shard"])
+    spoken = Stage.of(run, step, "passages", selection=selection)
+    worker = partial(PickPassages, run.table("web", "passages"), "train")
+    run_works(run, [Work(spoken, picked_shards(run.config, chosen), worker)])
+
+
+def _draw(run: Run, stage: Stage) -> None:
+    """Write `active/selection`; its manifest says for each cluster what was measured, aimed at and drawn."""
+    config = run.config
     started = time.monotonic()
     stage.begin()
-    budget_secs = budget_of(config, read["natural"]["totals"]["training hours"])
-    clusters = measured_clusters(config)
-    chosen = draw_within(config, list(read["clusters"]["shards"]), clusters, budget_secs)
+    budget_secs = budget_of(config, stage.inputs["natural/features"]["totals"]["training hours"])
+    clusters = measured_clusters(run)
+    chosen = draw_within(run, list(stage.inputs["web/clusters"]["shards"]), clusters, budget_secs)
     facts = selection_facts(config, clusters, chosen, budget_secs)
     stage.table.write("part-00000", chosen)
     seconds = round(time.monotonic() - started, 2)
     stage.finish(num_rows=len(chosen), shards={"part-00000": len(chosen)}, seconds=seconds, **facts)
     show(selection_table(facts))
-    return stage.table
 
 
 def budget_of(config: Config, natural_hours: float) -> float:
@@ -77,17 +68,18 @@ def budget_of(config: Config, natural_hours: float) -> float:
     return natural_hours * 36 * (settings.budget_percent or DEFAULT_PERCENT)
 
 
-def measured_clusters(config: Config) -> dict[str, np.ndarray]:
+def measured_clusters(run: Run) -> dict[str, np.ndarray]:
     """Arrays (K,) of all clusters: shares, sizes, M(c) with its standard error, and P_target."""
-    rows = Table(config.run_dir, "web", "centroids").read("part-00000").drop_columns(["centroid"])
+    config = run.config
+    rows = run.table("web", "centroids").read("part-00000").drop_columns(["centroid"])
     clusters = {name: rows[name].to_numpy() for name in rows.column_names}
-    probe = Table(config.run_dir, "probe", "passages")
+    probe = run.table("probe", "passages")
     owner = {
         row["passage_id"]: row["cluster_id"]
         for shard in probe.shards()
         for row in probe.read(shard, ["passage_id", "cluster_id"]).to_pylist()
     }
-    table = Table(config.run_dir, "probe", "measurements_stage1")
+    table = run.table("probe", "measurements_stage1")
     measured: list[Measurement] = [row for shard in table.shards() for row in table.read_rows(Measurement, shard)]
     loss = distillation_by_cluster(
         [row.passage for row in measured],
@@ -113,7 +105,7 @@ def measured_clusters(config: Config) -> dict[str, np.ndarray]:
         "num_probed": loss.num_passages,
         "reliability": np.full(len(mean), trust),
         "target_share": _aim(clusters["web_share"], used, config.select.gamma),
-        "secs_per_char": np.full(len(mean), secs_per_char(config)),
+        "secs_per_char": np.full(len(mean), secs_per_char(run.table("probe", "utterances"))),
     }
 
 
@@ -124,26 +116,25 @@ def _aim(web_share: np.ndarray, loss: np.ndarray, gamma: float) -> np.ndarray:
         raise StageError(f"select: nothing can be aimed at: {error}") from None
 
 
-def secs_per_char(config: Config) -> float:
-    """How long the synthesizer takes over a character, seen on the probe."""
-    table = Table(config.run_dir, "probe", "utterances")
+def secs_per_char(table: Table) -> float:
+    """How long the synthesizer takes over a character, seen on these utterances."""
     rows = pa.concat_tables(table.read(shard, ["text", "duration_secs"]) for shard in table.shards())
     return float(
         pa.compute.sum(rows["duration_secs"]).as_py() / pa.compute.sum(pa.compute.utf8_length(rows["text"])).as_py()
     )
 
 
-def draw_within(config: Config, shards: list[str], clusters: dict[str, np.ndarray], budget_secs: float) -> pa.Table:
+def draw_within(run: Run, shards: list[str], clusters: dict[str, np.ndarray], budget_secs: float) -> pa.Table:
     """The passages drawn, in order of their rank; only candidates below a bound on the priority are ever collected."""
-    probe = Table(config.run_dir, "probe", "passages")
+    probe = run.table("probe", "passages")
     probed = pa.concat_tables(probe.read(shard, ["passage_id"]) for shard in probe.shards())["passage_id"]
     total_secs = clusters["num_chars"] * clusters["secs_per_char"]
     share, slack = clusters["target_share"], 1.0
     while True:
         limits = bounds(
-            clusters["num_passages"], total_secs, share, budget_secs, config.probe.passages_per_cluster, slack
+            clusters["num_passages"], total_secs, share, budget_secs, run.config.probe.passages_per_cluster, slack
         )
-        found = members_below(config, "select", shards, limits)
+        found = members_below(run, "select", shards, limits)
         found = found.filter(pa.compute.invert(pa.compute.is_in(found["passage_id"], probed)))
         secs = pa.compute.multiply(found["num_chars"].cast(pa.float64()), clusters["secs_per_char"][0])
         chosen = draw(found.append_column("duration_secs", secs), share, budget_secs)

@@ -219,6 +219,7 @@ class Task:
 
     label: str
     table: Table
+    run_dir: str
     items: dict[str, Any]
     make_worker: Callable[[], Worker]
     num_there: int = 0
@@ -270,9 +271,9 @@ def write_shard(table: Table, shard: str, parts: Iterator[ShardPart]) -> dict[st
         footer["counts"] = json.dumps(counts | {"totals": totals})
         # Before the shard is there: a shard that is there is complete. A former try may have left others.
         if rejects:
-            table.rejects.write(f"{table.name}-{shard}", to_arrow(Reject, rejects))
+            table.rejects.write(shard, to_arrow(Reject, rejects))
         else:
-            delete_file(f"{table.rejects.url}/{table.name}-{shard}.parquet")
+            delete_file(f"{table.rejects.url}/{shard}.parquet")
     return counts
 
 
@@ -348,7 +349,7 @@ class ShardWriter:
             return result
         if not item["tries"]:
             self.machines.hold_back(failed=False)
-        tags = {"run": task.table.run_dir, "stage": task.stage, "set": task.table.set or "-"}
+        tags = {"run": task.run_dir, "stage": task.stage, "set": task.table.set or "-"}
         count_rows(tags, counts["num_input"], counts["num_rejected"])
         return result | counts
 
@@ -428,7 +429,7 @@ class Counts:
         limit = max(MAX_EARLY_REJECTED, self.config.ingest.max_rejected_share)
         early = MIN_FAILURES <= self.num_made < self.total
         if early and result["num_rejected"] and self.num_rejected > limit * self.num_input:
-            first = table.rejects.read(f"{table.name}-{result['shard']}").to_pylist()[0]
+            first = table.rejects.read(result["shard"]).to_pylist()[0]
             raise StageError(
                 f"{self.label}: {self.num_rejected:,} of the first {self.num_input:,} rows were rejected, so the rest "
                 f"was not begun; {first['key']}: {first['reason']}. Mend the input and run the stage with --redo, or "
@@ -497,7 +498,7 @@ class Pace:
         self.max_actors = max(self.max_actors, len(self.actors))
         for number, task in enumerate(self.tasks):
             left = len(task.items) - self.done[number]
-            tags = {"run": task.table.run_dir, "stage": task.stage, "set": task.table.set or "-"}
+            tags = {"run": task.run_dir, "stage": task.stage, "set": task.table.set or "-"}
             self.waiting.set(left, tags)
             if self.done[number]:
                 eta = secs / sum(self.done) * (sum(len(task.items) for task in self.tasks) - sum(self.done))

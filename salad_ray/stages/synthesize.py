@@ -10,12 +10,14 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from salad_ray.config import Config, ConfigError, identity
+from salad_ray.config import Config, ConfigError
 from salad_ray.evaluation.benchmarks import read_recording
+from salad_ray.flow import Step
+from salad_ray.runs import Run
 from salad_ray.speech.audio import check_duration, check_speech, encode_audio, load_audio
-from salad_ray.stages.common import Stage, condition_of, finished, hours_by_licence, run_shards
+from salad_ray.stages.common import Stage, Work, condition_of, hours_by_licence
 from salad_ray.stages.shards import ShardPart, StageError, WindowWorker, keep_or_reject
 from salad_ray.synthesis.espeak import EspeakSynthesizer
 from salad_ray.synthesis.speech import Speech
@@ -26,55 +28,57 @@ if TYPE_CHECKING:  # they take seconds to import, and eSpeak does without
     from salad_ray.synthesis.kokoro import KokoroSynthesizer
 
 EVALUATION_SETS = ("heldout", "benchmark")
-WRITERS = {"probe": "probe", "active": "select"}
 
 
-def run(config: Config) -> None:
-    """Write `<set>/utterances` from `<set>/passages`."""
-    passages = Table(config.run_dir, config.set, "passages")
-    manifest = finished(passages, WRITERS.get(config.set, "ingest"))
-    synthesizer = load_synthesizer(config, "cpu")  # here too, so that a wrong path or voice ends in one sentence
-    stage = Stage(
-        "synthesize",
-        Table(config.run_dir, config.set, "utterances"),
-        identity(config, "synthesize", "seed"),
-        {"passages": manifest["version"], "synthesizer weights": synthesizer.weights},
-    )
-    items = {name: name for name in manifest["shards"]}
-    worker = partial(SpeakShard, config, synthesizer.weights)
-    run_shards(config, stage, items, worker, config.synthesize.num_gpus)
-    pieces_of(stage.table).delete()
+def sources(config: Config, step: Step) -> dict[str, Any]:
+    """The synthesizer, loaded here too with the voices of all sets, so that a wrong path or voice ends in one
+    sentence."""
+    settings = config.synthesize
+    return {"weights": load_synthesizer(config, (*settings.voices, *settings.evaluation_voices), "cpu").weights}
 
 
-def load_synthesizer(config: Config, device: str) -> EspeakSynthesizer | KokoroSynthesizer:
+def work(run: Run, step: Step) -> Work:
+    """`<set>/utterances` from `<set>/passages`."""
+    stage = Stage.of(run, step)
+    [(label, passages)] = stage.inputs.items()
+    worker = partial(
+        SpeakShard, run.config, step.set, run.labelled(label), stage.table, run.facts_of(step)["weights"]
+    )  # fmt: skip
+    items = {name: name for name in passages["shards"]}
+    pieces = pieces_of(stage.table)
+    return Work(stage, items, worker, run.config.synthesize.num_gpus, clean_up=pieces.delete)
+
+
+def load_synthesizer(config: Config, voices: tuple[str, ...], device: str) -> EspeakSynthesizer | KokoroSynthesizer:
     settings = config.synthesize
     if settings.synthesizer == "kokoro":
         from salad_ray.synthesis.kokoro import HUB_ID, KokoroSynthesizer
 
-        return KokoroSynthesizer(settings.path or HUB_ID, voices_of(config), device, settings.revision)
+        return KokoroSynthesizer(settings.path or HUB_ID, voices, device, settings.revision)
     try:
-        return EspeakSynthesizer(voices_of(config))
+        return EspeakSynthesizer(voices)
     except ValueError as error:
         raise ConfigError(f"synthesize: {error}") from None
 
 
-def voices_of(config: Config) -> tuple[str, ...]:
+def voices_of(config: Config, set_name: str) -> tuple[str, ...]:
     """Training speech and evaluation share no voice, or the gain of Stage II would be confounded with hearing it."""
     settings = config.synthesize
-    return settings.evaluation_voices if config.set in EVALUATION_SETS else settings.voices
+    return settings.evaluation_voices if set_name in EVALUATION_SETS else settings.voices
 
 
 def pieces_of(utterances: Table) -> Table:
     """What is spoken already of shards that are not finished."""
-    return Table(utterances.run_dir, utterances.set, f"{utterances.name}/pieces")
+    return Table(f"{utterances.url}/pieces", utterances.set, "pieces")
 
 
 class SpeakShard(WindowWorker):
-    def __init__(self, config: Config, weights: str) -> None:
-        self.config = config
+    def __init__(self, config: Config, set_name: str, passages: Table, utterances: Table, weights: str) -> None:
+        self.config, self.set, self.passages = config, set_name, passages
+        self.pieces = pieces_of(utterances)
         settings = config.synthesize
         device = "cuda" if settings.num_gpus else "cpu"
-        self.synthesizer = load_synthesizer(config, device)
+        self.synthesizer = load_synthesizer(config, voices_of(config, set_name), device)
         if self.synthesizer.weights != weights:
             raise StageError(f"synthesize: {settings.path} holds other weights here than where the run was started")
         self.recogniser = None
@@ -82,8 +86,6 @@ class SpeakShard(WindowWorker):
             from salad_ray.speech.recognise import Recogniser
 
             self.recogniser = Recogniser(settings.recogniser, settings.recogniser_revision, device)
-        self.passages = Table(config.run_dir, config.set, "passages")
-        self.pieces = pieces_of(Table(config.run_dir, config.set, "utterances"))
         self.last = ""
 
     def __call__(self, shard: str) -> Iterator[ShardPart]:
@@ -145,7 +147,7 @@ class SpeakShard(WindowWorker):
         )
 
     def _voice(self, passage: Passage) -> str:
-        voices = voices_of(self.config)
+        voices = voices_of(self.config, self.set)
         name, condition = condition_of(passage.passage_id)
         number = stable_hash(self.config.seed, "voice", name) + (condition == "voice")
         return voices[number % len(voices)]
@@ -163,7 +165,7 @@ class SpeakShard(WindowWorker):
             passage_id=passage.passage_id,
             cluster_id=passage.cluster_id,
             recording_id=passage.passage_id,
-            corpus=f"{passage.source or self.config.set} ({settings.synthesizer})",
+            corpus=f"{passage.source or self.set} ({settings.synthesizer})",
             text=passage.text,
             words=speech.words,
             speaker=f"{settings.synthesizer}:{voice}",

@@ -6,52 +6,56 @@ import time
 from pathlib import Path
 from typing import Any
 
-from salad_ray.config import Config, identity
+from salad_ray.config import Config
 from salad_ray.console import progress, say
+from salad_ray.flow import Step
 from salad_ray.model.loading import hub_commit
 from salad_ray.model.speech_lm import load_text_lm, load_tokenizer, tokenizer_hash
 from salad_ray.model.tiny_lm import train_tiny_lm
-from salad_ray.stages.common import Stage, finished
+from salad_ray.runs import Run
+from salad_ray.stages.common import OWN_MODEL, Stage
 from salad_ray.store import scratch_folder
-from salad_ray.tables import Table, local_folder, put_folder
+from salad_ray.tables import Table, local_folder, put_folder, sampled_digest
 
 
-def run(config: Config) -> None:
+def sources(config: Config, step: Step) -> dict[str, Any]:
+    """Hashes of a local model's files, so that one replaced in place is noticed; of a hub id the commit."""
+    path = config.model.teacher
+    if path == "world":
+        return {}
+    if "://" in path or not Path(path).is_dir():
+        return {"revision": hub_commit(path, config.model.revision)} if "://" not in path else {}
+    return {file.name: sampled_digest(str(file)) for file in sorted(Path(path).glob("*")) if file.is_file()}
+
+
+def make(run: Run, step: Step) -> None:
     """Write `teacher/manifest.json` (path, revision, tokenizer hash), and `teacher/model` for the embedded world."""
-    table = Table(config.run_dir, "", "teacher")
-    own = identity(config, "model.teacher", "model.revision")
-    inputs = _local_files(config.model.teacher)
-    if config.model.teacher == "world":
-        own = identity(config, "model.teacher", "model.tiny_lm", "seed")
-        inputs = {"passages": finished(Table(config.run_dir, "web", "passages"), "ingest")["version"]}
-    stage = Stage("teacher", table, own, inputs)
+    config, stage = run.config, Stage.of(run, step)
+    url = stage.table.url
     if stage.is_done():
-        say(f"teacher: done already, {table.url}")
+        say(f"teacher: done already, {url}")
         return
     stage.begin()
     started = time.monotonic()
-    facts = _train_on_world(config, table) if config.model.teacher == "world" else {"path": config.model.teacher}
-    facts |= _verify(facts["path"], config)
+    facts: dict[str, Any] = {"path": config.model.teacher}
+    if stage.inputs:
+        [passages] = map(run.labelled, step.reads)
+        facts = {"path": OWN_MODEL, "training": _train_on_world(config, passages, f"{url}/{OWN_MODEL}")}
+    path = f"{url}/{OWN_MODEL}" if stage.inputs else config.model.teacher
+    facts |= _verify(path, config)
     stage.finish(**facts, seconds=round(time.monotonic() - started, 2))
-    say(f"teacher: {facts['num_parameters']:,} parameters, {facts['vocabulary']:,} tokens ← {facts['path']}")
+    say(f"teacher: {facts['num_parameters']:,} parameters, {facts['vocabulary']:,} tokens ← {path}")
 
 
-def _local_files(path: str) -> dict[str, str]:
-    """Sizes and times of a local model's files, so that one replaced in place is noticed; a hub id has its revision."""
-    files = sorted(file for file in Path(path).glob("*") if file.is_file()) if Path(path).is_dir() else []
-    return {file.name: f"{file.stat().st_size} bytes, {file.stat().st_mtime_ns}" for file in files}
-
-
-def _train_on_world(config: Config, table: Table) -> dict[str, Any]:
-    passages = Table(config.run_dir, "web", "passages")
+def _train_on_world(config: Config, passages: Table, url: str) -> dict[str, Any]:
     texts = [text for shard in passages.shards() for text in passages.read(shard, ["text"])["text"].to_pylist()]
     with (
         scratch_folder() as folder,
         progress("teacher: training", config.model.tiny_lm.num_steps, "steps") as advance,
     ):
         summary = train_tiny_lm(texts, config.model.tiny_lm, config.seed, folder, lambda *_: advance(1))
-        put_folder(folder, f"{table.url}/model")
-    return {"path": f"{table.url}/model", "training": summary}
+        put_folder(folder, url)
+    return summary
 
 
 def _verify(path: str, config: Config) -> dict[str, Any]:
