@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from salad_ray.config import Config, ConfigError, identity, replaced
 from salad_ray.console import clock, log_facts, say, show
-from salad_ray.flow import TRAINED, Step, made_from, merged, steps, steps_of, with_needs
+from salad_ray.flow import TRAINED, Step, made_from, steps, steps_of, with_needs
 from salad_ray.lease import held, is_held
 from salad_ray.runs import (
     NOWHERE,
@@ -336,8 +336,8 @@ def show_plan(config: Config, rates_file: str | None, measured: str | None, cali
         measured = _calibrate(config, rates)
     if measured:
         run = open_run(measured)
-        rates = measured_rates(rates, run, merged(steps(run.config)), config)
-    plan = make_plan(config, merged(steps(config)), rates)
+        rates = measured_rates(rates, run, config)
+    plan = make_plan(config, rates)
     show(*plan_grids(plan))
     url = f"{config.run_dir}/plan/plan.json"
     write_json(url, plan.as_dict() | {"rates": rates.model_dump()})

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from factories import small_world_config, untrained_copy
+from factories import run_stage, small_world_config, untrained_copy
 
 from salad_ray import pipeline
 from salad_ray.config import Config, parse_config
+from salad_ray.runs import lead_to
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,6 +47,7 @@ def undisturbed(finished_run: Config, tmp_path_factory: pytest.TempPathFactory) 
     """Two workers, ZeRO 2, fp32, long enough to be killed, with all its checkpoints."""
     settings = {"num_steps": 30, "checkpoint_every": 5, "keep_checkpoints": 20}
     config = untrained_copy(finished_run, tmp_path_factory.mktemp("undisturbed") / "run", **settings)
-    pipeline.run_stage(config, "pack", "natural")
-    pipeline.run_stage(config, "stage1", "natural")
+    for stage in ("pack", "trunk", "stage1"):
+        run = run_stage(config, stage, "natural")
+    lead_to(run.places)
     return config

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import math
 import shutil
+import time
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from tokenizers import Tokenizer, models, processors, trainers
 from tokenizers import pre_tokenizers as pre
 from transformers import PreTrainedTokenizerFast
 
+from salad_ray import pipeline
 from salad_ray.config import Config
-from salad_ray.tables import Features, Word
+from salad_ray.flow import steps_of, with_needs
+from salad_ray.runs import Places, Run, open_places
+from salad_ray.tables import Features, Reject, Table, Word, write_bytes, write_json
 
 TRAINING_TEXT = (
     "She said, (\"word and dash—another) 12 345 times. The café opened…\n\nA new line: don't stop! 😀 was there. ",
     "we the people of the united states in order to form a more perfect union, establish justice 1787 — and so on.",
 )
+HAND = "by-hand"
 TOKENIZERS = ("byte_level", "trimmed", "metaspace", "bos", "unigram", "wordpiece")
 
 
@@ -104,6 +111,7 @@ def small_world_config(folder: Path) -> dict[str, Any]:
         },
         "distill": {
             "num_steps": 6,
+            "warmup_steps": 1,
             "learning_rate": 5e-4,
             "adapter_learning_rate": 1.5e-3,
             "num_workers": 2,
@@ -124,5 +132,56 @@ def small_world_config(folder: Path) -> dict[str, Any]:
 
 def untrained_copy(run: Config, folder: Path, **distill: object) -> Config:
     """A copy of a finished run, as it was before Stage I."""
-    shutil.copytree(run.run_dir, folder, ignore=shutil.ignore_patterns("stage1", "measurements_stage1", "report"))
+    shutil.copytree(
+        run.run_dir,
+        folder,
+        ignore=shutil.ignore_patterns("trunk", "stage1", "measurements_stage1", "report"),
+        symlinks=True,
+    )
     return run.model_copy(update={"run_dir": str(folder), "distill": run.distill.model_copy(update=distill)})
+
+
+def run_stage(config: Config, stage: str, set_name: str) -> Run:
+    """Run this stage alone: what it needs is there, or it says what it lacks."""
+    chosen = steps_of(config, stage, set_name)
+    run = pipeline.start(config, with_needs(config, chosen))
+    pipeline.run_steps(run, chosen, time.monotonic())
+    return run
+
+
+def redo(config: Config, stage: str, set_name: str) -> None:
+    """Delete what this stage wrote, and what was made of it."""
+    run = pipeline.start(config, with_needs(config, steps_of(config, stage, set_name)))
+    labels = [label for step in steps_of(config, stage, set_name) for label in step.writes]
+    pipeline.delete_tables(run, labels, lambda _: True)
+
+
+def table_of(run: Config | str | Path, set_name: str, name: str) -> Table:
+    """A table of the newest run of a folder."""
+    run_dir = run.run_dir if isinstance(run, Config) else str(run)
+    return open_places(run_dir)[0].table(set_name, name)
+
+
+def rejects_of(config: Config, set_name: str, *names: str) -> list[Reject]:
+    """What was left out of these tables."""
+    tables = [table_of(config, set_name, name).rejects for name in names]
+    return [row for table in tables for shard in table.shards() for row in table.read_rows(Reject, shard)]
+
+
+def keep_run(run_dir: object, config: dict[str, Any], labels: Iterable[str]) -> Places:
+    """The index of a run whose tables a test writes by hand (`hand_table`)."""
+    keys = dict.fromkeys(labels, HAND)
+    write_json(f"{run_dir}/runs/{HAND}.json", {"config": config, "tables": keys, "reads": {}})
+    write_json(f"{run_dir}/runs/newest.json", {"run": HAND})
+    write_bytes(f"{run_dir}/config.yaml", yaml.safe_dump(config).encode())
+    return Places(str(run_dir), HAND, keys)
+
+
+def hand_table(run_dir: object, label: str) -> Table:
+    set_name, _, name = label.rpartition("/")
+    return Table(f"{run_dir}/{label}/{HAND}", set_name, name)
+
+
+def a_table(folder: object, set_name: str, name: str) -> Table:
+    """A table of no run."""
+    return Table("/".join(filter(None, (str(folder), set_name, name))), set_name, name)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from clusters import ROOT, Head, free_ports, head, wait_for
-from factories import small_world_config
+from factories import small_world_config, table_of
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
 from ray.autoscaler._private.kuberay.autoscaling_config import _generate_legacy_autoscaling_config_fields
 
@@ -110,8 +110,9 @@ from functools import partial
 from pathlib import Path
 import pyarrow as pa, ray
 from salad_ray.config import parse_config
-from salad_ray.stages.common import ShardPart, Stage, run_shards
-from salad_ray.tables import Table
+from salad_ray.flow import Step
+from salad_ray.runs import Places, Run
+from salad_ray.stages.common import ShardPart, Stage, Work, run_works
 
 folder, num_gpus, max_actors, wanted = sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 
@@ -128,8 +129,9 @@ class Waits:  # for as many nodes as are wanted, but for whichever comes first: 
         yield ShardPart(pa.table({"item": [item]}), 1, 1)
 
 config = parse_config({"run_dir": folder, "ray": {"max_actors": max_actors}})
-stage = Stage("waits", Table(folder, "web", "waits"), {}, {})
-run_shards(config, stage, {f"part-{item:05d}": item for item in range(12)}, Waits, num_gpus)
+step = Step("waits", "web", ("waits",))
+run = Run(config, Places(folder, "run", {"web/waits": "key"}))
+run_works(run, [Work(Stage.of(run, step), {f"part-{item:05d}": item for item in range(12)}, Waits, num_gpus)])
 """
 """A stage with nothing to do, as it would run on GPUs if there were any."""
 
@@ -155,11 +157,7 @@ import sys
 from salad_ray import pipeline
 from salad_ray.config import load_config
 
-config = load_config(sys.argv[1])
-for step in pipeline.steps(config):
-    pipeline.run_stage(config, step.stage, step.set or config.set)
-    if step.stage == "stage1":
-        break
+pipeline.make(load_config(sys.argv[1]), "stage1", "natural")
 """
 
 
@@ -174,7 +172,7 @@ def test_training_lands_on_training_machines_alone_and_others_elsewhere(grown: H
     elsewhere = pools_of(grown, "MapWorker")
     assert elsewhere
     assert elsewhere <= {"cpu", "gpu_spot"}
-    begun = json.loads((tmp_path / "run/stage1/begun.json").read_text())["written_at"]
+    begun = json.loads(Path(table_of(tmp_path / "run", "", "trunk").url, "begun.json").read_text())["written_at"]
     begun_ms = 1000 * calendar.timegm(time.strptime(begun, "%Y-%m-%dT%H:%M:%SZ"))
     [machine] = [node for node in nodes(grown) if pool_of(node) == "training"]
     assert machine["start_time_ms"] >= begun_ms  # not before there was something to train

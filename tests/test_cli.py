@@ -145,9 +145,8 @@ def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_job_takes_the_shipped_config_and_absolute_inputs(copy: Path, tmp_path: Path) -> None:
     corpora = "ingest.corpora=[/data/speech, 's3://bucket/x']"
-    config = cli.load("configs/quickstart.yaml", [corpora, "base_run=runs/a", "stage2=null"])
+    config = cli.load("configs/quickstart.yaml", [corpora, "stage2=null"])
     assert config.run_dir == f"{tmp_path}/home/runs/quickstart"
-    assert config.base_run == f"{tmp_path}/home/runs/a"
     assert [corpus.path for corpus in config.ingest.corpora] == ["/data/speech", "s3://bucket/x"]
     assert cli.load("configs/salad_3b.yaml", []).model.teacher == "Qwen/Qwen2.5-3B"
 

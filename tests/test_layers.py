@@ -1,4 +1,4 @@
-"""Who may import whom: config, flow, runs, tables, store, console, lease ← pure rooms ← stages ← pipeline, cli ← jobs."""
+"""Who may import whom: config, flow, runs, tables, store, console ← pure rooms ← stages ← pipeline, cli ← jobs."""
 
 from __future__ import annotations
 

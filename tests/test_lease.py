@@ -1,4 +1,4 @@
-"""The lease of a run: one driver at a time, and the run of a dead one is not lost."""
+"""The lease of a table: one driver at a time, and the table of a dead one is not lost."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 
 from salad_ray import lease
-from salad_ray.lease import LeaseError, only_driver
+from salad_ray.lease import LeaseError, held
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLD = """
 import sys, time
 from salad_ray import lease
 lease.BEAT_SECS = float(sys.argv[2])
-with lease.only_driver(sys.argv[1]):
+with lease.held(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.readline()
 """
@@ -40,7 +40,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 def holder(run_dir: Path, beat_secs: float = 0.05) -> Iterator[subprocess.Popen[str]]:
     """A process that holds the lease until it is told to end."""
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(run_dir), str(beat_secs)], **pipes) as process:
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(run_dir / "table"), str(beat_secs)], **pipes) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
         try:
@@ -51,7 +51,7 @@ def holder(run_dir: Path, beat_secs: float = 0.05) -> Iterator[subprocess.Popen[
 
 
 def file_of(run_dir: Path) -> Path:
-    return run_dir / "driver.json"
+    return run_dir / "table.lease.json"
 
 
 def read(run_dir: Path) -> dict[str, Any]:
@@ -65,22 +65,26 @@ def wait_for(what: Callable[[], Any]) -> None:
         time.sleep(0.01)
 
 
-def test_a_living_driver_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "WAIT_SECS", 30.0)
+def test_a_living_driver_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    started = time.monotonic()
     with holder(tmp_path) as other:
-        with pytest.raises(LeaseError, match=rf"the driver with pid {other.pid} on \S+ is at work on this run; wait"):
-            only_driver(str(tmp_path)).__enter__()
-        assert read(tmp_path)["pid"] == other.pid
+        assert other.stdin is not None
+        ending = threading.Timer(1.5, other.stdin.close)  # longer than a dead one is waited for
+        ending.start()
+        with held(str(tmp_path / "table")):
+            assert time.monotonic() - started > 1.4
+            assert read(tmp_path)["pid"] == os.getpid()
+        ending.join()
+        other.wait(30)
     assert not file_of(tmp_path).exists()
-    with only_driver(str(tmp_path)):
-        assert read(tmp_path)["pid"] == os.getpid()
+    assert f"the driver with pid {other.pid} on" in capsys.readouterr().out
 
 
 def test_the_run_of_a_killed_driver_is_taken_over_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with holder(tmp_path) as other:
         other.kill()  # and not yet buried, as where the first process of a container buries nobody
         wait_for(lambda: lease._started(other.pid) is None)
-        with only_driver(str(tmp_path)):
+        with held(str(tmp_path / "table")):
             assert read(tmp_path)["pid"] == os.getpid()
     assert "sign of life" not in capsys.readouterr().out
 
@@ -96,31 +100,28 @@ def test_a_driver_on_another_machine_is_waited_for_before_its_run_is_taken_over(
 ) -> None:
     file_of(tmp_path).write_text(json.dumps(FOREIGN | {"pid": os.getpid()}))
     started = time.monotonic()
-    with only_driver(str(tmp_path)):
+    with held(str(tmp_path / "table")):
         assert time.monotonic() - started > 1
         assert read(tmp_path)["id"] != "f"
     told = capsys.readouterr().out
-    assert "on elsewhere may still be at work; waiting up to 1 s" in told
-    assert "no sign of life; its run is taken over" in told
+    assert "the driver with pid" in told
+    assert "on elsewhere is making this table; waiting for it" in told
+    assert "no sign of life for 1 s; its table is taken over" in told
 
 
 def test_a_store_that_was_away_does_not_make_a_driver_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its holder could not write a sign of life either."""
-    file_of(tmp_path).write_text(json.dumps(FOREIGN))
-    looks = 0
+    looks: list[float] = []
 
-    def slow(url: str) -> dict[str, Any]:
-        nonlocal looks
-        looks += 1
-        if looks == 2:
+    def slow(place: str) -> dict[str, Any]:
+        looks.append(time.monotonic())
+        if len(looks) == 2:
             time.sleep(1.2)  # longer than a dead driver is waited for
-        if looks == 4:
-            file_of(tmp_path).write_text(json.dumps(FOREIGN | {"beat": 4}))
-        return json.loads(file_of(tmp_path).read_text())
+        return {} if len(looks) > 4 else FOREIGN
 
     monkeypatch.setattr(lease, "_lease", slow)
-    with pytest.raises(LeaseError, match="is at work on this run"):
-        lease._wait_for_end(str(tmp_path), "url")
+    lease._wait_for_end(str(tmp_path), "url")
+    assert len(looks) == 5, "it was not taken over when the store came back, but left when its lease was gone"
 
 
 def test_a_driver_that_ends_in_the_meantime_is_followed(tmp_path: Path) -> None:
@@ -128,7 +129,7 @@ def test_a_driver_that_ends_in_the_meantime_is_followed(tmp_path: Path) -> None:
     ending = threading.Timer(0.2, file_of(tmp_path).unlink)
     ending.start()
     started = time.monotonic()
-    with only_driver(str(tmp_path)):
+    with held(str(tmp_path / "table")):
         assert time.monotonic() - started < 1
     ending.join()
 
@@ -138,7 +139,7 @@ def test_the_lease_ends_with_its_holder_and_not_before(error: type[BaseException
     run_dir = tmp_path / "new" / "run"
 
     def drive() -> None:
-        with only_driver(str(run_dir)):
+        with held(str(run_dir / "table")):
             wait_for(lambda: read(run_dir)["beat"] > 1)
             raise error
 
@@ -150,51 +151,38 @@ def test_the_lease_ends_with_its_holder_and_not_before(error: type[BaseException
 @pytest.mark.usefixtures("interruptible")
 def test_who_was_wrongly_held_to_be_dead_ends_and_leaves_the_other_alone(tmp_path: Path) -> None:
     def drive() -> None:
-        with only_driver(str(tmp_path)):
+        with held(str(tmp_path / "table")):
             file_of(tmp_path).write_text(json.dumps(FOREIGN))
             time.sleep(30)
 
-    with pytest.raises(LeaseError, match="pid 7 on elsewhere has taken this run over"):
+    with pytest.raises(LeaseError, match="pid 7 on elsewhere has taken this table over"):
         drive()
     assert read(tmp_path) == FOREIGN
 
 
-def test_of_drivers_that_start_at_once_one_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", ["{tmp}/table", "memory://{tmp}/table"])
+def test_drivers_that_start_at_once_take_turns(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "WAIT_SECS", 30.0)
-    together, refused, ended = threading.Barrier(4), [], threading.Event()
+    url, together, inside, most = place.format(tmp=tmp_path), threading.Barrier(4), [0], [0]
 
     def drive() -> None:
         together.wait()
-        try:
-            with only_driver(str(tmp_path)):
-                ended.wait(30)
-        except LeaseError as error:
-            refused.append(error)
+        with held(url):
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            time.sleep(0.2)
+            inside[0] -= 1
 
     drivers = [threading.Thread(target=drive) for _ in range(4)]
     for each in drivers:
         each.start()
-    wait_for(lambda: len(refused) == 3)
-    ended.set()
     for each in drivers:
         each.join()
-    assert len(refused) == 3
+    assert most == [1]
+    assert not lease.is_held(url)
 
 
 def test_half_a_file_is_no_lease(tmp_path: Path) -> None:
     file_of(tmp_path).write_text("")
-    with only_driver(str(tmp_path)):
+    with held(str(tmp_path / "table")):
         assert read(tmp_path)["pid"] == os.getpid()
-
-
-@pytest.mark.parametrize("command", [["run"], ["report"], ["ingest", "--redo"], ["sweep"]])
-def test_what_writes_a_run_is_refused_in_a_sentence(command: list[str], tmp_path: Path) -> None:
-    arguments = [command[0], "configs/quickstart.yaml", f"run_dir={tmp_path}", *command[1:]]
-    with only_driver(str(tmp_path)):
-        done = subprocess.run(
-            [sys.executable, "-m", "salad_ray.cli", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
-        )
-        assert [path.name for path in tmp_path.iterdir() if path.suffix != ".tmp"] == ["driver.json"]
-    assert done.returncode == 1
-    assert f"pid {os.getpid()} on" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1

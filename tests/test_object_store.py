@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from factories import small_world_config
+from factories import a_table, small_world_config
 from object_store import BUCKET, Faults, Server, bad_seconds, faulty, s3_server
 
 from salad_ray import pipeline
@@ -37,7 +37,6 @@ from salad_ray.stages.ray_cluster import worker_settings
 from salad_ray.store import AWS_SETTINGS, StoreError, filesystem, for_ray, open_file
 from salad_ray.tables import (
     Reject,
-    Table,
     Utterance,
     atomic_file,
     delete_file,
@@ -117,7 +116,7 @@ def large_rows(num_bytes: int) -> Any:
 
 
 def test_a_table_is_written_listed_read_and_deleted(server: Server, place: str) -> None:
-    table = Table(place, "natural", "rows")
+    table = a_table(place, "natural", "rows")
     assert table.is_new()
     assert table.manifest() is None
     for name in ("part-1", "part-0"):
@@ -137,7 +136,7 @@ def test_a_table_is_written_listed_read_and_deleted(server: Server, place: str) 
 
 
 def test_a_listing_has_more_than_a_page(server: Server, place: str) -> None:
-    table = Table(place, "", "many")
+    table = a_table(place, "", "many")
     names = [f"part-{number:05d}" for number in range(51)]
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(lambda name: write_bytes(f"{table.url}/{name}.parquet", b"x"), names))
@@ -147,14 +146,14 @@ def test_a_listing_has_more_than_a_page(server: Server, place: str) -> None:
 
 
 def test_what_another_process_writes_is_seen_at_once(server: Server, place: str) -> None:
-    table = Table(place, "", "rows")
+    table = a_table(place, "", "rows")
     assert table.shards() == []
     server.client.put_object(Bucket=BUCKET, Key=f"{place.removeprefix(f's3://{BUCKET}/')}/rows/a.parquet", Body=b"")
     assert table.shards() == ["a"]
 
 
 def test_a_large_shard_goes_up_in_parts(server: Server, place: str) -> None:
-    table, rows = Table(place, "", "rows"), large_rows(2 * PART_BYTES)
+    table, rows = a_table(place, "", "rows"), large_rows(2 * PART_BYTES)
     table.write("part-0", rows)
     [key] = keys(server, place)
     assert server.client.head_object(Bucket=BUCKET, Key=key)["ETag"].strip('"').endswith("-3")
@@ -162,7 +161,7 @@ def test_a_large_shard_goes_up_in_parts(server: Server, place: str) -> None:
 
 
 def test_a_writer_that_fails_leaves_nothing(server: Server, place: str) -> None:
-    table, rows = Table(place, "", "rows"), large_rows(PART_BYTES)
+    table, rows = a_table(place, "", "rows"), large_rows(PART_BYTES)
 
     def fail_after(count: int) -> None:
         with table.writer("part-0", rows.schema) as write:
@@ -241,7 +240,7 @@ def test_checkpoints_are_whole_pruned_and_read_back(server: Server, place: str) 
 
 def test_a_store_that_answers_errors_for_a_while_is_waited_out(faults: Faults, server: Server) -> None:
     url = f"s3://{BUCKET}/errors"
-    table, rows = Table(url, "", "rows"), large_rows(2 * PART_BYTES)
+    table, rows = a_table(url, "", "rows"), large_rows(2 * PART_BYTES)
 
     def in_bad_times(work: Any) -> Any:
         faults.requests, before = 4, faults.failed
@@ -292,7 +291,7 @@ def test_an_answer_that_breaks_off_is_asked_for_again(faults: Faults) -> None:
     write_bytes(url, data)
     faults.cut_bodies = 2
     assert read_bytes(url) == data
-    table = Table(f"s3://{BUCKET}/broken", "", "rows")
+    table = a_table(f"s3://{BUCKET}/broken", "", "rows")
     table.write("part-0", ROWS)
     faults.cut_bodies = 1
     assert table.read("part-0").equals(ROWS)
@@ -338,7 +337,7 @@ def test_answers_that_all_break_off_are_the_store_s_fault(
 def test_a_name_is_never_a_pattern(name: str, server: Server, place: str, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "a[b]").write_bytes(b"1")
-    own, other = (Table(f"{place}/{run}", "", "rows") for run in (name, "runX"))
+    own, other = (a_table(f"{place}/{run}", "", "rows") for run in (name, "runX"))
     for table in (own, other):
         table.write("part-0", ROWS)
         put_folder(str(tmp_path / "model"), f"{table.run_dir}/model")
@@ -355,7 +354,7 @@ def test_a_name_is_never_a_pattern(name: str, server: Server, place: str, tmp_pa
 
 
 def test_a_removal_takes_few_requests_and_ends_with_whose_it_is(faults: Faults, server: Server) -> None:
-    table = Table(f"s3://{BUCKET}/removal", "", "rows")
+    table = a_table(f"s3://{BUCKET}/removal", "", "rows")
     for name in ("manifest.json", "begun.json", "sub/begun.json", *(f"part-{n:02d}.parquet" for n in range(30))):
         server.client.put_object(Bucket=BUCKET, Key=f"removal/rows/{name}", Body=b"{}")
     faults.undeleted = ["AccessDenied"]
@@ -374,7 +373,7 @@ def test_a_removal_takes_few_requests_and_ends_with_whose_it_is(faults: Faults, 
 
 
 def test_what_a_bulk_removal_leaves_is_removed_after_all(faults: Faults, server: Server) -> None:
-    table = Table(f"s3://{BUCKET}/left", "", "rows")
+    table = a_table(f"s3://{BUCKET}/left", "", "rows")
     for number in range(3):
         table.write(f"part-{number}", ROWS)
     faults.undeleted = ["InternalError", "SlowDown"]
@@ -389,7 +388,7 @@ def test_what_a_bulk_removal_leaves_is_removed_after_all(faults: Faults, server:
 
 def test_of_a_shard_only_what_is_asked_for_is_fetched(faults: Faults) -> None:
     """Few bytes, and few requests where pieces lie close together."""
-    table = Table(f"s3://{BUCKET}/fetched", "", "rows")
+    table = a_table(f"s3://{BUCKET}/fetched", "", "rows")
     with table.writer("large", ROWS.schema) as write:
         for number in range(8):
             noise = np.random.default_rng(number).bytes(2 * 2**20).hex()
@@ -430,7 +429,7 @@ def test_of_a_shard_only_what_is_asked_for_is_fetched(faults: Faults) -> None:
 
 
 def test_a_table_asks_once_where_it_lies(faults: Faults) -> None:
-    table, other = (Table(f"s3://{BUCKET}/{run}", "", "rows") for run in ("asks", "other"))
+    table, other = (a_table(f"s3://{BUCKET}/{run}", "", "rows") for run in ("asks", "other"))
     table.write("part-0", ROWS)
     faults.seen.clear()
     table.write("part-1", ROWS)
@@ -658,7 +657,7 @@ def test_a_stage_writes_there_and_continues(server: Server, place: str, tmp_path
     path = small_config(tmp_path, place, world={"num_natural": 16}, ingest={"num_shards": 2})
     salad(server, "ingest", path)
     salad(server, "synthesize", path)
-    table = Table(place, "natural", "utterances")
+    table = a_table(place, "natural", "utterances")
     [first, second] = table.shards()
     kept = server.client.head_object(Bucket=BUCKET, Key=f"{table.url.split('/', 3)[3]}/{first}.parquet")["LastModified"]
     lost = table.read(second)
@@ -680,7 +679,7 @@ def test_a_whole_run_is_that_of_a_local_folder(
     assert faults.failed > 0
     tables = (("natural", "utterances"), ("natural", "features"), ("web", "clusters"), ("active", "selection"))
     for set_name, name in tables:
-        here, there = (Table(run_dir, set_name, name) for run_dir in (finished_run.run_dir, place))
+        here, there = (a_table(run_dir, set_name, name) for run_dir in (finished_run.run_dir, place))
         assert here.shards() == there.shards()
         assert all(here.read(shard).equals(there.read(shard)) for shard in here.shards()), name
     here, there = (read_json(f"{run_dir}/report/metrics.json") for run_dir in (finished_run.run_dir, place))

@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 from clusters import Head, Node, head, node, wait_for
-from factories import small_world_config, untrained_copy
+from factories import small_world_config, table_of, untrained_copy
 from object_store import BUCKET, s3_server
 
 from salad_ray.config import Config, dump_config, parse_config
 from salad_ray.s3 import S3
-from salad_ray.tables import Table, put_folder
+from salad_ray.tables import put_folder
 from salad_ray.text.world import DOMAINS, world_passages
 
 pytestmark = pytest.mark.timeout(3600)  # a minute a test, but for machines that are busy with other things
@@ -115,7 +115,7 @@ def copied(finished_run: Config, folder: Path, *tables: str) -> Config:
 def content(config: Config, place: str) -> dict[str, Any]:
     """Every shard of a table with its rows."""
     set_name, name = place.split("/")
-    table = Table(config.run_dir, set_name, name)
+    table = table_of(config, set_name, name)
     return {shard: table.read(shard).to_pylist() for shard in table.shards()}
 
 
@@ -182,7 +182,7 @@ def test_a_node_that_dies_while_web_text_is_dealt_to_shards_costs_nothing(cluste
     driver.wait()
     tell("a node dies while web text is dealt", since)
     assert content(config, "web/passages") == content(undisturbed, "web/passages")
-    counts = [Table(each.run_dir, "web", "passages").manifest() or {} for each in (undisturbed, config)]
+    counts = [table_of(each, "web", "passages").manifest() or {} for each in (undisturbed, config)]
     assert counts[0]["num_input"] == counts[1]["num_input"] >= len(texts)
 
 
@@ -340,10 +340,10 @@ def test_a_job_whose_run_is_on_an_object_store_outlives_one_of_its_nodes(
             options = ["--no-wait", "--submission-id=far", "--working-dir", "."]
             submitted = cluster.head.ray("job", "submit", *options, "--", "python", *job)
             assert submitted.returncode == 0, submitted.stdout
-            wait_for(lambda: Table(config.run_dir, *place.split("/")).shards(), "a shard on the store")
+            wait_for(lambda: table_of(config, *place.split("/")).shards(), "a shard on the store")
             cluster.node_with(ACTOR).kill()
             since = time.monotonic()
-            assert Table(config.run_dir, *place.split("/")).manifest() is None, "it was done before the node died"
+            assert table_of(config, *place.split("/")).manifest() is None, "it was done before the node died"
             wait_for(
                 lambda: cluster.head.request("jobs/far")["status"] in ("SUCCEEDED", "FAILED", "STOPPED"), "its end"
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import subprocess
 import sys
 import tempfile
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from factories import a_table
 
 from salad_ray.store import scratch_folder
 from salad_ray.tables import (
@@ -24,7 +24,6 @@ from salad_ray.tables import (
     PlanSegment,
     Reject,
     Span,
-    Table,
     TableError,
     Utterance,
     Word,
@@ -35,7 +34,7 @@ from salad_ray.tables import (
     local_folder,
     put_folder,
     read_bytes,
-    read_json,
+    sampled_digest,
     stable_hash,
     to_arrow,
     write_bytes,
@@ -81,7 +80,7 @@ ROWS = [
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: type(row).__name__)
 @pytest.mark.parametrize("place", ["{tmp}", "memory://{tmp}"])
 def test_rows_survive_a_shard(row: object, place: str, tmp_path: Path) -> None:
-    table = Table(place.format(tmp=tmp_path), "natural", "rows")
+    table = a_table(place.format(tmp=tmp_path), "natural", "rows")
     table.write("part-0", to_arrow(type(row), [row, row]))
     assert table.shards() == ["part-0"]
     assert table.read_rows(type(row), "part-0") == [row, row]
@@ -91,7 +90,7 @@ def test_rows_survive_a_shard(row: object, place: str, tmp_path: Path) -> None:
 
 
 def test_a_missing_and_a_damaged_shard_name_the_file_and_the_remedy(tmp_path: Path) -> None:
-    table = Table(str(tmp_path), "natural", "rows")
+    table = a_table(tmp_path, "natural", "rows")
     with pytest.raises(TableError, match=r"part-0\.parquet is missing; rerun"):
         table.read("part-0")
     table.write("part-0", to_arrow(Reject, [Reject("a", "b", "c")] * 100))
@@ -133,25 +132,26 @@ def test_a_name_is_never_a_pattern(place: str, name: str, tmp_path: Path) -> Non
     (model / "llm").mkdir(parents=True)
     (model / "llm" / "a[b]").write_bytes(b"1")
     rows = to_arrow(Reject, [Reject("a", "b", "c")])
-    own, other = (Table(f"{place.format(tmp=tmp_path)}/{run}", "", "rows") for run in (name, "runX"))
-    for table in (own, other):
+    own_run, other_run = (f"{place.format(tmp=tmp_path)}/{run}" for run in (name, "runX"))
+    own, other = (a_table(run, "", "rows") for run in (own_run, other_run))
+    for run, table in ((own_run, own), (other_run, other)):
         table.write("part-0", rows)
-        put_folder(str(model), f"{table.run_dir}/model")
-    put_folder(str(model), f"{own.run_dir}/model")  # replaces
-    with local_folder(f"{own.run_dir}/model") as back:
+        put_folder(str(model), f"{run}/model")
+    put_folder(str(model), f"{own_run}/model")  # replaces
+    with local_folder(f"{own_run}/model") as back:
         assert [path.name for path in Path(back).rglob("*") if path.is_file()] == ["a[b]"]
     own.delete_shards("part-")
     assert own.shards() == []
     own.write("part-0", rows)
     own.delete()
-    delete_folder(own.run_dir)
-    assert not file_exists(f"{own.run_dir}/model/llm/a[b]")
+    delete_folder(own_run)
+    assert not file_exists(f"{own_run}/model/llm/a[b]")
     assert other.read("part-0").equals(rows)
-    assert read_bytes(f"{other.run_dir}/model/llm/a[b]") == b"1"
+    assert read_bytes(f"{other_run}/model/llm/a[b]") == b"1"
 
 
 def test_a_removal_takes_all_but_what_a_link_leads_to(tmp_path: Path) -> None:
-    table, rows = Table(str(tmp_path), "", "rows"), to_arrow(Reject, [Reject("a", "b", "c")])
+    table, rows = a_table(tmp_path, "", "rows"), to_arrow(Reject, [Reject("a", "b", "c")])
     table.write("part-0", rows)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "kept").write_bytes(b"1")
@@ -162,22 +162,20 @@ def test_a_removal_takes_all_but_what_a_link_leads_to(tmp_path: Path) -> None:
     assert (tmp_path / "elsewhere" / "kept").exists()
 
 
-def test_where_a_table_lies_is_kept_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, own = (Table(f"{tmp_path}/{run}", "web", "rows") for run in ("base", "own"))
-    asked: list[str] = []
-    monkeypatch.setattr("salad_ray.tables.read_json", lambda url: asked.append(url) or read_json(url))
-    assert own.url == own.url == f"{tmp_path}/own/web/rows"
-    assert len(asked) == 1
-    own.link(base.url)
-    assert own.url == base.url
-    assert own.rejects == Table(f"{tmp_path}/base", "web", "rejects")
-    elsewhere = pickle.loads(pickle.dumps(own))
-    assert elsewhere == own
-    own.unlink()
-    assert own.url == elsewhere.url == f"{tmp_path}/own/web/rows"
-    assert own.rejects == Table(f"{tmp_path}/own", "web", "rejects")
-    Table(own.run_dir, own.set, own.name).link(base.url)
-    assert own.linked_to() == own.url == base.url
+def test_a_file_is_known_by_samples_of_it(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    seen = set()
+    for size in (0, 10, 2**20, 3 * 2**20 + 1, 40 * 2**20):
+        data = bytearray(size)
+        file.write_bytes(data)
+        seen.add(sampled_digest(str(file)))
+        assert sampled_digest(str(file)) in seen
+        for place in {0, size // 2, size - 1} if 0 < size <= 16 * 2**20 else {0, size - 1} if size else ():
+            data[place] = 1
+            file.write_bytes(data)
+            data[place] = 0
+            assert sampled_digest(str(file)) not in seen
+    assert len(seen) == 5
 
 
 def test_shards_are_read_side_by_side_and_come_in_order() -> None:

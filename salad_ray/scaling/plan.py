@@ -23,7 +23,7 @@ from transformers import AutoConfig, PreTrainedConfig, Qwen2Config
 from salad_ray.config import PICKED_PER_SHARD, STAGE2_SHARE, Config, ConfigError, DistillConfig, path_name
 from salad_ray.console import clock
 from salad_ray.distill.step import DTYPES, PEAK_FLOPS
-from salad_ray.flow import Step
+from salad_ray.flow import Step, merged, steps
 from salad_ray.model.loading import UNUSABLE, reason
 from salad_ray.scaling.memory import BYTES, Shape, layer_bytes, num_parameters, training_memory
 from salad_ray.scaling.rates import (
@@ -122,10 +122,10 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(config: Config, steps: Sequence[Step], rates: Rates) -> Plan:
+def make_plan(config: Config, rates: Rates) -> Plan:
     """Derive everything; raises `ConfigError` where a corpus or model is not known to the rates."""
-    data = Amounts(config, rates, text_llm(config, rates))
-    costs = [stage_cost(config, step, data, rates) for step in steps]
+    data, flow = Amounts(config, rates, text_llm(config, rates)), merged(steps(config))
+    costs = [stage_cost(config, step, data, rates) for step in flow]
     storage = storage_lines(config, data, rates)
     prices = rates.prices
     gigabytes = sum(line.value for line in storage) / 1e9
@@ -140,7 +140,7 @@ def make_plan(config: Config, steps: Sequence[Step], rates: Rates) -> Plan:
         "money": sum(cost.money for cost in costs) + monthly * prices.months,
     }
     memory = memory_table(config, data, rates)
-    found = [*misfit(config.distill, memory), *shortages(config, steps, rates), *assumed(costs)]
+    found = [*misfit(config.distill, memory), *shortages(config, flow, rates), *assumed(costs)]
     return Plan(list(data.lines.values()), costs, memory, storage, totals, prices.currency, found)
 
 

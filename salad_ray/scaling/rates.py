@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -19,7 +19,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from salad_ray.config import Config, ConfigError, Section, all_keys
-from salad_ray.flow import Step
+from salad_ray.flow import Step, merged, steps
 from salad_ray.model.speech_lm import ModelError, load_tokenizer
 from salad_ray.runs import Run
 from salad_ray.sequences.interleave import tokenize
@@ -219,11 +219,11 @@ class Pace:
     actors: int = 1
 
 
-def measured_rates(rates: Rates, run: Run, steps: Sequence[Step], planned: Config) -> Rates:
+def measured_rates(rates: Rates, run: Run, planned: Config) -> Rates:
     """Rates with what a finished run has measured: starts and units of its stages, words, tokens, filled rows.
 
     Args:
-        run, steps: the run; its tables are read.
+        run: its tables are read.
         planned: what is planned; a rate stays what it was where the run does not tell (`comparable`, `same_speech`).
 
     Raises:
@@ -231,7 +231,7 @@ def measured_rates(rates: Rates, run: Run, steps: Sequence[Step], planned: Confi
     """
     source = f"measured in {run.config.run_dir}"
     paces: dict[str, list[Pace]] = {}
-    for step in steps:
+    for step in merged(steps(run.config)):
         pace = pace_of(run, step) if comparable(run.config, planned, step) else None
         if pace is not None:
             paces.setdefault(kind_of(run.config, step), []).append(pace)

@@ -12,30 +12,34 @@ from pathlib import Path
 
 import psutil
 import pytest
-from factories import untrained_copy
+from factories import run_stage, table_of, untrained_copy
 
-from salad_ray import pipeline
 from salad_ray.config import Config, dump_config, parse_config
 from salad_ray.distill.checkpoints import Checkpoint
-from salad_ray.distill.trainer import Job, as_json, job_of
+from salad_ray.distill.trainer import Job, TrainingStopped, as_json, job_of
 from salad_ray.model.speech_lm import EncoderSpec, SpeechLM
-from salad_ray.stages.shards import StageError
+from salad_ray.tables import Table
 
 
 def half_trained_copy(run: Config, folder: Path, last_step: int, **distill: object) -> Config:
     """A copy of a finished run as a kill after `last_step` would have left it."""
     shutil.copytree(run.run_dir, folder)
-    stage = folder / "stage1"
-    for name in ("manifest.json", "result.json", "starts.json", "model"):
-        shutil.rmtree(stage / name) if (stage / name).is_dir() else (stage / name).unlink()
-    for checkpoint in (stage / "checkpoints").iterdir():
+    shutil.rmtree(folder / "stage1")
+    trunk = Path(table_of(folder, "", "trunk").url)
+    for name in ("manifest.json", "result.json", "starts.json"):
+        (trunk / name).unlink()
+    for checkpoint in (trunk / "checkpoints").iterdir():
         if int(checkpoint.name.split("-")[1]) > last_step:
             shutil.rmtree(checkpoint)
     return run.model_copy(update={"run_dir": str(folder), "distill": run.distill.model_copy(update=distill)})
 
 
+def trunk_of(config: Config) -> Path:
+    return Path(table_of(config, "", "trunk").url)
+
+
 def training_log(config: Config) -> list[dict[str, float]]:
-    return json.loads(Path(config.run_dir, "stage1", "result.json").read_text())["log"]
+    return json.loads((trunk_of(config) / "result.json").read_text())["log"]
 
 
 def losses(config: Config) -> list[tuple[float, float]]:
@@ -43,25 +47,26 @@ def losses(config: Config) -> list[tuple[float, float]]:
 
 
 def starts(config: Config) -> list[dict]:
-    return json.loads(Path(config.run_dir, "stage1", "starts.json").read_text())["starts"]
+    return json.loads(Path(trunk_of(config), "starts.json").read_text())["starts"]
 
 
 def manifests(config: Config) -> list[Path]:
-    return sorted(Path(config.run_dir, "stage1", "checkpoints").glob("step-*/manifest.json"))
+    return sorted(Path(trunk_of(config), "checkpoints").glob("step-*/manifest.json"))
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(finished_run: Config, tmp_path: Path) -> None:
-    config = untrained_copy(finished_run, tmp_path / "run", learning_rate=1e30, warmup_share=0.0)
-    with pytest.raises(StageError, match=r"the loss of step \d+ is not finite; the weights were not updated"):
-        pipeline.run_stage(config, "stage1", "natural")
-    assert not Path(config.run_dir, "stage1", "model").exists()
-    assert not Path(config.run_dir, "stage1", "manifest.json").exists()
+    config = untrained_copy(finished_run, tmp_path / "run", learning_rate=1e30, warmup_steps=0)
+    with pytest.raises(
+        TrainingStopped, match=r"trunk: the loss of step \d+ is not finite; the weights were not updated"
+    ):
+        run_stage(config, "trunk", "natural")
+    assert not (trunk_of(config) / "manifest.json").exists()
 
 
 def test_every_start_says_what_was_loaded_and_that_the_student_is_its_teacher(undisturbed: Config) -> None:
     [start] = starts(undisturbed)
     assert start["student_weights"] == start["teacher_weights"] != ""
-    teacher = json.loads(Path(undisturbed.run_dir, "teacher", "manifest.json").read_text())
+    teacher = table_of(undisturbed, "", "teacher").manifest() or {}
     assert start["tokenizer_hash"] == teacher["tokenizer_hash"]
     assert start["llm_parameters"] == teacher["num_parameters"]
     assert (start["resumed_from"], start["num_workers"]) == (None, 2)
@@ -71,11 +76,11 @@ def test_every_start_says_what_was_loaded_and_that_the_student_is_its_teacher(un
 
 def test_a_tokenizer_that_changed_since_planning_stops_the_start(finished_run: Config, tmp_path: Path) -> None:
     config = untrained_copy(finished_run, tmp_path / "run")
-    manifest = tmp_path / "run" / "teacher" / "manifest.json"
+    manifest = Path(table_of(config, "", "teacher").url, "manifest.json")
     content = json.loads(manifest.read_text()) | {"tokenizer_hash": "another"}
     manifest.write_text(json.dumps(content))
-    with pytest.raises(StageError, match="is not the one that the plan was made with"):
-        pipeline.run_stage(config, "stage1", "natural")
+    with pytest.raises(TrainingStopped, match="is not the one that the plan was made with"):
+        run_stage(config, "trunk", "natural")
 
 
 def test_a_killed_driver_continues_from_its_checkpoint_with_the_same_losses(
@@ -84,15 +89,15 @@ def test_a_killed_driver_continues_from_its_checkpoint_with_the_same_losses(
     config = untrained_copy(undisturbed, tmp_path / "run")
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(config))
-    driver = subprocess.Popen([sys.executable, "-m", "salad_ray.cli", "stage1", str(path)])
+    driver = subprocess.Popen([sys.executable, "-m", "salad_ray.cli", "trunk", str(path)])
     deadline = time.monotonic() + 180
     while not manifests(config) and time.monotonic() < deadline and driver.poll() is None:
         time.sleep(0.05)
     driver.kill()
     driver.wait()
     assert manifests(config)
-    assert not Path(config.run_dir, "stage1", "manifest.json").exists(), "it had ended before it was killed"
-    pipeline.run_stage(config, "stage1", "natural")
+    assert not (trunk_of(config) / "manifest.json").exists(), "it had ended before it was killed"
+    run_stage(config, "trunk", "natural")
     assert starts(config)[-1]["step"] >= 5, "it began anew"
     assert losses(config) == losses(undisturbed)
 
@@ -112,7 +117,7 @@ def test_a_killed_worker_is_replaced_and_the_losses_are_the_same(undisturbed: Co
 
     killer = threading.Thread(target=kill_one_after_the_first_checkpoint, daemon=True)
     killer.start()
-    pipeline.run_stage(config, "stage1", "natural")
+    run_stage(config, "trunk", "natural")
     assert killed
     first, second = starts(config)
     assert first["step"] == 0
@@ -126,14 +131,14 @@ def test_other_numbers_of_workers_and_zero_stages_go_on_with_the_same_rows(undis
     config = half_trained_copy(undisturbed, tmp_path / "one", 15, num_workers=1, zero_stage=3)
     lost = manifests(config)[-1].parent / "rank-00001.safetensors"
     lost.unlink()
-    pipeline.run_stage(config, "stage1", "natural")
+    run_stage(config, "trunk", "natural")
     [start] = starts(config)
     assert (start["step"], start["num_workers"], start["zero_stage"]) == (10, 1, 3)
     assert "step-00000015" in start["not_whole"][0]
     assert "rank-00001.safetensors is missing" in start["not_whole"][0]
     assert_same_course(config, undisturbed)
     again = half_trained_copy(config, tmp_path / "two", 20, num_workers=2, zero_stage=1)
-    pipeline.run_stage(again, "stage1", "natural")
+    run_stage(again, "trunk", "natural")
     [start] = starts(again)
     assert (start["step"], start["num_workers"], start["zero_stage"]) == (20, 2, 1)
     assert_same_course(again, undisturbed)
@@ -153,7 +158,7 @@ def test_elastic_training_starts_with_the_workers_there_is_room_for(undisturbed:
     config = half_trained_copy(undisturbed, tmp_path / "run", 20, num_workers=(1, 2))
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(config.model_copy(update={"ray": config.ray.model_copy(update={"num_cpus": 1})})))
-    subprocess.run([sys.executable, "-m", "salad_ray.cli", "stage1", str(path)], check=True, timeout=240)
+    subprocess.run([sys.executable, "-m", "salad_ray.cli", "trunk", str(path)], check=True, timeout=240)
     assert [(start["step"], start["num_workers"]) for start in starts(config)] == [(20, 1)]
     assert_same_course(config, undisturbed)
 
@@ -162,11 +167,12 @@ def test_elastic_training_starts_with_the_workers_there_is_room_for(undisturbed:
 def test_the_zero_stages_agree(finished_run: Config, tmp_path: Path, stage: int) -> None:
     """ZeRO 3 shards the head and the tied embedding; the loss gathers them. The reference is ZeRO 2."""
     config = untrained_copy(finished_run, tmp_path / "run", zero_stage=stage)
-    pipeline.run_stage(config, "stage1", "natural")
+    run_stage(config, "trunk", "natural")
     for (step, loss), (reference_step, reference) in zip(losses(config), losses(finished_run), strict=True):
         assert step == reference_step
         assert loss == pytest.approx(reference, rel=1e-4)
-    weights = SpeechLM.from_pretrained(f"{config.run_dir}/stage1/model").state_dict()
+    run_stage(config, "stage1", "natural")
+    weights = SpeechLM.from_pretrained(f"{table_of(config, '', 'stage1').url}/model").state_dict()
     for name, tensor in SpeechLM.from_pretrained(f"{finished_run.run_dir}/stage1/model").state_dict().items():
         assert weights[name].numpy() == pytest.approx(tensor.numpy(), abs=2e-4), name
 
@@ -174,7 +180,7 @@ def test_the_zero_stages_agree(finished_run: Config, tmp_path: Path, stage: int)
 def test_bf16_with_accumulation_checkpointing_and_all_losses(finished_run: Config, tmp_path: Path) -> None:
     switches = {"precision": "bf16", "num_workers": 1, "activation_checkpointing": True, "alpha": 0.5}
     config = untrained_copy(finished_run, tmp_path / "run", **switches)
-    pipeline.run_stage(config, "stage1", "natural")
+    run_stage(config, "trunk", "natural")
     first = training_log(config)[0]
     assert first["loss"] == pytest.approx(0.5 * first["kl"] + 0.5 * first["nll"], rel=1e-3)
     reference = training_log(finished_run)[0]
@@ -186,8 +192,10 @@ def test_a_job_travels_as_text_and_comes_back_as_it_was() -> None:
     config = parse_config({"run_dir": "r", "distill": {"num_workers": [2, 8]}, "stage2": {}})
     encoder = EncoderSpec("log_mel", None, None, 16_000, 12.5, 640)
     start = Checkpoint("url", {"step": 3, "stays": True, "log": [{"loss": 0.5}]})
+    speech = Table("p", "natural", "plan"), Table("f", "natural", "features")
     job = Job(
-        config, "stage2", {"path": "p", "revision": None}, encoder, config.distill, 10, "card",
-        start=start, first_row=3, active_share=0.4, branch_points=(1, 2), exports=False,
+        config, Table("u", "", "stage2"), speech, {"path": "p", "revision": None}, encoder, config.distill, 10, card="c",
+        warmup_steps=1, decay_steps=2, start=start, first_row=3, active=speech, active_share=0.4, branch_steps=(1, 2),
+        exports=False,
     )  # fmt: skip
     assert job_of(as_json(job)) == job

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import soundfile
+from factories import hand_table, keep_run
 
-from salad_ray.tables import Cluster, Measurement, Passage, Reject, Table, Utterance, to_arrow, write_bytes, write_json
+from salad_ray.tables import Cluster, Measurement, Passage, Reject, Table, Utterance, to_arrow, write_json
 
 SECS = 1.5
 RATE = 22_050
@@ -128,6 +129,12 @@ def utterances(set_name: str, texts: dict[int, str], domains: tuple[str, str]) -
     ]
 
 
+LABELS = (
+    *("web/passages", "teacher", "natural/features", "stage1", "web/centroids", "probe/utterances"),
+    *("probe/measurements_stage1", "active/utterances", "stage2", "control"),
+)
+
+
 def make_run(
     run_dir: str | Path,
     domains: tuple[str, str] = ("law", "stars"),
@@ -137,18 +144,18 @@ def make_run(
 ) -> str:
     """Write the run; cluster 0 is of the first domain, which was never heard."""
     run_dir = str(run_dir)
-    config = f"run_dir: {run_dir}\nmodel:\n  teacher: world\nselect:\n  gamma: {gamma}\ndistill:\n  alpha: 1.0\n"
-    write_bytes(f"{run_dir}/config.yaml", config.encode())
-    write_json(f"{run_dir}/report/metrics.json", metrics(domains, stage2))
+    config = {"run_dir": run_dir, "model": {"teacher": "world"}, "select": {"gamma": gamma}, "distill": {"alpha": 1.0}}
+    places = keep_run(run_dir, config, LABELS)
+    write_json(f"{places.report_url}/metrics.json", metrics(domains, stage2))
     passages = [Passage(passage_id=f"p{place}", doc_id="d", text=text) for place in range(4)]
-    finish(Table(run_dir, "web", "passages"), Passage, passages, "ingest", num_rejected=3, seconds=61.0)
+    finish(hand_table(run_dir, "web/passages"), Passage, passages, "ingest", num_rejected=3, seconds=61.0)
     rejects = [
         Reject("ingest", "p7", "silent: -80.1 dBFS, below min_level_dbfs=-75"),
         Reject("ingest", "p8", "silent: -91.0 dBFS, below min_level_dbfs=-75"),
         Reject("ingest", "p9", f"no such audio file: /data/{text[:8].strip()}.wav"),
     ]
-    Table(run_dir, "web", "rejects").write("passages-part-00000", to_arrow(Reject, rejects))
-    centroids = Table(run_dir, "web", "centroids")
+    hand_table(run_dir, "web/passages").rejects.write("part-00000", to_arrow(Reject, rejects))
+    centroids = hand_table(run_dir, "web/centroids")
     rows = [
         Cluster(
             cluster_id=place,
@@ -165,7 +172,7 @@ def make_run(
     write_json(f"{centroids.url}/cards.json", {"clusters": cards})
     for set_name in ("probe", "active"):
         spoken = utterances(set_name, {0: text, 1: "A comet of ice."}, domains)
-        finish(Table(run_dir, set_name, "utterances"), Utterance, spoken, "synthesize", seconds=2.0)
+        finish(hand_table(run_dir, f"{set_name}/utterances"), Utterance, spoken, "synthesize", seconds=2.0)
     measured = [
         Measurement(
             system="stage1",
@@ -181,12 +188,12 @@ def make_run(
         )
         for distance in (0, 1)
     ]
-    finish(Table(run_dir, "probe", "measurements_stage1"), Measurement, measured, "measure")
+    finish(hand_table(run_dir, "probe/measurements_stage1"), Measurement, measured, "measure")
     encoder = {"name": "log_mel", "frame_rate": 12.5, "dim": 640, "path": None}
     totals = {"hours": 10.7, "training hours": 10.5}
-    manifest(Table(run_dir, "natural", "features"), "encode", totals=totals, encoder=encoder, num_rows=3000)
-    manifest(Table(run_dir, "", "teacher"), "teacher", num_parameters=773_760, path="model", seconds=30.0)
+    manifest(hand_table(run_dir, "natural/features"), "encode", totals=totals, encoder=encoder, num_rows=3000)
+    manifest(hand_table(run_dir, "teacher"), "teacher", num_parameters=773_760, path="model", seconds=30.0)
     for name, start, num_steps in (("stage1", 10.0, 100), ("stage2", 5.0, 50), ("control", 4.0, 50)):
         log = curve(start, num_steps)
-        manifest(Table(run_dir, "", name), name, log=log, num_positions=1000 * num_steps, train_seconds=120.0)
+        manifest(hand_table(run_dir, name), name, log=log, num_positions=1000 * num_steps, train_seconds=120.0)
     return run_dir

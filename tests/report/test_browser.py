@@ -11,6 +11,7 @@ import pytest
 from report.page_run import SECS, make_run
 
 from salad_ray.report.page import write_page
+from salad_ray.runs import open_places
 
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
@@ -49,7 +50,7 @@ def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     run_dirs = [make_run(folder / "active", text="<script>alert('never')</script> A judge signs.")]
     if request.param == "two runs":
         run_dirs.append(make_run(folder / "uniform", gamma=0.0, stage2=0.9))
-    write_page(run_dirs, str(folder / "page.html"))
+    write_page([open_places(each)[0] for each in run_dirs], str(folder / "page.html"))
     return (folder / "page.html").as_uri()
 
 

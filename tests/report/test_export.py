@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ import pyarrow as pa
 import pytest
 import torch
 import yaml
-from factories import make_tokenizer
+from factories import HAND, hand_table, keep_run, make_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from salad_ray.config import AdapterConfig, ConfigError, dump_config, parse_config
+from salad_ray.config import AdapterConfig, ConfigError, parse_config
 from salad_ray.model.listen import load_listener
 from salad_ray.model.loading import ModelError, weights_fingerprint
 from salad_ray.model.speech_lm import EncoderSpec, SpeechLM, hidden_states, tokenizer_hash
@@ -30,7 +30,6 @@ from salad_ray.stages.common import count_shards, hours_by_licence
 from salad_ray.stages.shards import ShardPart, write_shard
 from salad_ray.tables import (
     SCHEMA_VERSION,
-    Table,
     TableError,
     Utterance,
     fingerprint,
@@ -45,48 +44,45 @@ WEB = {"path": "books.jsonl", "attribution": "the authors of the books"}
 
 
 def version(label: str) -> str:
-    return f"{fingerprint({'table': label})}-0a1b2c3d"
+    return f"{fingerprint({'table': label})[:12]}-0a1b2c3d"
 
 
-def write_manifest(run: Path | str, label: str, inputs: dict[str, str], config: Any = None, **facts: Any) -> None:
-    """A manifest as stages write them; `inputs` names tables of the run, or other facts."""
-    set_name, _, name = label.rpartition("/")
-    known = {
-        key: version(value) if "/" in value or value in ("teacher", "stage1") else value
-        for key, value in inputs.items()
-    }
+def write_manifest(run: Path | str, label: str, inputs: Sequence[str], config: Any = None, **facts: Any) -> None:
+    """A manifest as stages write them; `inputs` are tables of the run."""
+    name = label.rpartition("/")[2]
     content = {
         "stage": name,
-        "fingerprint": fingerprint({"table": label}),
         "config": config or {},
-        "inputs": known,
+        "inputs": {label: version(label) for label in inputs},
         "schema_version": SCHEMA_VERSION,
         "salad_ray": "0.1.0",
         "written_at": "2026-11-21T12:00:00Z",
         "version": version(label),
     }
-    write_json(f"{Table(str(run), set_name, name).url}/manifest.json", content | facts)
+    write_json(f"{hand_table(run, label).url}/manifest.json", content | facts)
 
 
-def write_speech(run: Path, name: str, totals: dict[str, float], shards: int = 1) -> None:
+def write_speech(run: Path, name: str, sources: list[dict[str, Any]]) -> None:
     """Utterances, features and plan of a set."""
-    write_manifest(
-        run, f"{name}/utterances", {"passages": f"{name}/passages"}, totals=totals, num_rows=8, shards={"a": 8}
-    )
+    hours = sum(source["hours"] for source in sources)
+    write_manifest(run, f"{name}/utterances", [f"{name}/passages"], speech=sources, num_rows=8, shards={"a": 8})
     encode = {"encode": {"encoder": "log_mel", "backend": "transformers"}}
-    inputs = {"utterances": f"{name}/utterances", "encoder weights": ""}
-    hours = {"hours": sum(totals.values()), "training hours": 0.75 * sum(totals.values())}
-    write_manifest(run, f"{name}/features", inputs, encode, encoder=LOG_MEL, totals=hours)
-    write_manifest(run, f"{name}/plan", {"features": f"{name}/features", "teacher": "teacher"}, num_steps=20)
-    write_manifest(run, f"{name}/passages", {})
+    totals = {"hours": hours, "training hours": 0.75 * hours}
+    facts = {"encoder": LOG_MEL, "totals": totals, "sources": {"weights": ""}}
+    write_manifest(run, f"{name}/features", [f"{name}/utterances"], encode, **facts)
+    write_manifest(run, f"{name}/plan", [f"{name}/features", "teacher"])
+    write_manifest(run, f"{name}/passages", [])
 
 
-def write_system(run: Path, name: str, inputs: dict[str, str], model: SpeechLM, **facts: Any) -> None:
-    model.save_pretrained(run / name / "model")
+def source(corpus: str, license: str, hours: float) -> dict[str, Any]:
+    return {"corpus": corpus, "license": license, "hours": hours}
+
+
+def write_system(run: Path, name: str, inputs: Sequence[str], model: SpeechLM, **facts: Any) -> None:
+    model.save_pretrained(f"{hand_table(run, name).url}/model")
     starts = [{"teacher_weights": "a-hash-of-the-teacher", "zero_stage": 3}]
     facts = {"step": 20, "num_positions": 12345, "log": [{"loss": 1.0}], "starts": starts} | facts
-    config = {"distill": {"alpha": 1.0, "precision": "fp32"}} | ({"stage2": {"alpha": 0.5}} if name != "stage1" else {})
-    write_manifest(run, name, inputs, config, **facts)
+    write_manifest(run, name, inputs, **facts)
 
 
 def quantities(misalignment: float, num_scored: int) -> dict[str, Any]:
@@ -131,6 +127,13 @@ METRICS = {
 }
 
 
+LABELS = (
+    *("teacher", "trunk", "stage1", "stage2", "natural/catalog", "heldout/features", "heldout/measurements_stage2"),
+    *(f"{of}/{name}" for of in ("natural", "active") for name in ("passages", "utterances", "features", "plan")),
+    "web/embeddings",
+)
+
+
 def make_teacher(folder: Path) -> None:
     torch.manual_seed(0)
     shape = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -143,32 +146,29 @@ def make_teacher(folder: Path) -> None:
 def made_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a run with both stages leaves, on paper: true weights and manifests, no rows but a few."""
     run = tmp_path_factory.mktemp("runs") / "small"
-    config = parse_config({"run_dir": "/where/it/ran", "ingest": {"web": [WEB], "corpora": ["reads", "talks"]}})
-    make_teacher(run / "teacher" / "model")
-    (run / "config.yaml").write_text(dump_config(config))
-    teacher = str(run / "teacher" / "model")
+    given = {"run_dir": "/where/it/ran", "ingest": {"web": [WEB], "corpora": ["reads", "talks"]}}
+    given |= {"distill": {"precision": "fp32"}, "stage2": {"alpha": 0.5}}
+    places = keep_run(run, parse_config(given).model_dump(mode="json"), LABELS)
+    teacher = f"{hand_table(run, 'teacher').url}/model"
+    make_teacher(Path(teacher))
     students = [SpeechLM.from_teacher(teacher, None, ADAPTER, EncoderSpec(**LOG_MEL), seed) for seed in (1, 2)]
     facts = {"path": teacher, "revision": None, "num_parameters": 20000, "vocabulary": 400}
     facts["tokenizer_hash"] = tokenizer_hash(students[0].tokenizer)
-    write_manifest(run, "teacher", {"model.safetensors": "80000 bytes, 1"}, {"model.teacher": teacher}, **facts)
-    write_manifest(run, "natural/catalog", {}, attributions={"reads": "the readers of LibriVox", "talks": ""})
-    write_speech(run, "natural", {"hours of reads, CC BY 4.0": 12.5, "hours of talks, CC BY-NC 4.0": 4.0})
-    write_speech(run, "active", {"hours of books (kokoro), CC BY 4.0": 1.25})
+    write_manifest(run, "teacher", [], {"model.teacher": teacher}, **facts)
+    write_manifest(run, "natural/catalog", [], attributions={"reads": "the readers of LibriVox", "talks": ""})
+    write_speech(run, "natural", [source("reads", "CC BY 4.0", 12.5), source("talks", "CC BY-NC 4.0", 4.0)])
+    write_speech(run, "active", [source("books (kokoro)", "CC BY 4.0", 1.25)])
     languages = pa.table({"utt_id": ["a", "b", "c"], "language": ["en", "en-GB", "de"]})
-    Table(str(run), "natural", "utterances").write("a", languages)
-    inputs = {"teacher": "teacher", "features": "natural/features", "plan": "natural/plan"}
-    write_system(run, "stage1", inputs, students[0], train_seconds=118.25)
-    inputs = {"teacher": "teacher", "stage1": "stage1", "active/plan": "active/plan"}
-    inputs |= {f"{name}/features": f"{name}/features" for name in ("natural", "active")}
-    write_system(run, "stage2", inputs, students[1], train_seconds=43.5, begun_from="/where/it/ran/stage1/checkpoints")
-    (run / "stage1" / "tensorboard").mkdir()
-    write_manifest(run, "heldout/measurements_stage2", {"model": "", "features": "heldout/features"})
-    measured = run / "heldout" / "measurements_stage2" / "manifest.json"
-    measured.write_text(measured.read_text().replace('"model": ""', f'"model": "{version("stage2")}"'))
-    write_manifest(run, "heldout/features", {"encoder weights": ""})
-    write_manifest(run, "web/embeddings", {"passages": "web/passages"})  # leads nowhere
-    write_json(f"{run}/report/metrics.json", METRICS)
-    write_json(f"{run}/report/manifest.json", {"stage": "report", "systems": ["stage1", "stage2"]})
+    hand_table(run, "natural/utterances").write("a", languages)
+    read = ["teacher", "natural/features", "natural/plan"]
+    write_manifest(run, "trunk", read)
+    write_system(run, "stage1", ["trunk", *read], students[0], train_seconds=118.25)
+    inputs = ["trunk", "teacher", "natural/features", "active/features", "active/plan"]
+    write_system(run, "stage2", inputs, students[1], train_seconds=43.5, begun_from="/where/it/ran/trunk/checkpoints")
+    write_manifest(run, "heldout/measurements_stage2", ["stage2", "heldout/features"])
+    write_manifest(run, "heldout/features", [])
+    write_manifest(run, "web/embeddings", ["web/passages"])  # leads nowhere
+    write_json(f"{places.report_url}/metrics.json", METRICS)
     return run
 
 
@@ -192,22 +192,24 @@ def card_of(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def test_the_last_finished_stage_is_exported_bit_for_bit(made_run: Path, exported: Path, tmp_path: Path) -> None:
-    original = SpeechLM.from_pretrained(made_run / "stage2" / "model")
+    original = SpeechLM.from_pretrained(made_run / "stage2" / HAND / "model")
     model = SpeechLM.from_pretrained(exported)
     assert weights_fingerprint(model) == weights_fingerprint(original)
     assert model.config == original.config
     first = SpeechLM.from_pretrained(export(str(made_run), str(tmp_path / "first"), system="stage1"))
-    assert weights_fingerprint(first) == weights_fingerprint(SpeechLM.from_pretrained(made_run / "stage1" / "model"))
+    assert weights_fingerprint(first) == weights_fingerprint(
+        SpeechLM.from_pretrained(made_run / "stage1" / HAND / "model")
+    )
     assert weights_fingerprint(first) != weights_fingerprint(model)
     assert {path.name for path in exported.iterdir()} == exporting.FILES
     assert sorted(path.name for path in exported.parent.iterdir()) == ["model"]
 
 
 def test_stage_one_is_taken_while_stage_two_is_not_finished(run: Path, tmp_path: Path) -> None:
-    (run / "stage2" / "manifest.json").unlink()
+    (run / "stage2" / HAND / "manifest.json").unlink()
     folder = export(str(run), str(tmp_path / "out"))
     assert json.loads((folder / "lineage.json").read_text())["system"] == "stage1"
-    with pytest.raises(TableError, match="stage2 is not finished; run `salad stage2 CONFIG` first"):
+    with pytest.raises(TableError, match="is not finished; run `salad stage2 CONFIG` first"):
         export(str(run), str(tmp_path / "other"), system="stage2")
     assert not (tmp_path / "other").exists()
 
@@ -230,7 +232,7 @@ def test_another_dtype(made_run: Path, tmp_path: Path, dtype: str, kind: torch.d
     folder = export(str(made_run), str(tmp_path / "out"), dtype=dtype)
     for file in (folder / "adapter.safetensors", folder / "llm" / "model.safetensors"):
         assert {tensor.dtype for tensor in load_file(file).values()} == {kind}
-    model, original = (SpeechLM.from_pretrained(path) for path in (folder, made_run / "stage2" / "model"))
+    model, original = (SpeechLM.from_pretrained(path) for path in (folder, made_run / "stage2" / HAND / "model"))
     for name, tensor in original.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor.to(kind)), name
     lineage = json.loads((folder / "lineage.json").read_text())
@@ -318,16 +320,15 @@ def test_the_card_tells_data_licences_and_numbers(exported: Path) -> None:
 
 
 def test_the_card_of_a_hub_model_on_one_licence(run: Path, tmp_path: Path) -> None:
-    manifest = json.loads((run / "teacher" / "manifest.json").read_text())
+    manifest = json.loads((run / "teacher" / HAND / "manifest.json").read_text())
     manifest |= {"path": "Qwen/Qwen2.5-0.5B", "revision": "0123abcd", "config": {"model.teacher": "Qwen/Qwen2.5-0.5B"}}
-    write_json(f"{run}/teacher/manifest.json", manifest)
+    write_json(f"{run}/teacher/{HAND}/manifest.json", manifest)
     front, text = card_of(export(str(run), str(tmp_path / "out"), system="stage1"))
     assert (front["base_model"], front["license"]) == ("Qwen/Qwen2.5-0.5B", "other")
     assert "`Qwen/Qwen2.5-0.5B` at revision 0123abcd" in text
     assert "books" not in text
-    write_json(f"{run}/teacher/manifest.json", manifest | {"config": {"model.teacher": "world"}, "path": "/a/b"})
-    totals = {"hours of world (espeak), CC0-1.0": 1.0}
-    write_manifest(run, "natural/utterances", {}, totals=totals)
+    write_json(f"{run}/teacher/{HAND}/manifest.json", manifest | {"config": {"model.teacher": "world"}, "path": "/a/b"})
+    write_manifest(run, "natural/utterances", [], speech=[source("world (espeak)", "CC0-1.0", 1.0)])
     front, text = card_of(export(str(run), str(tmp_path / "out"), system="stage1"))
     assert front["license"] == "cc0-1.0"
     assert "base_model" not in front
@@ -335,26 +336,24 @@ def test_the_card_of_a_hub_model_on_one_licence(run: Path, tmp_path: Path) -> No
 
 
 def test_a_corpus_keeps_its_licence_and_attribution_whatever_it_is_called(tmp_path: Path) -> None:
-    """Names with commas and brackets, spoken and synthesised; and what an older run's manifests say."""
+    """Names with commas and brackets, spoken and synthesised."""
     names = ["Smith, J", "Emilia (EN)", '["speech", "a"]', "plain"]
     rows = [
         replace(utterance(name), license=license, duration_secs=3600.0)
         for name, license in [*((name, f"licence, of {name}") for name in names), ("Emilia (EN) (kokoro)", "CC BY 4.0")]
     ]
-    table = Table(str(tmp_path), "natural", "utterances")
+    places = keep_run(tmp_path, {}, ["natural/utterances", "natural/catalog"])
+    table = places.table("natural", "utterances")
     write_shard(table, "a", iter([ShardPart(to_arrow(Utterance, rows), 5, 5, totals=hours_by_licence(rows))]))
     manifest = count_shards(table, ["a"])
     write_json(f"{table.url}/manifest.json", manifest)
     credits = {name: f"by {name}" for name in names}
-    write_json(f"{tmp_path}/natural/catalog/manifest.json", {"attributions": credits})
-    found = {row.corpus: row for row in speech_of_run(str(tmp_path), ["natural"], {})}
+    write_json(f"{places.table('natural', 'catalog').url}/manifest.json", {"attributions": credits})
+    found = {row.corpus: row for row in speech_of_run(places, ["natural"], {})}
     for name in names:
         assert (found[name].license, found[name].attribution) == (f"licence, of {name}", f"by {name}")
         assert found[name].hours == 1.0
     assert found["Emilia (EN) (kokoro)"].attribution == "by Emilia (EN)"
-    write_json(f"{table.url}/manifest.json", {"totals": {"hours of reads, CC BY 4.0": 2.0}})
-    [row] = speech_of_run(str(tmp_path), ["natural"], {"reads": "the readers"})
-    assert (row.corpus, row.license, row.hours, row.attribution) == ("reads", "CC BY 4.0", 2.0, "the readers")
 
 
 def utterance(corpus: str) -> Utterance:
@@ -362,15 +361,15 @@ def utterance(corpus: str) -> Utterance:
 
 
 def test_a_run_that_was_not_measured(run: Path, tmp_path: Path) -> None:
-    shutil.rmtree(run / "report")
+    shutil.rmtree(run / "runs" / HAND / "report")
     folder = export(str(run), str(tmp_path / "out"))
     assert "Not measured yet." in card_of(folder)[1]
     assert not (folder / "metrics.json").exists()
 
 
 def test_numbers_of_a_former_model_are_not_passed_on(run: Path, tmp_path: Path) -> None:
-    write_json(f"{run}/report/metrics.json", METRICS | {"stage2": system_metrics(0.01, 0.01, 99.0)})
-    with pytest.raises(TableError, match=r"of another stage2 model; run `salad measure CONFIG --redo`"):
+    write_json(f"{run}/runs/{HAND}/report/metrics.json", METRICS | {"stage2": system_metrics(0.01, 0.01, 99.0)})
+    with pytest.raises(TableError, match=r"of another stage2 model; run `salad run CONFIG`"):
         export(str(run), str(tmp_path / "out"))
     export(str(run), str(tmp_path / "out"), system="stage1")
 
@@ -380,35 +379,38 @@ def test_the_lineage_names_every_table_that_led_here(made_run: Path, exported: P
     speech = {
         f"{name}/{table}" for name in ("natural", "active") for table in ("passages", "utterances", "features", "plan")
     }
-    assert set(lineage["tables"]) == {"stage2", "stage1", "teacher"} | speech
+    assert set(lineage["tables"]) == {"stage2", "trunk", "teacher"} | speech
     assert set(lineage["measured_with"]) == {"heldout/measurements_stage2", "heldout/features"}
     assert lineage["missing"] == {}
     for label, table in (lineage["tables"] | lineage["measured_with"]).items():
-        manifest = json.loads((made_run / label / "manifest.json").read_text())
+        manifest = json.loads((made_run / label / HAND / "manifest.json").read_text())
         assert table == {name: value for name, value in manifest.items() if name in table}
-        assert {"version", "fingerprint", "config", "inputs", "salad_ray"} <= set(table)
+        assert {"version", "config", "inputs", "salad_ray"} <= set(table)
         assert not {"log", "shards", "starts"} & set(table)
-    teacher = json.loads((made_run / "teacher" / "manifest.json").read_text())
+    teacher = json.loads((made_run / "teacher" / HAND / "manifest.json").read_text())
     expected = {"weights": "a-hash-of-the-teacher", "precision": "fp32"}
     expected |= {name: teacher[name] for name in ("path", "revision", "tokenizer_hash", "num_parameters")}
     assert lineage["teacher"] == expected
     assert lineage["encoder"] == LOG_MEL | {"backend": "transformers", "weights": ""}
     assert lineage["system"] == "stage2"
-    assert (exported / "config.yaml").read_bytes() == (made_run / "config.yaml").read_bytes()
+    content = [yaml.safe_load((folder / "config.yaml").read_text()) for folder in (exported, made_run)]
+    assert content[0] == content[1]
     assert json.loads((exported / "metrics.json").read_text()) == METRICS
 
 
 def test_an_input_that_was_made_anew_is_told(run: Path, tmp_path: Path) -> None:
-    features = run / "natural" / "features" / "manifest.json"
-    features.write_text(features.read_text().replace(version("natural/features"), f"{'f' * 16}-00000000"))
+    features = run / "natural" / "features" / HAND / "manifest.json"
+    features.write_text(features.read_text().replace(version("natural/features"), f"{'f' * 12}-00000000"))
     lineage = json.loads((export(str(run), str(tmp_path / "out")) / "lineage.json").read_text())
-    assert lineage["missing"]["stage1 ← features"] == version("natural/features")
+    assert lineage["missing"]["trunk ← natural/features"] == version("natural/features")
     assert "natural/features" not in lineage["tables"]
 
 
 def test_a_config_of_another_salad_ray_does_not_matter(run: Path, tmp_path: Path) -> None:
-    content = yaml.safe_load((run / "config.yaml").read_text()) | {"a_key_that_is_gone": {"x": 1}}
-    (run / "config.yaml").write_text(yaml.safe_dump(content))
+    index = run / "runs" / f"{HAND}.json"
+    content = json.loads(index.read_text())
+    content["config"] |= {"a_key_that_is_gone": {"x": 1}}
+    index.write_text(json.dumps(content))
     assert load_listener(str(export(str(run), str(tmp_path / "out"))))
 
 
@@ -450,11 +452,12 @@ def test_an_earlier_export_is_replaced_unless_something_was_added(made_run: Path
 
 
 def test_the_runs_own_model_is_no_target(run: Path) -> None:
-    before = weights_fingerprint(SpeechLM.from_pretrained(run / "stage2" / "model"))
-    for target in (run / "stage2" / "model", run / "stage1" / ".." / "stage2" / "model"):
+    own = run / "stage2" / HAND / "model"
+    before = weights_fingerprint(SpeechLM.from_pretrained(own))
+    for target in (own, run / "stage1" / ".." / "stage2" / HAND / "model"):
         with pytest.raises(ConfigError, match="the run's own model"):
             export(str(run), str(target), dtype="bf16")
-    assert weights_fingerprint(SpeechLM.from_pretrained(run / "stage2" / "model")) == before
+    assert weights_fingerprint(SpeechLM.from_pretrained(own)) == before
 
 
 @pytest.mark.parametrize("existing", [False, True])
@@ -480,20 +483,20 @@ def test_an_export_that_fails_leaves_everything_as_it_was(
 
 def test_what_cannot_be_exported(run: Path, tmp_path: Path) -> None:
     target = str(tmp_path / "out")
-    with pytest.raises(TableError, match=r"is no run, it has no config.yaml"):
+    with pytest.raises(TableError, match=r"holds no run"):
         export(str(tmp_path / "nothing"), target)
     with pytest.raises(ConfigError, match="dtype=fp8: a model can be exported as fp32 or bf16"):
         export(str(run), target, dtype="fp8")
     with pytest.raises(ConfigError, match="system=base: a run's systems are stage1, stage2, control"):
         export(str(run), target, system="base")
-    with pytest.raises(TableError, match="control is not finished; run `salad stage2 CONFIG` first"):
+    with pytest.raises(TableError, match="is not finished; run `salad stage2 CONFIG` first"):
         export(str(run), target, system="control")
     with pytest.raises(ConfigError, match="is a URL"):
         export(str(run), "s3://bucket/model")
-    (run / "stage2" / "model" / "adapter.safetensors").write_bytes(b"cut")
+    (run / "stage2" / HAND / "model" / "adapter.safetensors").write_bytes(b"cut")
     with pytest.raises(ModelError, match=r"adapter.safetensors: cannot be read"):
         export(str(run), target)
-    (run / "config.yaml").write_text("run_dir: [")
-    with pytest.raises(TableError, match="not valid YAML"):
+    (run / "runs" / "newest.json").unlink()
+    with pytest.raises(TableError, match="holds a run of an earlier version"):
         export(str(run), target)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

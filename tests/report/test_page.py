@@ -10,13 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from factories import hand_table, keep_run
 from report.page_run import SECS, make_run
 
 from salad_ray.report import facts as reading
 from salad_ray.report.facts import collect, encode_mp3, principal_places, reason_shape
 from salad_ray.report.page import run_names, write_page
 from salad_ray.report.plots import Dot, Panel, apart, dot_plot
-from salad_ray.tables import Table, TableError, read_bytes, write_bytes
+from salad_ray.runs import open_places
+from salad_ray.tables import TableError, read_bytes, write_bytes
 
 ATTACK = '<script>alert(1)</script><img src=x onerror="alert(2)"> "\'><svg onload=alert(3)> $x^{ '
 SECTIONS = ("headline", "accuracy", "misalignment", "training", "clusters", "scaling", "rejects", "lineage")
@@ -51,7 +53,7 @@ class Reader(HTMLParser):
 
 
 def page_of(target: Path, *run_dirs: str) -> Reader:
-    write_page(run_dirs, str(target))
+    write_page([open_places(run_dir)[0] for run_dir in run_dirs], str(target))
     return Reader(target.read_text())
 
 
@@ -102,7 +104,7 @@ def test_clusters_have_passages_their_loss_and_players(page: Reader, run_dir: st
     assert len(players) == 2 * (2 + 1)  # of each cluster two probe passages and an active one
     assert all((player["src"] or "").startswith("data:audio/mpeg;base64,") for player in players)
     assert all(player["preload"] == "none" and player["aria-label"] for player in players)
-    clip = collect(run_dir).clusters[0].clips[0]
+    clip = collect(open_places(run_dir)[0]).clusters[0].clips[0]
     samples, rate = soundfile.read(io.BytesIO(clip.audio))
     assert len(samples) / rate == pytest.approx(SECS, abs=0.15)
     assert np.abs(samples).max() > 0.1
@@ -159,7 +161,7 @@ def test_data_cannot_write_html(tmp_path: Path) -> None:
 
 def test_the_same_run_gives_the_same_bytes(run_dir: str, tmp_path: Path) -> None:
     for name in ("a.html", "b.html"):
-        write_page([run_dir], str(tmp_path / name))
+        write_page([open_places(run_dir)[0]], str(tmp_path / name))
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
 
 
@@ -176,7 +178,7 @@ def test_runs_are_compared(run_dir: str, tmp_path: Path) -> None:
 
 
 def test_a_run_that_has_only_begun_says_what_to_run(tmp_path: Path) -> None:
-    write_bytes(f"{tmp_path}/run/config.yaml", b"seed: 1\n")
+    keep_run(tmp_path / "run", {"seed": 1}, [])
     read = page_of(tmp_path / "page.html", f"{tmp_path}/run")
     for section, command in (
         ("headline", "salad measure CONFIG"),
@@ -193,39 +195,41 @@ def test_a_run_that_has_only_begun_says_what_to_run(tmp_path: Path) -> None:
 
 def test_unfinished_training_and_damage_are_told(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "run")
-    Table(run_dir, "", "stage2").delete()
-    write_bytes(f"{run_dir}/stage2/begun.json", b'{"stage": "stage2"}')
-    write_bytes(f"{run_dir}/stage2/progress.json", b'{"step": 30, "num_steps": 50}')
-    write_bytes(f"{run_dir}/web/rejects/passages-part-00001.parquet", b"not Parquet")
-    write_bytes(f"{run_dir}/report/metrics.json", b"{")
+    table = hand_table(run_dir, "stage2")
+    table.delete()
+    write_bytes(f"{table.url}/begun.json", b'{"stage": "stage2"}')
+    write_bytes(f"{table.url}/progress.json", b'{"step": 30, "num_steps": 50}')
+    rejects = hand_table(run_dir, "web/passages").rejects.url
+    write_bytes(f"{rejects}/part-00001.parquet", b"not Parquet")
+    write_bytes(f"{open_places(run_dir)[0].report_url}/metrics.json", b"{")
     read = page_of(tmp_path / "page.html", run_dir)
     assert "unfinished: step 30 of 50" in read.text["training"]
-    assert "web/rejects/passages-part-00001.parquet is damaged" in read.text[""]
+    assert f"{rejects}/part-00001.parquet is damaged" in read.text[""]
     assert "metrics.json is damaged" in read.text[""]
     assert "Cluster 0" in read.text["clusters"]
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TableError, match=r"is no run, it has no config\.yaml; name a run_dir"):
-        write_page([str(tmp_path)], str(tmp_path / "page.html"))
+    with pytest.raises(TableError, match=r"holds no run; name a run_dir"):
+        open_places(str(tmp_path))
     with pytest.raises(TableError, match="no run was named"):
         write_page([], str(tmp_path / "page.html"))
 
 
 def test_audio_keeps_to_its_budget_and_every_cluster_comes_first(run_dir: str) -> None:
     one = round(SECS * reading.CLIP_BYTES_PER_SEC * 4 / 3)
-    facts = collect(run_dir, clip_bytes=2 * one)
+    facts = collect(open_places(run_dir)[0], clip_bytes=2 * one)
     assert [len(cluster.clips) for cluster in facts.clusters] == [1, 1]
     assert facts.num_clips_left_out == 4
-    assert collect(run_dir, clip_bytes=0).num_clips_left_out == 6
+    assert collect(open_places(run_dir)[0], clip_bytes=0).num_clips_left_out == 6
 
 
 def test_rejects_and_shards_are_read_within_bounds(run_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "MAX_REASONS", 1)
-    facts = collect(run_dir, clip_bytes=0)
+    facts = collect(open_places(run_dir)[0], clip_bytes=0)
     assert [(group.reason[:6], group.count) for group in facts.rejects] == [("silent", 2), ("other ", 1)]
     monkeypatch.setattr(reading, "MAX_REJECTS", 0)
-    assert collect(run_dir, clip_bytes=0).rejects == []
+    assert collect(open_places(run_dir)[0], clip_bytes=0).rejects == []
 
 
 @pytest.mark.parametrize(
@@ -276,5 +280,5 @@ def test_mp3_is_as_long_as_announced() -> None:
 
 def test_runs_and_pages_may_lie_in_an_object_store() -> None:
     run_dir = make_run("memory://bucket/run")
-    write_page([run_dir], "memory://bucket/page.html")
+    write_page([open_places(run_dir)[0]], "memory://bucket/page.html")
     assert "Cluster 0: judge, signs" in Reader(read_bytes("memory://bucket/page.html").decode()).text["clusters"]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from factories import make_features, make_tokenizer, small_world_config
+from factories import hand_table, keep_run, make_features, make_tokenizer, small_world_config
 from rich.console import Console
 from transformers import Qwen2Config
 from typer.testing import CliRunner
@@ -21,10 +21,12 @@ from typer.testing import CliRunner
 from salad_ray import pipeline
 from salad_ray.cli import app
 from salad_ray.config import Config, ConfigError, dump_config, load_config, parse_config, replaced
+from salad_ray.flow import merged, steps
+from salad_ray.runs import open_run
 from salad_ray.scaling.plan import Plan, StageCost, fit_training, make_plan, plan_grids
 from salad_ray.scaling.rates import RATES, Rates, comparable, load_rates, measured_rates, weakest
 from salad_ray.sequences.plan import plan_shard_name
-from salad_ray.tables import Features, PlanRow, Table, Utterance, to_arrow, write_json
+from salad_ray.tables import Features, PlanRow, Utterance, to_arrow, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
@@ -40,7 +42,7 @@ def of_paper(*overrides: str) -> Config:
 
 
 def plan_of(config: Config, rates: Rates | None = None) -> Plan:
-    return make_plan(config, pipeline.steps(config), rates or load_rates())
+    return make_plan(config, rates or load_rates())
 
 
 @pytest.fixture(scope="module")
@@ -88,13 +90,14 @@ def test_the_papers_config_gives_the_papers_numbers(paper: Plan) -> None:
     assert value(paper, "features") == pytest.approx(6.5e12, rel=0.02)
     assert value(paper, "FLOP in all") == pytest.approx(5.5e20, rel=0.1)
     assert value(paper, "synthetic speech") == pytest.approx(1_400, rel=0.02)
-    stage1 = cost(paper, "stage1")
-    assert stage1.secs / 3600 == pytest.approx(6, rel=0.15)
-    assert stage1.gpu_hours == pytest.approx(stage1.secs * 64 / 3600)
+    trunk, decay = cost(paper, "trunk"), cost(paper, "stage1")
+    assert (trunk.secs + decay.secs) / 3600 == pytest.approx(6, rel=0.15)
+    assert decay.amount == pytest.approx(0.2 * (trunk.amount + decay.amount))
+    assert trunk.gpu_hours == pytest.approx(trunk.secs * 64 / 3600)
 
 
 def test_every_stage_is_there_and_the_totals_add_up(paper: Plan) -> None:
-    assert [(cost.stage, cost.set) for cost in paper.stages] == [(s.stage, s.set) for s in pipeline.steps(of_paper())]
+    assert [(cost.stage, cost.set) for cost in paper.stages] == [(s.stage, s.set) for s in merged(steps(of_paper()))]
     assert paper.totals["secs"] == pytest.approx(sum(cost.secs for cost in paper.stages))
     assert paper.totals["storage_gb"] == pytest.approx(sum(line.value for line in paper.storage) / 1e9)
     assert paper.totals["money"] > paper.totals["compute"] > 0
@@ -286,7 +289,9 @@ def measured(tmp_path: Path) -> Config:
     8 shards of a quarter of an hour each, taken by two actors after 5 s of start in waves of 10 s.
     """
     run = parse_config(small_world_config(tmp_path) | {"ingest": {"num_shards": 8}})
-    utterances, features, plan = (Table(run.run_dir, "natural", name) for name in ("utterances", "features", "plan"))
+    labels = ["natural/utterances", "natural/features", "natural/plan", "teacher"]
+    keep_run(run.run_dir, run.model_dump(mode="json"), labels)
+    utterances, features, plan, own_teacher = (hand_table(run.run_dir, label) for label in labels)
     names = [f"part-{index:05d}" for index in range(8)]
     pace = {"shards": dict.fromkeys(names, 1), "num_actors": 2, "num_made": 8, "first_secs": 15.0, "seconds": 45.0}
     spoken = make_features("one two three four", secs_per_word=0.4, pause_secs=0.1)
@@ -303,12 +308,12 @@ def measured(tmp_path: Path) -> Config:
     teacher = tmp_path / "teacher"
     Qwen2Config().save_pretrained(teacher)
     make_tokenizer("byte_level").save_pretrained(teacher)
-    write_json(f"{run.run_dir}/teacher/manifest.json", {"path": str(teacher), "revision": None, "seconds": 2.0})
+    write_json(f"{own_teacher.url}/manifest.json", {"path": str(teacher), "revision": None, "seconds": 2.0})
     return run
 
 
 def rates_of(run: Config, planned: Config | None = None) -> Rates:
-    return measured_rates(load_rates(), run, pipeline.steps(run), planned or run)
+    return measured_rates(load_rates(), open_run(run.run_dir), planned or run)
 
 
 def test_waves_tell_the_start_from_the_work(measured: Config) -> None:
@@ -354,7 +359,10 @@ def test_speech_is_not_taken_for_other_speech(measured: Config, changes: dict[st
 
 
 def test_tokens_stay_assumed_where_the_teacher_is_gone(measured: Config) -> None:
-    write_json(f"{measured.run_dir}/teacher/manifest.json", {"path": "/gone", "revision": None, "seconds": 2.0})
+    write_json(
+        f"{hand_table(measured.run_dir, 'teacher').url}/manifest.json",
+        {"path": "/gone", "revision": None, "seconds": 2.0},
+    )
     assert set(rates_of(measured).sources) == {"words_per_sec", "fill"}
 
 
@@ -376,7 +384,7 @@ def test_a_run_gives_its_own_rates(finished_run: Config) -> None:
     assert set(rates.sources) == {"words_per_sec", "tokens_per_word", "fill"}
     assert 0.5 < rates.training.fill <= 1
     plan = plan_of(finished_run, rates)
-    trained = cost(plan, "stage1")
+    trained = cost(plan, "trunk")
     assert trained.source.startswith("measured in")
     assert trained.cpu_hours > 0
     assert trained.gpu_hours == 0
@@ -452,9 +460,8 @@ def test_calibration_asks_the_worlds_questions_where_its_text_lm_is_trained(quic
     asking = replaced(quickstart, {"evaluate.benchmarks": [{"name": "piqa", "path": "x", "max_items": 9}]})
     small = pipeline.calibration(asking)
     assert small.has_benchmark
-    assert [step.tables for step in pipeline.steps(small) if (step.stage, step.set) == ("ingest", "benchmark")] == [
-        ("items", "passages")
-    ]
+    written = [step.tables for step in steps(small) if (step.stage, step.set) == ("ingest", "benchmark")]
+    assert written == [("items",), ("passages",)]
     assert small.distill.num_workers == asking.distill.num_workers
     assert small.pack == asking.pack
 
@@ -506,8 +513,9 @@ def test_the_plan_takes_what_the_calibration_has_measured(monkeypatch: pytest.Mo
 
     def run_all(config: Config) -> None:
         ran.append(config)
-        write_json(f"{config.run_dir}/teacher/manifest.json", {"path": "x", "revision": None, "seconds": 7.0})
-        Path(config.run_dir, "config.yaml").write_text(dump_config(config))
+        keep_run(config.run_dir, config.model_dump(mode="json"), ["teacher"])
+        url = hand_table(config.run_dir, "teacher").url
+        write_json(f"{url}/manifest.json", {"path": "x", "revision": None, "seconds": 7.0})
 
     with_gpus(monkeypatch, 1, 94)
     monkeypatch.setattr(pipeline, "run_all", run_all)

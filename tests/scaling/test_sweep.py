@@ -12,21 +12,22 @@ from typing import Any
 
 import pytest
 from clusters import head, node
+from factories import table_of
 
 from salad_ray import pipeline
 from salad_ray.config import Config, ConfigError, SweepConfig, parse_config, replaced
+from salad_ray.distill.step import decay_start
 from salad_ray.distill.trainer import worker_resources
 from salad_ray.model.speech_lm import SpeechLM
-from salad_ray.scaling.sweep import Flow, branch_points, concurrency, grid_trials, laws, trial_name, with_shared_plan
-from salad_ray.tables import PlanRow, Selected, Table, TableError
+from salad_ray.runs import Places, kept_runs, open_places, open_run
+from salad_ray.scaling.sweep import concurrency, grid_trials, laws
+from salad_ray.tables import Table
 
 BUDGETS = (4, 8)
-WARMUP = 2
 SWEEPS = {
     "rate": {
         "grid": {"distill.adapter_learning_rate": [1.5e-3, 1e6]},  # the second one ends in NaN
         "num_steps": list(BUDGETS),
-        "warmup_steps": WARMUP,
     },
     "gamma": {"grid": {"select.gamma": [0, 5]}},
     "nothing": {"grid": {"select.budget_percent": [1e-9]}},  # selects no passage
@@ -37,7 +38,7 @@ SWEEPS = {
 def swept(finished_run: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A finished run with two sweeps; one of the four trainings with budgets and their trunk cannot succeed."""
     folder = tmp_path_factory.mktemp("swept") / "run"
-    shutil.copytree(finished_run.run_dir, folder)
+    shutil.copytree(finished_run.run_dir, folder, symlinks=True)
     config = replaced(finished_run, {"run_dir": str(folder), "sweeps": SWEEPS})
     with pytest.raises(ConfigError, match=r"3 trainings failed, first .*its trunk failed.*not finite"):
         pipeline.run_sweeps(config)
@@ -49,8 +50,8 @@ def results(config: Config, name: str) -> dict[str, Any]:
     return found
 
 
-def run_of(config: Config, name: str, *parts: str) -> str:
-    return "/".join((config.run_dir, "sweeps", name, *parts))
+def places_of(config: Config, name: str, trial: str) -> Places:
+    return open_places(config.run_dir, f"{name}/{trial}")[0]
 
 
 def test_a_failed_training_is_a_row_and_the_others_are_finished(swept: Config) -> None:
@@ -67,70 +68,58 @@ def test_a_failed_training_is_a_row_and_the_others_are_finished(swept: Config) -
 
 
 def test_a_branch_is_what_training_to_its_budget_alone_would_be(swept: Config, tmp_path: Path) -> None:
-    """The same rows, rates and, to rounding, weights; the shares of warm-up are the same number of steps here."""
-    alone = replaced(
-        swept,
-        {
-            "run_dir": str(tmp_path / "alone"),
-            "base_run": swept.run_dir,
-            "sweeps": {},
-            "stage2": None,
-            "distill.num_steps": BUDGETS[0],
-            "distill.warmup_share": WARMUP / BUDGETS[0],
-        },
-    )
-    for step in pipeline.steps(alone):
-        if step.stage == "stage1":
-            break
-        pipeline.run_stage(alone, step.stage, step.set or alone.set)
-    pipeline.run_stage(alone, "stage1", "natural")
-    branch = run_of(swept, "rate", "adapter_learning_rate=0.0015", f"steps={BUDGETS[0]}")
-    ours, theirs = (SpeechLM.from_pretrained(f"{folder}/stage1/model") for folder in (branch, alone.run_dir))
+    """A run of its own, in another folder, with this budget only: its trunk ends where its decay begins."""
+    folder = tmp_path / "alone"
+    ignored = shutil.ignore_patterns("trunk", "stage1", "plan", "runs", "sweeps")
+    shutil.copytree(swept.run_dir, folder, ignore=ignored, symlinks=True)
+    (folder / "config.yaml").unlink()
+    changes = {"run_dir": str(folder), "sweeps": {}, "stage2": None, "distill.num_steps": BUDGETS[0]}
+    alone = replaced(swept, changes)
+    pipeline.make(alone, "stage1", "natural")
+    branch = places_of(swept, "rate", f"adapter_learning_rate=0.0015,steps={BUDGETS[0]}")
+    tables = (branch.table("", "stage1"), table_of(alone, "", "stage1"))
+    ours, theirs = (SpeechLM.from_pretrained(f"{table.url}/model") for table in tables)
     for (name, one), other in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
         assert one.sub(other).abs().max() < 1e-5, name
-    manifests = [Table(folder, "", "stage1").manifest() or {} for folder in (branch, alone.run_dir)]
+    manifests = [table.manifest() or {} for table in tables]
     assert manifests[0]["num_positions"] == manifests[1]["num_positions"]
-    assert Table(alone.run_dir, "natural", "features").linked_to() == f"{swept.run_dir}/natural/features"
+    assert [row["step"] for row in manifests[0]["log"]][-1] == BUDGETS[0]
 
 
 def test_the_trunk_is_shared_and_the_saving_told(swept: Config) -> None:
     saving = results(swept, "rate")["saving"]
-    trunk = Table(run_of(swept, "rate", "adapter_learning_rate=0.0015"), "", "trunk").manifest() or {}
-    assert trunk["branch_points"] == branch_points(BUDGETS, swept.distill.decay_share)
-    assert not Path(run_of(swept, "rate", "adapter_learning_rate=0.0015", "trunk/model")).exists()
+    trials = [f"adapter_learning_rate=0.0015,steps={budget}" for budget in BUDGETS]
+    urls = {places_of(swept, "rate", trial).table("", "trunk").url for trial in trials}
+    assert urls == {table_of(swept, "", "trunk").url}, "the run itself has the same"
+    [url] = urls
+    trunk = Table(url, "", "trunk").manifest() or {}
+    points = {decay_start(steps, swept.distill.decay_share) for steps in (*BUDGETS, swept.distill.num_steps)}
+    assert trunk["branch_steps"] == sorted(points)
+    assert not Path(url, "model").exists()
     assert saving["positions"] < saving["separate_positions"]
     rows = [row for row in results(swept, "rate")["rows"] if not row["error"]]
     assert saving["separate_positions"] == sum(row["num_positions"] for row in rows)
 
 
-def test_selections_share_their_speech_and_train_on_their_own(swept: Config) -> None:
-    pools = set()
-    for gamma in (0, 5):
-        folder = run_of(swept, "gamma", f"gamma={gamma}")
-        features, selection, plan = (Table(folder, "active", name) for name in ("features", "selection", "plan"))
-        pools.add(features.linked_to())
-        selected = {row.passage_id for shard in selection.shards() for row in selection.read_rows(Selected, shard)}
-        ids = {shard: features.read(shard, ["utt_id"])["utt_id"].to_pylist() for shard in features.shards()}
-        planned = {
-            ids[segment.shard][row]
-            for shard in plan.shards()
-            for planned_row in plan.read_rows(PlanRow, shard)
-            for segment in planned_row.segments
-            for row in segment.rows
-        }
-        assert planned
-        assert planned <= selected
-    [pool] = pools
-    assert "/sweeps/gamma/pool-" in str(pool)
+def test_selections_share_what_comes_before_them(swept: Config) -> None:
+    own, *others = (places_of(swept, "gamma", f"gamma={gamma}") for gamma in (5, 0))
+    assert own.keys == {label: key for label, key in open_places(swept.run_dir)[0].keys.items() if label in own.keys}
+    for places in others:
+        different = {label for label, key in places.keys.items() if own.keys[label] != key}
+        assert "active/features" in different
+        assert "stage2" in different
+        assert not different & {"stage1", "probe/measurements_stage1", "web/clusters", "natural/plan"}
     rows = results(swept, "gamma")["rows"]
     assert [row["select.gamma"] for row in rows] == [0, 5]
     assert all(row["system"] == "stage2" and row["synthetic_hours"] > 0 for row in rows)
 
 
 def test_the_run_itself_is_left_as_it_was(swept: Config, finished_run: Config) -> None:
-    for name in ("natural/features", "natural/plan", "stage1", "active/selection", "stage2"):
-        before, after = (Path(config.run_dir, name, "manifest.json").read_bytes() for config in (finished_run, swept))
-        assert before == after, name
+    for label in ("natural/features", "stage1", "active/selection", "stage2"):
+        before, after = (open_places(config.run_dir)[0].labelled(label).manifest() for config in (finished_run, swept))
+        assert before == after, label
+    report = Path(swept.run_dir, "report", "metrics.json").read_bytes()
+    assert report == Path(finished_run.run_dir, "report", "metrics.json").read_bytes()
 
 
 def test_a_second_sweep_of_what_is_done_runs_nothing(swept: Config, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,7 +135,7 @@ def test_a_sweep_grows_by_a_budget_and_a_value_and_tries_again_what_failed(
     swept: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
-    shutil.copytree(swept.run_dir, folder)
+    shutil.copytree(swept.run_dir, folder, symlinks=True)
     rate = SWEEPS["rate"] | {"num_steps": [*BUDGETS, 12]}
     more = {"rate": rate, "gamma": {"grid": {"select.gamma": [0, 5, 2]}}}
     config = replaced(swept, {"run_dir": str(folder), "sweeps": more})
@@ -160,29 +149,16 @@ def test_a_sweep_grows_by_a_budget_and_a_value_and_tries_again_what_failed(
     assert [row["error"] for row in results(config, "gamma")["rows"]] == [""] * 3
 
 
-def test_nothing_is_written_to_a_table_that_was_taken_over(swept: Config, finished_run: Config, tmp_path: Path) -> None:
+def test_a_sweep_begun_anew_deletes_what_it_alone_has(swept: Config, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    shutil.copytree(finished_run.run_dir, folder)
-    base = replaced(finished_run, {"run_dir": str(folder)})
-    own = replaced(base, {"run_dir": str(tmp_path / "own"), "base_run": base.run_dir})
-    for stage, name in (("ingest", "web"), ("teacher", "natural"), ("ingest", "natural"), ("synthesize", "natural")):
-        pipeline.run_stage(own, stage, name)
-    table = Table(own.run_dir, "natural", "utterances")
-    assert table.linked_to() == f"{base.run_dir}/natural/utterances"
-    with pytest.raises(TableError, match="taken over"):
-        table.write("part-00000", table.read(table.shards()[0]))
-    pipeline.redo(own, "synthesize", "natural")  # the base keeps its own
-    assert Table(base.run_dir, "natural", "utterances").shards()
-    pipeline.run_stage(own, "synthesize", "natural", anew=True)
-    assert table.linked_to() is None
-    assert table.shards() == Table(base.run_dir, "natural", "utterances").shards()
-    lost = Table(base.run_dir, "natural", "utterances").shards()[0]
-    table.delete()
-    Path(base.run_dir, "natural/utterances", f"{lost}.parquet").unlink()
-    pipeline.run_stage(own, "synthesize", "natural")  # it does not mend the base, but makes its own
-    assert table.linked_to() is None
-    assert lost in table.shards()
-    assert lost not in Table(base.run_dir, "natural", "utterances").shards()
+    shutil.copytree(swept.run_dir, folder, symlinks=True)
+    config = replaced(swept, {"run_dir": str(folder)})
+    own, shared = (places_of(config, "gamma", f"gamma={gamma}").table("", "stage2") for gamma in (0, 5))
+    pipeline._forget_sweep(open_run(str(folder)), "gamma")
+    assert own.manifest() is None
+    assert shared.manifest() is not None, "the run itself has it"
+    assert not Path(folder, "sweeps", "gamma").exists()
+    assert all(not places.name.startswith("gamma/") for places in kept_runs(str(folder)))
 
 
 def test_the_report_shows_the_sweeps(swept: Config) -> None:
@@ -199,22 +175,20 @@ def test_a_combination_that_cannot_even_be_prepared_is_a_row(swept: Config) -> N
     assert "too little for a single passage" in row["error"]
 
 
-def test_trials_share_a_plan_only_where_all_that_is_made_before_training_is_the_same() -> None:
-    def shared(sweep: dict[str, Any]) -> set[str | None]:
-        config = small(sweep | {"num_steps": [4]})
-        trials = grid_trials(config, "one")
-        flow = Flow(lambda *_: None)
-        return {with_shared_plan(config, "one", flow, trial).config.base_run for trial in trials}
+def test_trials_share_a_plan_only_where_all_that_decides_it_is_the_same() -> None:
+    def shared(sweep: dict[str, Any], label: str = "natural/plan") -> int:
+        trials = grid_trials(small(sweep | {"num_steps": [100, 500]}), "one")
+        return len({pipeline.resolve(trial.config).places.keys[label] for trial in trials})
 
-    assert len(shared({"grid": {"distill.alpha": [0, 1], "distill.learning_rate": [1e-4, 1e-3]}})) == 1
+    assert shared({"grid": {"distill.alpha": [0, 1], "distill.learning_rate": [1e-4, 1e-3]}}) == 1
+    assert shared({"grid": {"distill.alpha": [0, 1]}}, "trunk") == 2
+    assert shared({"grid": {"distill.alpha": [0, 1]}}, "stage1") == 4
     for key, values in {
-        "model.adapter.num_layers": [2, 4],
         "model.tiny_lm.num_steps": [5, 6],
-        "distill.precision": ["fp32", "bf16"],
-        "measure.distance_bins": [[5], [6]],
         "pack.context": [256, 512],
+        "encode.storage": ["float16", "int8"],
     }.items():
-        assert len(shared({"grid": {key: values}})) == 2, key
+        assert shared({"grid": {key: values}}) == 2, key
 
 
 def test_as_many_trainings_at_a_time_as_the_largest_leaves_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,19 +249,25 @@ def test_every_combination_and_seed_is_a_trial_of_its_own() -> None:
     config = small({"grid": {"distill.alpha": [0, 1], "pack.speech_words": [[3, 6], [5, 15]]}, "seeds": [0, 1]})
     trials = grid_trials(config, "one")
     assert len(trials) == 8
-    assert len({trial.config.run_dir for trial in trials}) == 8
+    assert len({trial.name for trial in trials}) == 8
     assert trials[-1].config.distill.alpha == 1
     assert trials[-1].config.pack.speech_words == (5, 15)
     assert trials[-1].config.seed == 1
-    assert all(trial.config.base_run == "/nowhere" for trial in trials)
+    assert {trial.config.run_dir for trial in trials} == {"/nowhere"}
 
 
-def test_names_of_trials_are_names_of_folders() -> None:
-    assert trial_name({"distill.alpha": 0.5, "seed": 1}) == "alpha=0.5,seed=1"
-    odd = [trial_name({"model.teacher": name}) for name in ("Qwen/Qwen2.5-3B", "Qwen:Qwen2.5-3B")]
+def test_names_of_trials_are_names_of_files() -> None:
+    def named(**grid: list[Any]) -> list[str]:
+        sweep = {"grid": {key.replace("__", "."): values for key, values in grid.items()}}
+        return [trial.name for trial in grid_trials(small(sweep, stage2={}), "one")]
+
+    assert named(distill__alpha=[0.5]) == ["alpha=0.5"]
+    odd = named(model__teacher=["Qwen/Qwen2.5-3B", "Qwen:Qwen2.5-3B"])
     assert len(set(odd)) == 2
     assert not any("/" in name for name in odd)
-    assert trial_name({"distill.num_steps": 1, "stage2.num_steps": 2}) == "distill.num_steps=1,stage2.num_steps=2"
+    assert named(distill__num_steps=[200], stage2__num_steps=[2]) == ["distill.num_steps=200,stage2.num_steps=2"]
+    [trial] = grid_trials(small({"grid": {"distill.alpha": [0.5]}, "seeds": [1], "num_positions": [1e6]}), "one")
+    assert trial.name == "alpha=0.5,seed=1,positions=1e+06"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from factories import make_features, make_tokenizer
+from factories import a_table, make_features, make_tokenizer
 
 from salad_ray.config import ConfigError, PackConfig
 from salad_ray.sequences.batch import Batch, Sample
@@ -40,11 +40,15 @@ class CountingTable(Table):
         return super().read(shard, columns)
 
 
+def counting(run_dir: str) -> CountingTable:
+    return CountingTable(f"{run_dir}/natural/features", "natural", "features")
+
+
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("run"))
     rng = np.random.default_rng(0)
-    features, plan = Table(folder, "natural", "features"), Table(folder, "natural", "plan")
+    features, plan = a_table(folder, "natural", "features"), a_table(folder, "natural", "plan")
     for shard in range(12):
         texts = [" ".join(rng.choice(["people", "said", "union,"], rng.integers(2, 20))) for _ in range(20)]
         rows = [make_features(text, f"{shard}-{i}") for i, text in enumerate(texts)]
@@ -61,12 +65,15 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def make_reader(run_dir: str, **options: Any) -> LaneReader:
-    plan, features = Table(run_dir, "natural", "plan"), CountingTable(run_dir, "natural", "features")
+    plan, features = (
+        a_table(run_dir, "natural", "plan"),
+        counting(run_dir),
+    )
     return LaneReader(plan, features, TOKENIZER, CONFIG, **options)
 
 
 def min_epoch_rows(run_dir: str) -> int:
-    plan = Table(run_dir, "natural", "plan")
+    plan = a_table(run_dir, "natural", "plan")
     return min(plan.read(name).num_rows for name in plan.shards())
 
 
@@ -104,7 +111,10 @@ def test_resuming_equals_never_stopping(run_dir: str) -> None:
 
 
 def test_each_shard_is_read_once_an_epoch_and_two_are_held(run_dir: str) -> None:
-    plan, features = Table(run_dir, "natural", "plan"), CountingTable(run_dir, "natural", "features")
+    plan, features = (
+        a_table(run_dir, "natural", "plan"),
+        counting(run_dir),
+    )
     stream = LaneStream(plan, features, TOKENIZER, lane=1)
     num_rows = plan.read(plan_shard_name(1, 0)).num_rows
     held = [len(stream.shards) for _ in islice(stream.rows(0), num_rows)]
@@ -113,7 +123,10 @@ def test_each_shard_is_read_once_an_epoch_and_two_are_held(run_dir: str) -> None
 
 
 def test_a_jump_does_not_read_what_it_skips(run_dir: str) -> None:
-    plan, features = Table(run_dir, "natural", "plan"), CountingTable(run_dir, "natural", "features")
+    plan, features = (
+        a_table(run_dir, "natural", "plan"),
+        counting(run_dir),
+    )
     num_rows = sum(plan.read(plan_shard_name(0, epoch)).num_rows for epoch in (0, 1))
     rows = LaneStream(plan, features, TOKENIZER, lane=0).rows(num_rows - 1)
     next(rows)
@@ -121,7 +134,7 @@ def test_a_jump_does_not_read_what_it_skips(run_dir: str) -> None:
 
 
 def test_an_epoch_gives_every_utterance_once(run_dir: str) -> None:
-    plan, features = Table(run_dir, "natural", "plan"), Table(run_dir, "natural", "features")
+    plan, features = a_table(run_dir, "natural", "plan"), a_table(run_dir, "natural", "features")
     for lane in range(CONFIG.num_lanes):
         num_rows = plan.read(plan_shard_name(lane, 0)).num_rows
         rows = islice(LaneStream(plan, features, TOKENIZER, lane).rows(0), num_rows)
@@ -154,7 +167,7 @@ def test_leaving_the_loop_ends_the_thread(run_dir: str) -> None:
 
 
 def test_the_plans_end_is_a_clear_error_after_all_its_steps(run_dir: str) -> None:
-    plan = Table(run_dir, "natural", "plan")
+    plan = a_table(run_dir, "natural", "plan")
     totals = [
         sum(plan.read(plan_shard_name(lane, epoch), ["row"]).num_rows for epoch in range(NUM_EPOCHS))
         for lane in range(CONFIG.num_lanes)
@@ -168,8 +181,8 @@ def test_the_plans_end_is_a_clear_error_after_all_its_steps(run_dir: str) -> Non
 
 
 def test_a_missing_feature_shard_reaches_the_caller(run_dir: str, tmp_path: Path) -> None:
-    plan = Table(run_dir, "natural", "plan")
-    reader = LaneReader(plan, Table(str(tmp_path), "natural", "features"), TOKENIZER, CONFIG)
+    plan = a_table(run_dir, "natural", "plan")
+    reader = LaneReader(plan, a_table(str(tmp_path), "natural", "features"), TOKENIZER, CONFIG)
     with pytest.raises(TableError, match="is missing"):
         next(iter(reader))
 
@@ -188,7 +201,7 @@ def test_a_shard_that_went_after_planning_is_named_with_the_remedy(run_dir: str,
 
 def test_a_shard_with_fewer_rows_than_planned_is_named(run_dir: str, tmp_path: Path) -> None:
     shutil.copytree(run_dir, tmp_path, dirs_exist_ok=True)
-    features = Table(str(tmp_path), "natural", "features")
+    features = a_table(str(tmp_path), "natural", "features")
     for shard in features.shards():
         features.write(shard, features.read(shard).slice(0, 1))
     with pytest.raises(TableError, match=r"features/shard-\d\d has 1 rows, and .* refers to row \d+; .* 'pack'"):
@@ -196,7 +209,7 @@ def test_a_shard_with_fewer_rows_than_planned_is_named(run_dir: str, tmp_path: P
 
 
 def test_another_tokenizer_is_noticed(run_dir: str) -> None:
-    plan, features = Table(run_dir, "natural", "plan"), Table(run_dir, "natural", "features")
+    plan, features = a_table(run_dir, "natural", "plan"), a_table(run_dir, "natural", "features")
     fusing = make_tokenizer("byte_level")
     fusing.add_tokens(["people said", "said people", "said said", "people people"])
     with pytest.raises(TableError, match="another tokenizer"):
@@ -227,7 +240,7 @@ def test_more_workers_than_lanes_are_refused(run_dir: str) -> None:
 def active_dir(run_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A second set beside the first, much smaller, with a plan of many epochs."""
     folder = str(tmp_path_factory.mktemp("active"))
-    features, plan = Table(folder, "active", "features"), Table(folder, "active", "plan")
+    features, plan = a_table(folder, "active", "features"), a_table(folder, "active", "plan")
     for shard in range(CONFIG.num_lanes):
         rows = [make_features("we hold these truths " * 4, f"active-{shard}-{i}") for i in range(5)]
         features.write(f"shard-{shard:02d}", to_arrow(Features, rows))
@@ -243,12 +256,12 @@ def active_dir(run_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def mix_of(active_dir: str, share: float) -> ActiveMix:
-    return ActiveMix(Table(active_dir, "active", "plan"), Table(active_dir, "active", "features"), share)
+    return ActiveMix(a_table(active_dir, "active", "plan"), a_table(active_dir, "active", "features"), share)
 
 
 @pytest.fixture(scope="module")
 def active_rows(active_dir: str) -> set[bytes]:
-    plan, features = Table(active_dir, "active", "plan"), Table(active_dir, "active", "features")
+    plan, features = a_table(active_dir, "active", "plan"), a_table(active_dir, "active", "features")
     rows = set()
     for lane in range(CONFIG.num_lanes):
         number = sum(plan.read(name).num_rows for name in plan.shards() if name.startswith(f"lane-{lane:04d}"))
@@ -282,7 +295,9 @@ def test_a_mix_is_the_same_at_every_world_size_and_after_every_resume(run_dir: s
 def test_a_mix_takes_the_natural_rows_in_order_from_the_first_row_on(
     run_dir: str, active_dir: str, active_rows: set[bytes]
 ) -> None:
-    lane = [LaneStream(Table(run_dir, "natural", "plan"), Table(run_dir, "natural", "features"), TOKENIZER, 2).rows(5)]
+    lane = [
+        LaneStream(a_table(run_dir, "natural", "plan"), a_table(run_dir, "natural", "features"), TOKENIZER, 2).rows(5)
+    ]
     expected = [row_key(row) for row in islice(lane[0], 9)]
     reader = make_reader(run_dir, rank=2, world_size=4, active=mix_of(active_dir, 0.4), first_row=5)
     found = [row for step in steps(reader, 8) for row in step if row not in active_rows]

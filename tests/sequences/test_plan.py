@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 import pytest
-from factories import make_features, make_tokenizer
+from factories import a_table, make_features, make_tokenizer
 
 from salad_ray.config import PackConfig
 from salad_ray.sequences.interleave import build_segment, units_of
@@ -166,7 +166,7 @@ def test_tables_give_back_what_was_written(tmp_path) -> None:
     shards = make_shards(num_shards=1)
     rows, _ = plan(shards)
     assert from_arrow(PlanRow, to_arrow(PlanRow, rows)) == rows
-    table = Table(str(tmp_path), "natural", "features")
+    table = a_table(str(tmp_path), "natural", "features")
     written = [replace(row, order=i, scales=b"1234") for i, row in enumerate(shards["shard-0"])]
     table.write("shard", to_arrow(Features, written))
     assert read_without_features(table, "shard") == [replace(row, features=b"", scales=None) for row in written]

@@ -8,44 +8,38 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from factories import run_stage, table_of
 
-from salad_ray import pipeline
 from salad_ray.config import Config, ConfigError, parse_config
 from salad_ray.model.speech_lm import SpeechLM
 from salad_ray.report.export import export
 from salad_ray.stages.common import condition_of
-from salad_ray.stages.evaluate import systems_of
 from salad_ray.stages.shards import StageError
-from salad_ray.tables import Features, Item, Reject, Score, Table, Utterance
+from salad_ray.tables import Features, Item, Reject, Score, Utterance
 
 CONDITIONS = ("clean", "voice", "noise", "speed", "codec", "telephone")
 
 
 def rows_of(config: Config, name: str, row_type: type) -> list[Any]:
-    table = Table(config.run_dir, "benchmark", name)
+    table = table_of(config, "benchmark", name)
     return [row for shard in table.shards() for row in table.read_rows(row_type, shard)]
 
 
 def copy_of(run: Config, folder: Path, systems: tuple[str, ...] = ("stage1", "stage2"), **evaluate: Any) -> Config:
     """A copy to change, in which only these systems were trained."""
-    shutil.copytree(run.run_dir, folder / "run")
-    for system in {"stage1", "stage2", "control"} - set(systems):
-        Table(f"{folder}/run", "", system).delete()
-        Table(f"{folder}/run", "benchmark", f"scores_{system}").delete()
-    changed = run.evaluate.model_copy(update=evaluate)
-    return run.model_copy(update={"run_dir": str(folder / "run"), "evaluate": changed})
-
-
-def redo(config: Config, *stages: str) -> None:
-    for stage in stages:
-        pipeline.redo(config, stage, "benchmark")
+    shutil.copytree(run.run_dir, folder / "run", symlinks=True)
+    changes: dict[str, Any] = {"run_dir": str(folder / "run"), "evaluate": run.evaluate.model_copy(update=evaluate)}
+    if "stage2" not in systems:
+        changes["stage2"] = None
+    elif "control" not in systems:
+        changes["stage2"] = run.stage2 and run.stage2.model_copy(update={"control": False})
+    return run.model_copy(update=changes)
 
 
 def test_every_system_answers_every_item(finished_run: Config) -> None:
     items = rows_of(finished_run, "items", Item)
     assert len(items) == finished_run.world.num_questions == 24
-    assert systems_of(finished_run) == ["base", "stage1", "stage2", "control"]
-    for system in systems_of(finished_run):
+    for system in ("base", "stage1", "stage2", "control"):
         scores = rows_of(finished_run, f"scores_{system}", Score)
         modalities = ("text",) if system == "base" else ("text", "speech")
         asked = {(row.item_id, row.modality) for row in scores}
@@ -61,13 +55,13 @@ def test_speech_is_in_voices_that_training_never_used(finished_run: Config) -> N
 
 def test_scores_are_the_same_when_repeated_and_go_on_where_they_stood(finished_run: Config, tmp_path: Path) -> None:
     config = copy_of(finished_run, tmp_path)
-    folder = Path(config.run_dir, "benchmark/scores_stage1")
+    folder = Path(table_of(config, "benchmark", "scores_stage1").url)
     before = {path.name: path.read_bytes() for path in folder.glob("*.parquet")}
     kept, lost = sorted(before)[0], sorted(before)[-1]
     (folder / "manifest.json").unlink()
     (folder / lost).unlink()
     time = (folder / kept).stat().st_mtime_ns
-    pipeline.run_stage(config, "evaluate", "benchmark")
+    run_stage(config, "evaluate", "benchmark")
     assert {path.name: path.read_bytes() for path in folder.glob("*.parquet")} == before
     assert (folder / kept).stat().st_mtime_ns == time
 
@@ -89,9 +83,8 @@ def test_conditions_and_cascade(finished_run: Config, tmp_path: Path) -> None:
     config = copy_of(finished_run, tmp_path, ("stage2",), conditions=CONDITIONS, cascade="pocketsphinx")
     world = config.world.model_copy(update={"num_questions": 2})
     config = config.model_copy(update={"world": world})
-    redo(config, "ingest", "synthesize", "encode", "evaluate")
     for stage in ("ingest", "synthesize", "encode", "evaluate"):
-        pipeline.run_stage(config, stage, "benchmark")
+        run_stage(config, stage, "benchmark")
     utterances = rows_of(config, "utterances", Utterance)
     speakers = {row.utt_id: row.speaker for row in utterances}
     assert len(utterances) == 4
@@ -108,7 +101,7 @@ def test_conditions_and_cascade(finished_run: Config, tmp_path: Path) -> None:
     assert all(row.word_error_rate == 1 for row in cascade if row.heard == "")
     errors = [row.word_error_rate for row in cascade if row.condition == "clean"]
     assert 0 < sum(errors) / len(errors) < 2  # pocketsphinx understands little of eSpeak
-    pipeline.run_stage(config, "report", "natural")
+    run_stage(config, "report", "natural")
     told = json.loads(Path(config.run_dir, "report/metrics.json").read_text())["robustness"]
     assert {row["condition"] for row in told} == set(CONDITIONS) - {"clean"}
 
@@ -123,16 +116,16 @@ def test_an_item_without_speech_is_missed_nowhere(finished_run: Config, tmp_path
             "ingest": config.ingest.model_copy(update={"max_rejected_share": 0.95}),
         }
     )
-    redo(config, "synthesize", "encode", "evaluate")
     for stage in ("synthesize", "encode", "evaluate"):
-        pipeline.run_stage(config, stage, "benchmark")
+        run_stage(config, stage, "benchmark")
     spoken = {row.utt_id for row in rows_of(config, "utterances", Utterance)}
-    rejects = {row.key for row in rows_of(config, "rejects", Reject) if row.stage == "synthesize"}
+    rejected = table_of(config, "benchmark", "utterances").rejects
+    rejects = {row.key for shard in rejected.shards() for row in rejected.read_rows(Reject, shard)}
     assert rejects
     assert len(spoken) + len(rejects) == 24
     speech = {row.item_id for row in rows_of(config, "scores_stage1", Score) if row.modality == "speech"}
     assert speech == spoken
-    pipeline.run_stage(config, "report", "natural")
+    run_stage(config, "report", "natural")
     metrics = json.loads(Path(config.run_dir, "report/metrics.json").read_text())
     [gap] = [
         row for row in metrics["gaps"] if (row["system"], row["modality"], row["metric"]) == ("stage1", "speech", "acc")
@@ -142,12 +135,12 @@ def test_an_item_without_speech_is_missed_nowhere(finished_run: Config, tmp_path
 
 def test_scores_of_another_model_are_not_reported(finished_run: Config, tmp_path: Path) -> None:
     config = copy_of(finished_run, tmp_path)
-    manifest = Path(config.run_dir, "benchmark/scores_stage2/manifest.json")
+    manifest = Path(table_of(config, "benchmark", "scores_stage2").url, "manifest.json")
     content = json.loads(manifest.read_text())
-    content["inputs"]["model"] = "another"
+    content["inputs"]["stage2"] = "another"
     manifest.write_text(json.dumps(content))
-    with pytest.raises(StageError, match="another stage2 model"):
-        pipeline.run_stage(config, "report", "natural")
+    with pytest.raises(StageError, match="was made from another stage2; run `salad run CONFIG`"):
+        run_stage(config, "report", "natural")
 
 
 def test_real_files_and_broken_ones(tmp_path: Path, shared_data: Path, finished_run: Config) -> None:
@@ -159,7 +152,7 @@ def test_real_files_and_broken_ones(tmp_path: Path, shared_data: Path, finished_
     ]
     data = {"run_dir": str(tmp_path / "run"), "evaluate": {"benchmarks": asked}}
     config = parse_config(data)
-    pipeline.run_stage(config, "ingest", "benchmark")
+    run_stage(config, "ingest", "benchmark")
     items = rows_of(config, "items", Item)
     assert [sum(item.benchmark == name for item in items) for name in ("piqa", "mmlu_spoken")] == [5, 513]
     assert len(rows_of(config, "exemplars", Item)) == 500 + 513
@@ -167,7 +160,7 @@ def test_real_files_and_broken_ones(tmp_path: Path, shared_data: Path, finished_
     broken.write_text('{"goal": "a", "sol1": "b"}\nnot json\n')
     data["evaluate"] = {"benchmarks": [{"name": "piqa", "path": str(broken)}]}
     with pytest.raises(ConfigError, match=r"piqa\.jsonl"):
-        pipeline.run_stage(parse_config(data | {"run_dir": str(tmp_path / "other")}), "ingest", "benchmark")
+        run_stage(parse_config(data | {"run_dir": str(tmp_path / "other")}), "ingest", "benchmark")
 
 
 def test_the_exported_model_is_the_trained_one(finished_run: Config, tmp_path: Path) -> None:

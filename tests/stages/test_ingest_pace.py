@@ -12,12 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from factories import a_table, run_stage, table_of
 
 from salad_ray import pipeline
 from salad_ray.config import Config, parse_config
 from salad_ray.stages import ingest
 from salad_ray.stages.common import gather
-from salad_ray.tables import Table, read_json
+from salad_ray.tables import read_json
 from salad_ray.text.world import DOMAINS, world_passages
 
 NUM_FILES = 6
@@ -42,8 +43,8 @@ def test_ingest_tells_how_far_it_is_and_max_actors_changes_no_row(web: Path, tmp
     tables = []
     for name, settings in (("all", {}), ("one", {"max_actors": 1})):
         config = web_config(tmp_path / name, web, **settings)
-        pipeline.run_stage(config, "ingest", "web")
-        table = Table(config.run_dir, "web", "passages")
+        run_stage(config, "ingest", "web")
+        table = table_of(config, "web", "passages")
         tables.append([table.read(shard) for shard in table.shards()])
         note, manifest = read_json(f"{table.url}/progress.json"), table.manifest()
         assert note is not None
@@ -58,7 +59,7 @@ def test_ingest_tells_how_far_it_is_and_max_actors_changes_no_row(web: Path, tmp
 
 def test_status_reads_the_note_of_an_ingest_at_work(web: Path, tmp_path: Path) -> None:
     config = web_config(tmp_path, web)
-    table = Table(config.run_dir, "web", "passages")
+    table = a_table(tmp_path, "web", "passages")
     pace = ingest.DealingPace(table, {"run": config.run_dir, "stage": "ingest", "set": "web"}, 2, 3)
     pace.note()
     assert read_json(f"{table.url}/progress.json") is None

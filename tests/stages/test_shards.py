@@ -13,6 +13,7 @@ import time
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from logging.handlers import BufferingHandler
 from pathlib import Path
@@ -21,14 +22,15 @@ from typing import Any
 
 import pytest
 import ray
-from factories import small_world_config
+from factories import a_table, run_stage, small_world_config
 from ray.experimental.internal_kv import _internal_kv_list
 
-from salad_ray import pipeline
 from salad_ray.config import Config, parse_config
 from salad_ray.console import say, show
+from salad_ray.flow import Step
+from salad_ray.runs import Places, Run
 from salad_ray.stages import shards
-from salad_ray.stages.common import Stage, run_shards
+from salad_ray.stages.common import Stage, Work, run_works
 from salad_ray.stages.ray_cluster import start_ray
 from salad_ray.stages.shards import (
     Counts,
@@ -106,11 +108,21 @@ def config_in(folder: Path, **changes: Any) -> Config:
     return parse_config(small_world_config(folder) | {"ray": {"num_cpus": 2}} | changes)
 
 
+def stage_in(config: Config) -> Stage:
+    """A stage of no flow, which copies."""
+    run = Run(config, Places(config.run_dir, "run", {"web/copies": "key"}))
+    return Stage.of(run, Step("copy", "web", ("copies",)))
+
+
+def a_task(folder: object, items: dict[str, Any], worker: Callable[[], Any], num_there: int = 0) -> Task:
+    return Task("copy", a_table(folder, "web", "copies"), str(folder), items, worker, num_there)
+
+
 def make(config: Config, harm: Callable[[str], None], num_gpus: float = 0.0) -> Table:
-    table = Table(config.run_dir, "web", "copies")
     items = {f"part-{i:05d}": f"part-{i:05d}" for i in range(NUM_SHARDS)}
-    run_shards(config, Stage("copy", table, {}, {}), items, partial(CopyShard, harm), num_gpus)
-    return table
+    stage = stage_in(config)
+    run_works(stage.run, [Work(stage, items, partial(CopyShard, harm), num_gpus)])
+    return stage.table
 
 
 def ids(table: Table) -> list[str]:
@@ -186,9 +198,8 @@ def test_an_error_of_the_disk_or_the_store_is_no_rows_fault(tmp_path: Path, erro
 
 def test_a_row_is_to_blame_only_while_it_is_worked_on(tmp_path: Path) -> None:
     worker = CopyShard(partial(fail_at, "nobody"))
-    table = Table(str(tmp_path), "web", "copies")
-    writer = ShardWriter([Task("copy", table, {}, lambda: worker)])
-    Stage("copy", table, {}, {}).begin()
+    writer = ShardWriter([a_task(tmp_path, {}, lambda: worker)])
+    replace(stage_in(config_in(tmp_path)), table=writer.tasks[0].table).begin()
     worker.careful, worker.by = str(tmp_path / "note.json"), "me"
     parts = writer._with_left_out(writer.tasks[0], worker, worker("part-00000"))
     assert [json.loads((tmp_path / "note.json").read_text())["at"] for _ in parts] == [""] * (1 + ROWS_PER_SHARD)
@@ -221,7 +232,7 @@ def test_a_machine_that_is_taken_away_charges_no_row(tmp_path: Path) -> None:
 
 def counts_of(folder: Path, num_items: int, num_there: int = 0) -> Counts:
     items = {f"part-{i:05d}": 0 for i in range(num_items)}
-    task = Task("copy", Table(str(folder), "web", "copies"), items, lambda: CopyShard(print), num_there)
+    task = a_task(folder, items, lambda: CopyShard(print), num_there)
     return Counts(config_in(folder), [task], Machines("me"))
 
 
@@ -255,7 +266,7 @@ def test_what_begins_to_fail_in_the_middle_is_noticed(tmp_path: Path, monkeypatc
     monkeypatch.setattr(Machines, "alive", lambda _: {"a", "b"})
     counts = counts_of(tmp_path, 10_000)
     for number in range(5_000):
-        counts.made(made_on("ab"[number % 2]), Table(str(tmp_path), "web", "copies"), is_first=True)
+        counts.made(made_on("ab"[number % 2]), a_table(tmp_path, "web", "copies"), is_first=True)
     for number in range(13):
         counts.failed("ab"[number % 2], 2, "the token has expired")
     with pytest.raises(StageError, match="14 shards failed and 10 went well"):
@@ -294,10 +305,10 @@ def test_a_machine_on_which_all_fails_is_held_back(tmp_path: Path, monkeypatch: 
 
 
 def test_rejects_and_failures_repeat_no_credentials(tmp_path: Path) -> None:
-    table, signed = Table(str(tmp_path), "web", "copies"), "https://store/a?X-Amz-Signature=abcdef0123456789"
+    table, signed = a_table(tmp_path, "web", "copies"), "https://store/a?X-Amz-Signature=abcdef0123456789"
     rejects = [Reject("copy", "row", f"403 of {signed}")]
     write_shard(table, "part-0", iter([ShardPart(to_arrow(Passage, []), 1, 0, rejects)]))
-    writer = ShardWriter([Task("copy", table, {}, lambda: CopyShard(print))])
+    writer = ShardWriter([a_task(tmp_path, {}, lambda: CopyShard(print))])
     try:
         raise RuntimeError(f"403 of {signed}")
     except RuntimeError as error:
@@ -324,15 +335,15 @@ def test_processes_that_cannot_start_end_a_stage_of_which_most_is_done(
     items = {f"part-{i:05d}": f"part-{i:05d}" for i in range(NUM_SHARDS)}
     Path(table.url, "manifest.json").unlink()
     with pytest.raises(StageError, match="in a row no process could do anything, with 2 shards missing"):
-        run_shards(config, Stage("copy", table, {}, {}), items, no_worker)
+        run_works(stage_in(config).run, [Work(stage_in(config), items, no_worker)])
 
 
 def test_processes_that_were_replaced_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Machines, "alive", lambda _: {"a", "b"})
     monkeypatch.setattr(shards, "NOTE_SECS", -1)
-    table = Table(str(tmp_path), "web", "copies")
+    task = a_task(tmp_path, {f"part-{i}": 0 for i in range(9)}, lambda: CopyShard(print))
+    table = task.table
     Path(table.url).mkdir(parents=True)
-    task = Task("copy", table, {f"part-{i}": 0 for i in range(9)}, lambda: CopyShard(print))
     pace = shards.Pace([task], 1.0, Machines("me"))
     where = [("a", 1, ""), ("b", 1, ""), ("a", 1, "failed"), ("a", 2, ""), ("gone", 1, "")]
     for machine, process, failed in where:
@@ -345,8 +356,7 @@ def test_a_machine_that_does_not_see_the_run_is_told_before_it_works_for_nothing
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards, "SEEN_SECS", 1.5)
-    table = Table(str(tmp_path / "at home"), "web", "copies")
-    writer = ShardWriter([Task("copy", table, {}, lambda: CopyShard(print))])
+    writer = ShardWriter([a_task(tmp_path / "at home", {}, lambda: CopyShard(print))])
     item = {"task": 0, "shard": "part-00000", "payload": '"part-00000"', "tries": 0, "by": "me"}
     assert "does not see" in writer(item)["error"]
     assert not list(tmp_path.iterdir())
@@ -355,7 +365,7 @@ def test_a_machine_that_does_not_see_the_run_is_told_before_it_works_for_nothing
 def test_processes_that_all_die_end_the_stage_early(tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"copy set=web: \d+ shards failed and 0 went well.*(died|unavailable)"):
         make(config_in(tmp_path), segfault_everywhere)
-    tried = list(Path(tmp_path, "run/web/copies").glob("*.parquet"))
+    tried = list(Path(tmp_path, "run/web/copies/key").glob("*.parquet"))
     assert not tried
 
 
@@ -419,9 +429,9 @@ def test_strict_leaves_no_row_out(tmp_path: Path) -> None:
 def test_a_stage_that_keeps_nothing_ends_before_the_rest_is_begun(tmp_path: Path) -> None:
     changes = {"synthesize": {"gates": {"max_chars_per_sec": 8.0}}}
     config = config_in(tmp_path, **changes)
-    pipeline.run_stage(config, "ingest", "natural")
+    run_stage(config, "ingest", "natural")
     with pytest.raises(StageError, match=r"of the first .* rows were rejected, so the rest was not begun"):
-        pipeline.run_stage(config, "synthesize", "natural")
+        run_stage(config, "synthesize", "natural")
 
 
 @pytest.mark.parametrize("log", ["", "json"])
@@ -440,7 +450,7 @@ def test_the_log_can_be_json_with_run_and_stage(
 ) -> None:
     monkeypatch.setenv("SALAD_LOG", "json")
     config = config_in(tmp_path)
-    pipeline.run_stage(config, "ingest", "heldout")
+    run_stage(config, "ingest", "heldout")
     show("a table for the eye")
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert lines

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from factories import small_world_config
+from factories import rejects_of, run_stage, small_world_config, table_of
 from kokoro_weights import write_random_kokoro
 
 from salad_ray import pipeline
@@ -21,7 +21,7 @@ from salad_ray.config import Config, ConfigError, parse_config
 from salad_ray.speech.audio import encode_audio
 from salad_ray.stages.shards import StageError
 from salad_ray.stages.synthesize import SpeakShard, load_synthesizer
-from salad_ray.tables import BadInput, Passage, Reject, Table, Utterance
+from salad_ray.tables import BadInput, Passage, Utterance
 
 VOICES = ("af_one", "am_two", "bf_three")
 
@@ -42,7 +42,7 @@ def spoken_config(folder: Path, num_natural: int = 12, **synthesize: Any) -> Con
 
 
 def rows_of(config: Config, name: str, row_type: type) -> list[Any]:
-    table = Table(config.run_dir, "natural", name)
+    table = table_of(config, "natural", name)
     return [row for shard in table.shards() for row in table.read_rows(row_type, shard)]
 
 
@@ -51,9 +51,9 @@ def test_kokoro_speaks_through_the_stage_with_words_and_disjoint_voices(weights:
     voices = {"voices": list(VOICES[:2]), "evaluation_voices": [VOICES[2]]}
     config = spoken_config(tmp_path, 6, synthesizer="kokoro", path=str(weights), batch_size=3, gates=gates, **voices)
     for stage in ("ingest", "synthesize"):
-        pipeline.run_stage(config, stage, "natural")
+        run_stage(config, stage, "natural")
     spoken, passages = rows_of(config, "utterances", Utterance), rows_of(config, "passages", Passage)
-    rejects = [row for row in rows_of(config, "rejects", Reject) if row.stage == "synthesize"]
+    rejects = rejects_of(config, "natural", "utterances")
     assert {row.passage_id for row in spoken} | {row.key for row in rejects} == {row.passage_id for row in passages}
     assert len(spoken) > len(passages) / 2, rejects
     assert {row.speaker for row in spoken} <= {f"kokoro:{voice}" for voice in VOICES[:2]}
@@ -66,40 +66,42 @@ def test_a_voice_that_is_not_there_is_one_sentence(weights: Path, tmp_path: Path
     config = spoken_config(
         tmp_path, synthesizer="kokoro", path=str(weights), voices=["af_none"], evaluation_voices=["af_one"]
     )
-    pipeline.run_stage(config, "ingest", "natural")
+    run_stage(config, "ingest", "natural")
     with pytest.raises(ConfigError, match="af_none"):
-        pipeline.run_stage(config, "synthesize", "natural")
+        run_stage(config, "synthesize", "natural")
     config = spoken_config(tmp_path, voices=["en-nowhere"])
     with pytest.raises(ConfigError, match="en-nowhere"):
-        pipeline.run_stage(config, "synthesize", "natural")
+        run_stage(config, "synthesize", "natural")
 
 
 def test_what_a_gate_rejects_is_told_and_too_much_of_it_stops_the_stage(tmp_path: Path) -> None:
     config = spoken_config(tmp_path, gates={"max_chars_per_sec": 8.0})
-    pipeline.run_stage(config, "ingest", "natural")
+    run_stage(config, "ingest", "natural")
     with pytest.raises(StageError, match=r"12 of 12 rows were rejected.*characters in .* s are .* a second, above 8"):
-        pipeline.run_stage(config, "synthesize", "natural")
+        run_stage(config, "synthesize", "natural")
 
 
 def test_another_batch_size_finds_other_pieces(tmp_path: Path) -> None:
     """Pieces are reused where they hold the same passages, and only there."""
     config = spoken_config(tmp_path, 24, batch_size=8)
-    pipeline.run_stage(config, "ingest", "natural")
-    weights = load_synthesizer(config, "cpu").weights
-    expected = [row.passage_id for row in Table(config.run_dir, "natural", "passages").read_rows(Passage, "part-00000")]
+    run_stage(config, "ingest", "natural")
+    weights = load_synthesizer(config, config.synthesize.voices, "cpu").weights
+    passages, utterances = (pipeline.resolve(config).table("natural", name) for name in ("passages", "utterances"))
+    expected = [row.passage_id for row in passages.read_rows(Passage, "part-00000")]
     assert len(expected) == 12
-    next(SpeakShard(config, weights)("part-00000"))
+    next(SpeakShard(config, "natural", passages, utterances, weights)("part-00000"))
     for size in (4, 8, 5):
         settings = config.synthesize.model_copy(update={"batch_size": size})
-        parts = list(SpeakShard(config.model_copy(update={"synthesize": settings}), weights)("part-00000"))
+        changed = config.model_copy(update={"synthesize": settings})
+        parts = list(SpeakShard(changed, "natural", passages, utterances, weights)("part-00000"))
         assert [row for part in parts for row in part.rows["utt_id"].to_pylist()] == expected
 
 
 def test_a_killed_actor_is_replaced_and_each_passage_is_there_once(tmp_path: Path) -> None:
     config = spoken_config(tmp_path, 240, batch_size=1)
     config = config.model_copy(update={"ray": config.ray.model_copy(update={"max_actors": 1})})
-    pipeline.run_stage(config, "ingest", "natural")
-    pieces = Path(config.run_dir, "natural/utterances/pieces")
+    run_stage(config, "ingest", "natural")
+    pieces = Path(pipeline.resolve(config).table("natural", "utterances").url, "pieces")
     killed: list[int] = []
 
     def kill_once() -> None:
@@ -115,12 +117,12 @@ def test_a_killed_actor_is_replaced_and_each_passage_is_there_once(tmp_path: Pat
 
     thread = threading.Thread(target=kill_once)
     thread.start()
-    pipeline.run_stage(config, "synthesize", "natural")
+    run_stage(config, "synthesize", "natural")
     thread.join()
     assert killed
     spoken, passages = rows_of(config, "utterances", Utterance), rows_of(config, "passages", Passage)
     assert sorted(row.passage_id for row in spoken) == sorted(row.passage_id for row in passages)
-    manifest = Table(config.run_dir, "natural", "utterances").manifest()
+    manifest = table_of(config, "natural", "utterances").manifest()
     assert manifest is not None
     assert manifest["num_kept"] == len(passages) == 240
     assert not pieces.exists()

@@ -14,12 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from factories import rejects_of, run_stage, table_of
 
-from salad_ray import console, pipeline
+from salad_ray import console
 from salad_ray.config import Config, ConfigError, parse_config
 from salad_ray.stages import ingest
 from salad_ray.stages.shards import StageError
-from salad_ray.tables import Embedding, Passage, Reject, Table
+from salad_ray.tables import Embedding, Passage, Reject
 from salad_ray.text.decontaminate import benchmark_ngrams
 from salad_ray.text.documents import Document
 from salad_ray.text.passages import Cut, cut_passages
@@ -73,18 +74,18 @@ def web_run(tmp_path_factory: pytest.TempPathFactory) -> Config:
     (folder / "items.jsonl").write_text(json.dumps({"question": ITEM, "choices": ["wool", "iron"]}) + "\n")
     config = parse_config(web_config(folder))
     for stage, name in (("ingest", "web"), ("ingest", "heldout"), ("embed", "web"), ("cluster", "web")):
-        pipeline.run_stage(config, stage, name)
+        run_stage(config, stage, name)
     return config
 
 
 def rows_of(config: Config, set_name: str, name: str, row_type: type) -> list[Any]:
-    table = Table(config.run_dir, set_name, name)
+    table = table_of(config, set_name, name)
     return [row for shard in table.shards() for row in table.read_rows(row_type, shard)]
 
 
 def test_documents_become_passages_and_everything_else_a_reject(web_run: Config) -> None:
     passages = rows_of(web_run, "web", "passages", Passage)
-    rejects = {row.key: row.reason for row in rows_of(web_run, "web", "rejects", Reject)}
+    rejects = {row.key: row.reason for row in rejects_of(web_run, "web", "passages")}
     assert all(len(row.text.split()) <= 40 for row in passages)
     assert {row.source for row in passages} == {"web"}
     assert {row.license for row in passages} == {"CC0-1.0"}
@@ -98,7 +99,7 @@ def test_documents_become_passages_and_everything_else_a_reject(web_run: Config)
     assert sum("the same text as" in reason for reason in rejects.values()) == 4 or sum(
         "the same text as" in reason for reason in rejects.values()
     ) == sum(row.doc_id in ("web/d00", "web/copy") for row in passages)
-    manifest = Table(web_run.run_dir, "web", "passages").manifest()
+    manifest = table_of(web_run, "web", "passages").manifest()
     assert manifest is not None
     assert manifest["num_input"] == len(passages) + len(rejects)
     assert any(name.startswith("characters cut out") for name in manifest["totals"])
@@ -114,7 +115,7 @@ def test_what_is_kept_aside_is_whole_documents_and_is_neither_clustered_for_nor_
     heldout = rows_of(web_run, "heldout", "passages", Passage)
     assert len(heldout) == min(10, len(aside))
     assert {row.passage_id for row in heldout} <= aside
-    centroids = Table(web_run.run_dir, "web", "centroids").read("part-00000")
+    centroids = table_of(web_run, "web", "centroids").read("part-00000")
     assert sum(centroids["num_passages"].to_pylist()) == len(passages) - len(aside)
 
 
@@ -124,7 +125,7 @@ def test_minilm_embeds_every_passage_and_clusters_are_purer_than_chance(web_run:
     vectors = np.stack([np.frombuffer(row.embedding, np.float16) for row in rows]).astype(np.float32)
     assert vectors.shape[1] == 384
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=2e-3)
-    manifest = Table(web_run.run_dir, "web", "centroids").manifest()
+    manifest = table_of(web_run, "web", "centroids").manifest()
     assert manifest is not None
     assert manifest["purity"] > manifest["chance_purity"] + 0.3
 
@@ -136,9 +137,9 @@ def test_shards_do_not_depend_on_the_order_of_the_files(web_run: Config, tmp_pat
         file.writelines(json.dumps(row) + "\n" for row in reversed(rows))
     (tmp_path / "items.jsonl").write_text(json.dumps({"question": ITEM}) + "\n")
     config = parse_config(web_config(tmp_path))
-    pipeline.run_stage(config, "ingest", "web")
-    for shard in Table(config.run_dir, "web", "passages").shards():
-        left, right = (Table(run.run_dir, "web", "passages").read(shard) for run in (config, web_run))
+    run_stage(config, "ingest", "web")
+    for shard in table_of(config, "web", "passages").shards():
+        left, right = (table_of(run, "web", "passages").read(shard) for run in (config, web_run))
         assert left == right
 
 
@@ -156,7 +157,7 @@ def test_a_wrong_source_is_one_sentence(tmp_path: Path, changes: dict[str, Any],
     config = web_config(tmp_path)
     config["ingest"] |= {"web": [source], "passages": {"max_words": 40}}
     with pytest.raises(Exception, match=words) as caught:
-        pipeline.run_stage(parse_config(config), "ingest", "web")
+        run_stage(parse_config(config), "ingest", "web")
     told = console.user_error(caught.value)
     assert type(told).__name__ == error.__name__
     assert words in str(told)
@@ -234,4 +235,4 @@ def test_a_row_that_is_lost_between_machines_is_noticed(tmp_path: Path, monkeypa
     config = web_config(tmp_path, embed={"embedder": "tfidf"})
     config["ingest"]["passages"] |= {"benchmarks": []}
     with pytest.raises(StageError, match=r"rows were lost \(\d+ were read, \d+ came to shards\)"):
-        pipeline.run_stage(parse_config(config), "ingest", "web")
+        run_stage(parse_config(config), "ingest", "web")
