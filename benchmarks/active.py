@@ -23,10 +23,9 @@ from scipy import stats
 
 from benchmarks.side_by_side import ROOT
 from salad_ray import pipeline
-from salad_ray.config import Config, load_config
+from salad_ray.config import load_config
 from salad_ray.console import console
-from salad_ray.flow import steps
-from salad_ray.tables import Table, read_json
+from salad_ray.tables import read_json
 
 SEEDS = 5
 GAMMAS = (5.0, 0.0)
@@ -53,30 +52,14 @@ def measured(seed: int, gamma: float, folder: str, overrides: tuple[str, ...]) -
         config = load_config(
             ROOT / "configs" / "quickstart.yaml", [*overrides, run_dir, f"seed={seed}", f"select.gamma={gamma}"]
         )
-        if gamma != GAMMAS[0]:
-            forget_stage2(config)
-        pipeline.run_all(config)
-        kept.write_text(json.dumps(read_json(f"{config.run_dir}/report/metrics.json"), indent=1))
+        done = pipeline.run_all(config)
+        kept.write_text(json.dumps(read_json(f"{done.places.report_url}/metrics.json"), indent=1))
     metrics = json.loads(kept.read_text())
     return {
         f"unheard M, γ={gamma:g}": unheard(metrics["stage2"]),
         f"mean M, γ={gamma:g}": metrics["stage2"]["misalignment"],
         **({"unheard M, Stage I": unheard(metrics["stage1"])} if gamma == GAMMAS[0] else {}),
     }
-
-
-def forget_stage2(config: Config) -> None:
-    """Delete the selection and all that follows from it, unless that was another start of this very run."""
-    manifest = read_json(f"{config.run_dir}/active/selection/manifest.json")
-    if manifest is None or manifest["gamma"] == config.select.gamma:
-        return
-    flow = steps(config)
-    first = next(index for index, step in enumerate(flow) if step.stage == "select")
-    for step in flow[first:]:
-        if step.stage == "measure":  # the other systems are the same as before
-            Table(config.run_dir, step.set, "measurements_stage2").delete()
-        elif step.stage != "report":
-            pipeline.redo(config, step.stage, step.set or config.set)
 
 
 def unheard(system: dict[str, Any]) -> float:

@@ -29,7 +29,8 @@ import pyarrow.compute as pc
 
 from salad_ray.selection.draw import bounds, draw, draw_probe, exhausted, priorities
 from salad_ray.selection.importance import effective_sample_size, target_share
-from salad_ray.tables import Membership, Table, schema_of
+from salad_ray.tables import Membership, schema_of
+from tests.factories import a_table
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_SHARDS, SHARD_SIZE = 100, 100_000
@@ -79,7 +80,7 @@ def in_subprocess(task: str, folder: str) -> dict[str, float]:
 def write(folder: str) -> dict[str, float]:
     """Write the shards, and what the manifest would know of the clusters."""
     rng = np.random.default_rng(0)
-    table = Table(folder, "web", "clusters")
+    table = a_table(folder, "web", "clusters")
     web_share = rng.uniform(0.9, 1.1, NUM_CLUSTERS)
     sizes, chars, secs = np.zeros(NUM_CLUSTERS), np.zeros(NUM_CLUSTERS), 0.0
     for shard in range(NUM_SHARDS):
@@ -118,7 +119,7 @@ def ours(folder: str) -> dict[str, float]:
     """As the stage `select` does it, but for Ray: one shard after the other."""
     sizes, total_secs, share, budget_secs = known(folder)
     limits = bounds(sizes, total_secs, share, budget_secs, NUM_PROBED)
-    table = Table(folder, "web", "clusters")
+    table = a_table(folder, "web", "clusters")
     near = pa.concat_tables(below(table.read(shard), limits) for shard in table.shards())
     probe = draw_probe(near, NUM_PROBED)
     found = near.filter(pc.invert(pc.is_in(near["passage_id"], probe["passage_id"].combine_chunks())))

@@ -25,9 +25,9 @@ from sentence_transformers import SentenceTransformer
 from benchmarks.encoding import Timing, steady_rate, write_times
 from benchmarks.engine import write_text
 from benchmarks.side_by_side import PAIRS, in_subprocess, one_thread_each, ratio_row, take_turns
-from salad_ray import pipeline
 from salad_ray.config import Config, load_config, parse_config
-from salad_ray.tables import Embedding, Passage, Table
+from salad_ray.tables import Embedding, Passage
+from tests.factories import redo, run_stage, table_of
 
 NUM_PASSAGES = 2500
 NUM_SHARDS = 8
@@ -42,7 +42,7 @@ def run(pairs: int = PAIRS, num_passages: int = NUM_PASSAGES) -> list[dict[str, 
             lambda _: ours(config), lambda _: in_subprocess("benchmarks.embedding", config.run_dir), pairs
         )
         require_equal(config, Path(folder, "run", "bare.npy"))
-        passages = Table(config.run_dir, "web", "passages").manifest() or {}
+        passages = table_of(config, "web", "passages").manifest() or {}
         sizes: dict[str, float] = passages["shards"]
     total = sum(sizes.values())
     steady = [steady_rate(timing, sizes) for timing, _ in turns], [total / bare["encoding"] for _, bare in turns]
@@ -72,21 +72,21 @@ def prepare(folder: Path, num_passages: int) -> Config:
             "stage2": {"num_steps": 1},
         }
     )
-    pipeline.run_stage(config, "ingest", "web")
+    run_stage(config, "ingest", "web")
     return config
 
 
 def ours(config: Config) -> Timing:
     """The stage, anew."""
-    pipeline.redo(config, "embed", "web")
-    pipeline.run_stage(config, "embed", "web")
-    table = Table(config.run_dir, "web", "embeddings")
+    redo(config, "embed", "web")
+    run_stage(config, "embed", "web")
+    table = table_of(config, "web", "embeddings")
     return Timing((table.manifest() or {})["seconds"], write_times(table))
 
 
 def bare_loop(config: Config) -> dict[str, float]:
     """What one would call without Ray."""
-    passages = Table(config.run_dir, "web", "passages")
+    passages = table_of(config, "web", "passages")
     texts = [row.text for shard in passages.shards() for row in passages.iterate(Passage, shard)]
     started = time.monotonic()
     model = SentenceTransformer(config.embed.path, device="cpu")
@@ -99,7 +99,7 @@ def bare_loop(config: Config) -> dict[str, float]:
 
 def require_equal(config: Config, bare: Path) -> None:
     """Both must have made the same vectors, up to float16."""
-    table = Table(config.run_dir, "web", "embeddings")
+    table = table_of(config, "web", "embeddings")
     rows = [row for shard in table.shards() for row in table.read_rows(Embedding, shard)]
     vectors = np.stack([np.frombuffer(row.embedding, np.float16) for row in rows])
     if not np.allclose(vectors, np.load(bare), atol=5e-4):

@@ -26,11 +26,11 @@ import torch
 from transformers import MimiConfig, MimiModel
 
 from benchmarks.side_by_side import PAIRS, ROOT, in_subprocess, one_thread_each, ratio_row, take_turns
-from salad_ray import pipeline
 from salad_ray.config import Config, load_config
 from salad_ray.model.encoder import Encoder, encode_in_batches, load_encoder
 from salad_ray.speech.audio import load_audio
 from salad_ray.tables import Features, Table, Utterance, to_arrow
+from tests.factories import a_table, redo, run_stage, table_of
 
 NUM_DOCUMENTS = {"mimi": 14, "log_mel": 400}
 """12 s of speech each; Mimi has some hundred times the work with it."""
@@ -83,16 +83,16 @@ def prepare(run_dir: str, encoder: str, path: str, num_documents: int) -> Config
     )
     config = load_config(ROOT / "configs" / "quickstart.yaml", overrides)
     for stage in ("ingest", "synthesize"):
-        pipeline.run_stage(config, stage, "natural")
+        run_stage(config, stage, "natural")
     # From here on Ray Data has one actor.
     return config.model_copy(update={"ray": config.ray.model_copy(update={"max_actors": 1})})
 
 
 def ours(config: Config) -> Timing:
     """The stage, anew."""
-    pipeline.redo(config, "encode", "natural")
-    pipeline.run_stage(config, "encode", "natural")
-    table = Table(config.run_dir, "natural", "features")
+    redo(config, "encode", "natural")
+    run_stage(config, "encode", "natural")
+    table = table_of(config, "natural", "features")
     return Timing((table.manifest() or {})["seconds"], write_times(table))
 
 
@@ -103,7 +103,7 @@ def bare(config: Config) -> Timing:
 def bare_loop(config: Config) -> Timing:
     """What one would write without Ray."""
     started = time.monotonic()
-    source, target = (Table(config.run_dir, "natural", name) for name in ("utterances", BARE))
+    source, target = table_of(config, "natural", "utterances"), a_table(config.run_dir, "natural", BARE)
     encoder = load_encoder(config.encode, "cpu")
     written = {}
     for shard in source.shards():
@@ -134,13 +134,13 @@ def write_times(table: Table) -> dict[str, float]:
 
 def audio_secs(config: Config) -> dict[str, float]:
     """Seconds of speech in each shard."""
-    table = Table(config.run_dir, "natural", "utterances")
+    table = table_of(config, "natural", "utterances")
     return {shard: sum(table.read(shard, ["duration_secs"])["duration_secs"].to_pylist()) for shard in table.shards()}
 
 
 def require_equal(config: Config) -> None:
     """Both loops must have done the same work."""
-    features, bare_features = (Table(config.run_dir, "natural", name) for name in ("features", BARE))
+    features, bare_features = table_of(config, "natural", "features"), a_table(config.run_dir, "natural", BARE)
     for shard in features.shards():
         left, right = (
             [np.frombuffer(row.features, np.float16) for row in table.read_rows(Features, shard)]

@@ -29,9 +29,12 @@ import ray
 from benchmarks.side_by_side import one_thread_each
 from salad_ray import pipeline
 from salad_ray.config import Config, parse_config
+from salad_ray.flow import Step
+from salad_ray.runs import Run
 from salad_ray.stages.common import Stage
 from salad_ray.tables import Measurement, Passage, Table, to_arrow
 from salad_ray.text.world import DOMAINS, world_passages
+from tests.factories import run_stage, table_of
 
 NUM_PASSAGES = (10_000, 100_000)
 DOCUMENT_PASSAGES = 13.0
@@ -89,9 +92,9 @@ def write_text(path: Path, size: int) -> Path:
 def timed(config: Config, stage: str, set_name: str) -> dict[str, Any]:
     started = time.monotonic()
     with largest_processes() as peak:
-        pipeline.run_stage(config, stage, set_name)
+        run_stage(config, stage, set_name)
     secs = time.monotonic() - started
-    number = (Table(config.run_dir, "web", "passages").manifest() or {})["num_kept"]
+    number = (table_of(config, "web", "passages").manifest() or {})["num_kept"]
     return {
         "stage": stage,
         "passages": number,
@@ -104,8 +107,8 @@ def timed(config: Config, stage: str, set_name: str) -> dict[str, Any]:
 
 def speak_and_measure(config: Config) -> None:
     """The probe's speech, by eSpeak NG, and an M(c) that is made up; natural speech exists on paper only."""
-    pipeline.run_stage(config, "synthesize", "probe")
-    passages = Table(config.run_dir, "probe", "passages")
+    run_stage(config, "synthesize", "probe")
+    passages = table_of(config, "probe", "passages")
     rng = np.random.default_rng(0)
     loss = rng.lognormal(0, 0.5, config.cluster.num_clusters)
     rows = [row for shard in passages.shards() for row in passages.read_rows(Passage, shard)]
@@ -125,14 +128,14 @@ def speak_and_measure(config: Config) -> None:
         for row in rows
         if row.cluster_id is not None
     ]
-    table = Table(config.run_dir, "probe", "measurements_stage1")
-    finish("measure", table, to_arrow(Measurement, measured), {})
+    run = pipeline.resolve(config)
+    finish(run, "measure", run.table("probe", "measurements_stage1"), to_arrow(Measurement, measured), {})
     facts = {"totals": {"training hours": NATURAL_HOURS}}
-    finish("encode", Table(config.run_dir, "natural", "features"), to_arrow(Measurement, []), facts)
+    finish(run, "encode", run.table("natural", "features"), to_arrow(Measurement, []), facts)
 
 
-def finish(name: str, table: Table, rows: pa.Table, facts: dict[str, Any]) -> None:
-    stage = Stage(name, table, {}, {})
+def finish(run: Run, name: str, table: Table, rows: pa.Table, facts: dict[str, Any]) -> None:
+    stage = Stage(run, Step(name, table.set, (table.name,)), table, {})
     stage.begin()
     table.write("part-00000", rows)
     stage.finish(shards={"part-00000": len(rows)}, **facts)

@@ -25,11 +25,11 @@ from ray.cluster_utils import Cluster
 
 from benchmarks.engine import write_text
 from benchmarks.side_by_side import PAIRS, in_subprocess, one_thread_each, ratio_row, take_turns
-from salad_ray import pipeline
 from salad_ray.config import Config, parse_config
-from salad_ray.stages.common import Stage, run_shards
+from salad_ray.stages.common import Stage
 from salad_ray.stages.shards import ShardPart
-from salad_ray.tables import Passage, Table, to_arrow
+from salad_ray.tables import Passage, to_arrow
+from tests.factories import run_stage, table_of
 
 SPOKEN, EMBEDDED = 2_000, 24_000
 SIZES = (1_000, 100_000)
@@ -82,9 +82,9 @@ def measure(num_nodes: int, num_spoken: int, num_web: int) -> dict[str, float]:
                 if not num_rows:
                     continue
                 config = config_of(cluster.address, Path(folder), num_spoken, num_web, num_rows)
-                pipeline.run_stage(config, "ingest", set_name)
-                pipeline.run_stage(config, stage, set_name)
-                done = Table(config.run_dir, set_name, table).manifest() or {}
+                run_stage(config, "ingest", set_name)
+                run_stage(config, stage, set_name)
+                done = table_of(config, set_name, table).manifest() or {}
                 share = (done["num_made"] - done["num_actors"]) / done["num_made"]
                 facts[stage] = share * done["num_input"] / (done["seconds"] - done["first_secs"])
             store = get_memory_info_reply(get_state_from_address(cluster.address)).store_stats
@@ -107,8 +107,9 @@ def measure_shards(num_shards: int) -> dict[str, float]:
     """The driver's largest resident set, in MiB."""
     with tempfile.TemporaryDirectory(prefix="salad-bench-") as folder:
         config = parse_config({"run_dir": f"{folder}/run", "ray": {"num_cpus": 2}})
-        stage = Stage("one row", Table(config.run_dir, "web", "rows"), {}, {})
-        run_shards(config, stage, {f"part-{number:05d}": f"{number}" for number in range(num_shards)}, OneRow)
+        run = Run(config, Places(config.run_dir, "run", {"web/rows": "key"}))
+        stage = Stage.of(run, Step("one row", "web", ("rows",)))
+        run_works(run, [Work(stage, {f"part-{number:05d}": f"{number}" for number in range(num_shards)}, OneRow)])
         ray.shutdown()
     return {"driver": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10}
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.probe_size RUN_DIR [--passages 96]
 
-RUN_DIR is a finished run of the quickstart; it gets a new, large probe (its selection is stale then). Small probes
+RUN_DIR is a finished run of the quickstart; it gets another, large probe beside its own. Small probes
 are drawn from the large one; Spearman's rank correlation of their M(c) with the M(c) of the passages left out.
 """
 
@@ -15,11 +15,12 @@ import numpy as np
 import ray
 from rich.table import Table as Grid
 
-from salad_ray import pipeline
 from salad_ray.config import Config, replaced
 from salad_ray.console import console
+from salad_ray.runs import open_run
 from salad_ray.selection.importance import probe_size_study
-from salad_ray.tables import Measurement, Table
+from salad_ray.tables import Measurement
+from tests.factories import run_stage, table_of
 
 SIZES = (2, 4, 8, 12, 16, 24, 32, 48)
 STAGES = ("probe", "synthesize", "encode", "measure")
@@ -28,9 +29,8 @@ STAGES = ("probe", "synthesize", "encode", "measure")
 def measure_probe(config: Config) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cluster, summed loss and positions of every passage of the probe, (N,) each."""
     for stage in STAGES:
-        pipeline.redo(config, stage, "probe")
-        pipeline.run_stage(config, stage, "probe")
-    passages, measured = (Table(config.run_dir, "probe", name) for name in ("passages", "measurements_stage1"))
+        run_stage(config, stage, "probe")
+    passages, measured = (table_of(config, "probe", name) for name in ("passages", "measurements_stage1"))
     owner = {
         row["passage_id"]: row["cluster_id"]
         for shard in passages.shards()
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("run_dir")
     parser.add_argument("--passages", type=int, default=96)
     options = parser.parse_args()
-    config = replaced(pipeline.config_of(options.run_dir), {"probe.passages_per_cluster": options.passages})
+    config = replaced(open_run(options.run_dir).config, {"probe.passages_per_cluster": options.passages})
     clusters, losses, positions = measure_probe(config)
     show(probe_size_study(clusters, losses, positions, SIZES, seed=0), "All clusters")
     means = {int(c): losses[clusters == c].sum() / positions[clusters == c].sum() for c in np.unique(clusters)}

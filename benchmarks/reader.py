@@ -33,6 +33,7 @@ from salad_ray.config import PackConfig
 from salad_ray.sequences.loader import LaneReader
 from salad_ray.sequences.plan import plan_lane, plan_shard_name, read_without_features
 from salad_ray.tables import Features, PlanRow, Table, to_arrow
+from tests.factories import a_table
 
 NUM_RANKS = 64
 NEEDED = 17_200.0
@@ -99,7 +100,7 @@ def write_tables(folder: str) -> None:
     vocabulary = packing._vocabulary(rng)
     tokenizer = packing._tokenizer(vocabulary)
     tokenizer.save_pretrained(f"{folder}/tokenizer")
-    features, plan = Table(folder, "natural", "features"), Table(folder, "natural", "plan")
+    features, plan = a_table(folder, "natural", "features"), a_table(folder, "natural", "plan")
     for lane in range(NUM_LANES):
         shards = [f"lane-{lane}-shard-{i}" for i in range(NUM_SHARDS)]
         for shard in shards:
@@ -122,7 +123,10 @@ def open_reader(folder: str, lane: int) -> tuple[LaneReader, CountingTable, int]
     """A rank's reader, its features and how many steps they last."""
     from transformers import AutoTokenizer
 
-    features, plan = CountingTable(folder, "natural", "features"), Table(folder, "natural", "plan")
+    features, plan = (
+        CountingTable(f"{folder}/natural/features", "natural", "features"),
+        a_table(folder, "natural", "plan"),
+    )
     tokenizer = AutoTokenizer.from_pretrained(f"{folder}/tokenizer")
     reader = LaneReader(plan, features, tokenizer, CONFIG, rank=lane, world_size=NUM_RANKS, micro_batch_rows=4)
     num_rows = sum(plan.metadata(plan_shard_name(lane, epoch)).num_rows for epoch in range(NUM_EPOCHS))
@@ -196,7 +200,7 @@ def timed_calls() -> float:
 
 def metadata(folder: str) -> Results:
     """What planning reads of a feature shard."""
-    table = Table(folder, "natural", "features")
+    table = a_table(folder, "natural", "features")
     started = time.process_time()
     num = sum(len(read_without_features(table, shard)) for shard in table.shards())
     return [
@@ -236,7 +240,7 @@ def plan(num_utterances: int) -> Results:
     with tempfile.TemporaryDirectory(prefix="salad-bench-") as folder:
         rows, _ = plan_lane(load, shards, tokenizer, CONFIG, lane=0, epoch=0, seed=0)
         planned_secs = time.process_time() - started - load.cpu_secs
-        table = Table(folder, "natural", "plan")
+        table = a_table(folder, "natural", "plan")
         table.write("plan", to_arrow(PlanRow, rows))
         secs = time.process_time() - started - load.cpu_secs
         meta = table.metadata("plan")

@@ -31,14 +31,13 @@ import soundfile
 
 from benchmarks.encoding import Timing, steady_rate, write_times
 from benchmarks.side_by_side import PAIRS, in_subprocess, one_thread_each, ratio_row, take_turns
-from salad_ray import pipeline
 from salad_ray.config import Config, load_config, parse_config
 from salad_ray.model.encoder import load_encoder
 from salad_ray.stages.align import AlignShard
 from salad_ray.stages.encode import EncodeShard
 from salad_ray.stages.ingest import CheckShard
 from salad_ray.stages.shards import ShardPart, write_shard
-from salad_ray.tables import Table
+from tests.factories import a_table, redo, run_stage, table_of
 
 Turns = list[tuple[Timing, Timing]]
 Rate = Callable[[Timing, dict[str, float]], float]
@@ -68,7 +67,7 @@ def side_by_side(folder: Path, hours: dict[str, float], pairs: int) -> list[dict
     for stage, table in STAGES.items():
         config = prepare(folder / f"pairs-{stage}", hours[stage], "none" if stage == "encode" else "pocketsphinx")
         if stage != "ingest":
-            pipeline.run_stage(config, "ingest", "natural")
+            run_stage(config, "ingest", "natural")
         turns = take_turns(partial(of_stage, ours, config, stage), partial(of_stage, bare, config, stage), pairs)
         audio = audio_secs(config, "utterances")
         rows += [
@@ -144,9 +143,9 @@ def of_stage(side: Callable[[Config, str], Timing], config: Config, stage: str, 
 
 def ours(config: Config, stage: str) -> Timing:
     """The stage, anew; the catalog is part of ingest, but not of its steady rate."""
-    pipeline.redo(config, stage, "natural")
-    pipeline.run_stage(config, stage, "natural")
-    table = Table(config.run_dir, "natural", STAGES[stage])
+    redo(config, stage, "natural")
+    run_stage(config, stage, "natural")
+    table = table_of(config, "natural", STAGES[stage])
     return Timing((table.manifest() or {})["seconds"], write_times(table))
 
 
@@ -157,14 +156,16 @@ def bare(config: Config, stage: str) -> Timing:
 def bare_loop(config: Config, stage: str) -> Timing:
     """The same work in a plain loop, written to tables of its own."""
     started = time.monotonic()
-    natural = {name: Table(config.run_dir, "natural", name) for name in ("catalog", "utterances")}
+    natural = {name: table_of(config, "natural", name) for name in ("catalog", "utterances")}
     workers: dict[str, Callable[[], Callable[[str], Iterator[ShardPart]]]] = {
-        "ingest": lambda: CheckShard(config),
-        "align": lambda: AlignShard(config),
-        "encode": lambda: EncodeShard(config, natural["utterances"], load_encoder(config.encode, "cpu").weights),
+        "ingest": lambda: CheckShard(config, natural["catalog"]),
+        "align": lambda: AlignShard(config, natural["utterances"]),
+        "encode": lambda: EncodeShard(
+            config, "natural", natural["utterances"], load_encoder(config.encode, "cpu").weights
+        ),
     }
     worker = workers[stage]()
-    target = Table(config.run_dir, "natural", f"bare_{STAGES[stage]}")
+    target = a_table(config.run_dir, "natural", f"bare_{STAGES[stage]}")
     source = natural[{"ingest": "catalog", "align": "utterances", "encode": "utterances"}[stage]]
     written = {}
     for shard in source.shards():
@@ -174,13 +175,13 @@ def bare_loop(config: Config, stage: str) -> Timing:
 
 
 def audio_secs(config: Config, name: str) -> dict[str, float]:
-    table = Table(config.run_dir, "natural", name)
+    table = table_of(config, "natural", name)
     return {shard: sum(table.read(shard, ["duration_secs"])["duration_secs"].to_pylist()) for shard in table.shards()}
 
 
 def require_equal(config: Config, name: str) -> None:
     """Both loops must have done the same work."""
-    left, right = (Table(config.run_dir, "natural", table) for table in (name, f"bare_{name}"))
+    left, right = (table_of(config, "natural", table) for table in (name, f"bare_{name}"))
     if any(left.read(shard) != right.read(shard) for shard in left.shards()):
         raise RuntimeError(f"the stage and the bare loop wrote different {name}")
 

@@ -18,11 +18,11 @@ from typing import Any
 
 from benchmarks.encoding import Timing, audio_secs, steady_rate, write_times
 from benchmarks.side_by_side import PAIRS, ROOT, in_subprocess, one_thread_each, ratio_row, take_turns
-from salad_ray import pipeline
 from salad_ray.config import Config, load_config
 from salad_ray.speech.audio import encode_audio
 from salad_ray.synthesis.espeak import EspeakSynthesizer
-from salad_ray.tables import Passage, Table, Utterance, stable_hash, to_arrow
+from salad_ray.tables import Passage, Utterance, stable_hash, to_arrow
+from tests.factories import redo, run_stage, table_of
 
 NUM_DOCUMENTS = 3000
 NUM_SHARDS = 8
@@ -35,7 +35,7 @@ def run(pairs: int = PAIRS, num_documents: int = NUM_DOCUMENTS) -> list[dict[str
         overrides = (f"run_dir={folder}/run", f"world.num_natural={num_documents}", f"ingest.num_shards={NUM_SHARDS}")
         config = load_config(ROOT / "configs" / "quickstart.yaml", overrides)
         config = config.model_copy(update={"ray": config.ray.model_copy(update={"max_actors": 1})})
-        pipeline.run_stage(config, "ingest", "natural")
+        run_stage(config, "ingest", "natural")
         turns = take_turns(lambda _: ours(config), lambda _: bare(config), pairs)
         require_equal(config)
         audio = audio_secs(config)
@@ -47,9 +47,9 @@ def run(pairs: int = PAIRS, num_documents: int = NUM_DOCUMENTS) -> list[dict[str
 
 def ours(config: Config) -> Timing:
     """The stage, anew."""
-    pipeline.redo(config, "synthesize", "natural")
-    pipeline.run_stage(config, "synthesize", "natural")
-    table = Table(config.run_dir, "natural", "utterances")
+    redo(config, "synthesize", "natural")
+    run_stage(config, "synthesize", "natural")
+    table = table_of(config, "natural", "utterances")
     return Timing((table.manifest() or {})["seconds"], write_times(table))
 
 
@@ -61,7 +61,7 @@ def bare_loop(config: Config) -> Timing:
     """What one would write without Ray."""
     started = time.monotonic()
     synthesizer = EspeakSynthesizer()
-    source, target = (Table(config.run_dir, "natural", name) for name in ("passages", BARE))
+    source, target = (table_of(config, "natural", name) for name in ("passages", BARE))
     written = {}
     for shard in source.shards():
         rows = [spoken(config, synthesizer, row) for row in source.read_rows(Passage, shard)]
@@ -87,7 +87,7 @@ def spoken(config: Config, synthesizer: EspeakSynthesizer, passage: Passage) -> 
 
 def require_equal(config: Config) -> None:
     """Both must have said the same."""
-    left, right = (Table(config.run_dir, "natural", name) for name in ("utterances", BARE))
+    left, right = (table_of(config, "natural", name) for name in ("utterances", BARE))
     columns = ["utt_id", "audio", "words"]
     if any(left.read(shard, columns) != right.read(shard, columns) for shard in left.shards()):
         raise RuntimeError("the stage and the bare loop said different things")

@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from itertools import pairwise, takewhile
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,14 +27,14 @@ from transformers import PreTrainedModel
 from benchmarks.side_by_side import PAIRS, ROOT, in_subprocess, one_thread_each, ratio_row, take_turns
 from salad_ray import pipeline
 from salad_ray.config import Config, load_config
-from salad_ray.distill.step import DTYPES, batch_loss, learning_rate_factor
+from salad_ray.distill.budget import budget_of
+from salad_ray.distill.step import DTYPES, batch_loss, decay_start, learning_rate_factor
 from salad_ray.distill.trainer import Job, train
-from salad_ray.flow import steps
 from salad_ray.model.speech_lm import EncoderSpec, SpeechLM, load_text_lm, parameter_groups
 from salad_ray.sequences.batch import Batch
 from salad_ray.sequences.loader import LaneReader
-from salad_ray.stages.common import finished
-from salad_ray.tables import Table
+from salad_ray.stages.common import finished, teacher_of
+from tests.factories import a_table, table_of
 
 NUM_STEPS = 50
 LOG_EVERY = 10
@@ -78,18 +78,19 @@ def prepare(folder: str, num_steps: int, num_documents: int) -> Config:
         "distill.micro_batch_rows=4",
     )
     config = load_config(ROOT / "configs" / "quickstart.yaml", overrides)
-    for step in takewhile(lambda step: step.stage != "stage1", steps(config)):
-        if step.set != config.measured_sets[0]:
-            pipeline.run_stage(config, step.stage, step.set or config.set)
+    pipeline.make(config, "pack", "natural")
     return config
 
 
 def job_of(config: Config, name: str) -> Job:
-    """What the trainer is told by stage1."""
-    tables = {"teacher": "", "features": "natural", "plan": "natural"}
-    teacher, features, plan = (finished(Table(config.run_dir, of, name), name) for name, of in tables.items())
-    encoder = EncoderSpec(**features["encoder"])
-    return Job(config, name, teacher, encoder, config.distill, plan["num_steps"], card="")
+    """What the trainer is told by the stages, warm-up and decay in one."""
+    run, settings = pipeline.resolve(config), config.distill
+    plan, features = (run.table("natural", each) for each in ("plan", "features"))
+    encoder, num_steps = EncoderSpec(**finished(run, features.label)["encoder"]), budget_of(config, plan).num_steps
+    return Job(
+        config, a_table(config.run_dir, "", name), (plan, features), teacher_of(run), encoder, settings, num_steps,
+        settings.warmup_steps, num_steps - decay_start(num_steps, settings.decay_share),
+    )  # fmt: skip
 
 
 def ours(config: Config, pair: int) -> tuple[Rows, float]:
@@ -114,7 +115,7 @@ def bare_loop(job: Job) -> Rows:
     optimizer = torch.optim.AdamW(groups, betas=settings.betas)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: learning_rate_factor(step, job.num_steps, settings.warmup_share, settings.decay_share),
+        lambda step: learning_rate_factor(step, job.num_steps, job.warmup_steps, job.decay_steps),
     )
     rows: Rows = []
     num_positions, kl_sum, num_labels = 0, 0.0, 0
@@ -151,8 +152,8 @@ def models(job: Job) -> tuple[PreTrainedModel, SpeechLM]:
 def reader(config: Config, student: SpeechLM) -> LaneReader:
     """The same rows in the same order as the trainer's."""
     return LaneReader(
-        Table(config.run_dir, "natural", "plan"),
-        Table(config.run_dir, "natural", "features"),
+        table_of(config, "natural", "plan"),
+        table_of(config, "natural", "features"),
         student.tokenizer,
         config.pack,
         micro_batch_rows=config.distill.micro_batch_rows,

@@ -248,13 +248,16 @@ def steps_of(config: Config, stage: str, set_name: str) -> list[Step]:
     return chosen
 
 
-def with_needs(config: Config, wanted: Collection[Step]) -> list[Step]:
-    """These steps and all that make what they read, in the order of the run."""
+def with_needs(config: Config, wanted: Collection[Step], if_there: bool = False) -> list[Step]:
+    """These steps and all that make what they read, in the order of the run; with `if_there` also what they take into
+    account."""
     flow = steps(config)
     writers = {name: step for step in flow for name in step.writes}
     needed, ahead = set(wanted), list(wanted)
     while ahead:
-        found = {writers[name] for name in ahead.pop().reads if name in writers} - needed
+        step = ahead.pop()
+        reads = (*step.reads, *step.reads_if_there) if if_there else step.reads
+        found = {writers[name] for name in reads if name in writers} - needed
         needed |= found
         ahead += found
     return [step for step in flow if step in needed]

@@ -106,7 +106,7 @@ def make(config: Config, stage: str, set_name: str, redo: bool = False, ask: Ask
     if not {"trunk", "stage1", "stage2"} & {stage}:
         wanted = _without_later_models(config, wanted)
     flow = with_needs(config, wanted)
-    run = start(config, flow)
+    run = start(config, with_needs(config, wanted, if_there=True))
     if redo:
         delete_tables(run, [label for step in wanted for label in step.writes], ask)
     run_steps(run, flow, time.monotonic())

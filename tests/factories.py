@@ -35,7 +35,7 @@ def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:
     if kind in ("byte_level", "trimmed"):
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
-        trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre.ByteLevel.alphabet())
+        trainer: Any = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre.ByteLevel.alphabet())
     elif kind == "unigram":
         tokenizer = Tokenizer(models.Unigram())
         tokenizer.pre_tokenizer = pre.Metaspace()
@@ -144,7 +144,7 @@ def untrained_copy(run: Config, folder: Path, **distill: object) -> Config:
 def run_stage(config: Config, stage: str, set_name: str) -> Run:
     """Run this stage alone: what it needs is there, or it says what it lacks."""
     chosen = steps_of(config, stage, set_name)
-    run = pipeline.start(config, with_needs(config, chosen))
+    run = pipeline.start(config, with_needs(config, chosen, if_there=True))
     pipeline.run_steps(run, chosen, time.monotonic())
     return run
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from clusters import ROOT, Head, head, wait_for
-from factories import untrained_copy
+from factories import table_of, untrained_copy
 
 from salad_ray.config import Config, dump_config
 
@@ -58,6 +58,7 @@ def config(finished_run: Config, tmp_path_factory: pytest.TempPathFactory) -> Pa
     config = untrained_copy(finished_run, folder / "run", num_steps=120)
     for gone in ("heldout", "natural/plan"):
         shutil.rmtree(folder / "run" / gone)
+    (folder / "run" / "report").unlink(missing_ok=True)
     file = folder / "tiny.yaml"
     file.write_text(dump_config(config.model_copy(update={"stage2": None})))
     return file
@@ -109,7 +110,7 @@ def test_a_relative_run_dir_lies_at_home_and_not_in_the_jobs_copy(cluster: Head)
 @pytest.mark.parametrize(
     ("job", "sentence"),
     [
-        ("stage2.py", r"^salad: .*stage2: the config has no such section.*$"),
+        ("stage2.py", r"^salad: in this config the stage 'stage2' has no part$"),
         pytest.param("sweep.py", r"^salad: the config has no sweeps; .*$", marks=pytest.mark.slow),
     ],
 )
@@ -123,7 +124,7 @@ def test_a_failing_job_says_why_in_a_sentence_and_exits_1(cluster: Head, config:
 
 @pytest.mark.slow
 def test_a_whole_run_is_gone_through_and_stage_two_trained(cluster: Head, finished_run: Config, tmp_path: Path) -> None:
-    shutil.copytree(finished_run.run_dir, tmp_path / "run")
+    shutil.copytree(finished_run.run_dir, tmp_path / "run", symlinks=True)
     file = tmp_path / "config.yaml"
     file.write_text(dump_config(finished_run.model_copy(update={"run_dir": str(tmp_path / "run")})))
     done = submit(cluster, "jobs/run.py", "--config", str(file))
@@ -147,22 +148,22 @@ def test_a_run_that_is_stopped_continues_where_it_was(cluster: Head, config: Pat
         *("python", "jobs/run.py", "--config", str(config)),
     )  # fmt: skip
     assert started.returncode == 0, started.stdout
-    wait_for(lambda: list(run.glob("stage1/checkpoints/*/manifest.json")) or ended(cluster, "whole"), "a checkpoint")
+    wait_for(lambda: list(run.glob("trunk/*/checkpoints/*/manifest.json")) or ended(cluster, "whole"), "a checkpoint")
     cluster.request("jobs/whole/stop", "POST")  # what `ray job stop` does, at once
     wait_for(lambda: ended(cluster, "whole"), "the job's end")
     log = cluster.request("jobs/whole/logs")["logs"]
     assert ended(cluster, "whole") == "STOPPED", log
-    assert not (run / "stage1/manifest.json").exists()
+    assert not list(run.glob("trunk/*/manifest.json"))
     assert "ingest set=heldout: done already" in log
-    assert re.search(r"^\[\d+/\d+, [\d:]+\] synthesize natural$", log, re.MULTILINE)
+    assert re.search(r"^\[\d+/\d+, [\d:]+\] synthesize natural, heldout, benchmark$", log, re.MULTILINE)
 
     again = submit(cluster, "jobs/stage1.py", "--config", str(config))
     assert again.returncode == 0, again.stdout
     log = of_job(again.stdout)
-    assert re.search(r"stage1: continuing after step \d+, from ", log), log
+    assert re.search(r"trunk: continuing after step \d+, from ", log), log
     assert "Traceback" not in log
     assert not {"━", "\r", "…"} & set(log)  # lines; no bars, nothing cut off
-    starts = json.loads((run / "stage1/manifest.json").read_text())["starts"]
+    starts = (table_of(run, "", "trunk").manifest() or {})["starts"]
     assert len(starts) == 2
     assert starts[1]["step"] > 0
 

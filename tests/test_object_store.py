@@ -23,13 +23,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from factories import a_table, small_world_config
+from factories import a_table, small_world_config, table_of
 from object_store import BUCKET, Faults, Server, bad_seconds, faulty, s3_server
 
 from salad_ray import pipeline
 from salad_ray.config import Config, CorpusConfig, RecordedQualityConfig, WebTextConfig
 from salad_ray.console import user_error
 from salad_ray.distill.checkpoints import CheckpointReader, CheckpointWriter, Partition, Piece, latest
+from salad_ray.runs import open_run
 from salad_ray.s3 import PART_BYTES, S3
 from salad_ray.speech.audio import check_recording, load_utterance
 from salad_ray.speech.corpora import find_sources, scan, source_stamp
@@ -338,17 +339,17 @@ def test_a_name_is_never_a_pattern(name: str, server: Server, place: str, tmp_pa
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "a[b]").write_bytes(b"1")
     own, other = (a_table(f"{place}/{run}", "", "rows") for run in (name, "runX"))
-    for table in (own, other):
+    for table, run in ((own, name), (other, "runX")):
         table.write("part-0", ROWS)
-        put_folder(str(tmp_path / "model"), f"{table.run_dir}/model")
-    put_folder(str(tmp_path / "model"), f"{own.run_dir}/model")  # replaces
-    with local_folder(f"{own.run_dir}/model") as back:
+        put_folder(str(tmp_path / "model"), f"{place}/{run}/model")
+    put_folder(str(tmp_path / "model"), f"{place}/{name}/model")  # replaces
+    with local_folder(f"{place}/{name}/model") as back:
         assert [path.name for path in Path(back).rglob("*")] == ["a[b]"]
     own.delete_shards("part-")
     assert own.shards() == []
     own.write("part-0", ROWS)
     own.delete()
-    delete_folder(own.run_dir)
+    delete_folder(f"{place}/{name}")
     left = place.removeprefix(f"s3://{BUCKET}/")
     assert keys(server, place) == [f"{left}/runX/model/a[b]", f"{left}/runX/rows/part-0.parquet"]
 
@@ -428,18 +429,14 @@ def test_of_a_shard_only_what_is_asked_for_is_fetched(faults: Faults) -> None:
     assert len(table.read_where(Reject, "close", "key", ["utt 3", "utt 299"])) == 100
 
 
-def test_a_table_asks_once_where_it_lies(faults: Faults) -> None:
-    table, other = (a_table(f"s3://{BUCKET}/{run}", "", "rows") for run in ("asks", "other"))
-    table.write("part-0", ROWS)
+def test_a_shard_takes_few_requests(faults: Faults) -> None:
+    table = a_table(f"s3://{BUCKET}/asks", "", "rows")
     faults.seen.clear()
     table.write("part-1", ROWS)
     assert len(faults.seen) == 1
     faults.seen.clear()
     table.read("part-1")
     assert len(faults.seen) <= 3
-    other.write("part-2", ROWS)
-    table.link(other.url)
-    assert table.shards() == ["part-2"]
 
 
 def test_many_threads_have_connections(place: str) -> None:
@@ -648,7 +645,8 @@ def test_a_command_ends_with_one_sentence(server: Server, tmp_path: Path) -> Non
         timeout=120,
     )
     assert done.returncode == 1
-    assert done.stderr.strip().startswith("salad: s3://no-such-bucket/run/driver.json: there is no such bucket")
+    assert done.stderr.strip().startswith("salad: s3://no-such-bucket/run/")
+    assert "there is no such bucket" in done.stderr
     assert "\n" not in done.stderr.strip()
 
 
@@ -657,7 +655,7 @@ def test_a_stage_writes_there_and_continues(server: Server, place: str, tmp_path
     path = small_config(tmp_path, place, world={"num_natural": 16}, ingest={"num_shards": 2})
     salad(server, "ingest", path)
     salad(server, "synthesize", path)
-    table = a_table(place, "natural", "utterances")
+    table = table_of(place, "natural", "utterances")
     [first, second] = table.shards()
     kept = server.client.head_object(Bucket=BUCKET, Key=f"{table.url.split('/', 3)[3]}/{first}.parquet")["LastModified"]
     lost = table.read(second)
@@ -679,7 +677,7 @@ def test_a_whole_run_is_that_of_a_local_folder(
     assert faults.failed > 0
     tables = (("natural", "utterances"), ("natural", "features"), ("web", "clusters"), ("active", "selection"))
     for set_name, name in tables:
-        here, there = (a_table(run_dir, set_name, name) for run_dir in (finished_run.run_dir, place))
+        here, there = (table_of(run_dir, set_name, name) for run_dir in (finished_run.run_dir, place))
         assert here.shards() == there.shards()
         assert all(here.read(shard).equals(there.read(shard)) for shard in here.shards()), name
     here, there = (read_json(f"{run_dir}/report/metrics.json") for run_dir in (finished_run.run_dir, place))
@@ -688,11 +686,12 @@ def test_a_whole_run_is_that_of_a_local_folder(
     for system in ("untrained", "stage1", "stage2", "control"):
         for name in ("misalignment", "forgetting", "distillation"):
             assert there[system][name] == pytest.approx(here[system][name], rel=1e-4), (system, name)
-    assert {row["state"] for row in pipeline.status(pipeline.config_of(place))} == {"done"}
+    assert {row["state"] for row in pipeline.status(open_run(place))} == {"done"}
     assert file_exists(f"{place}/report/page.html")
     assert uploads(server, place) == []
     again = salad(server, "run", path)
-    assert again.count("done already") >= len(pipeline.steps(finished_run)) - 2
+    assert again.count("done already") >= len(pipeline.steps(finished_run)) - 1
+    assert read_json(f"{place}/stage1/model.json") == {"model": f"{table_of(place, '', 'stage1').url}/model"}
     salad(server, "export", place, tmp_path / "exported")
     assert (tmp_path / "exported" / "README.md").is_file()
 
@@ -702,7 +701,7 @@ def test_a_killed_training_continues_from_its_checkpoint(
     server: Server, place: str, finished_run: Config, tmp_path: Path
 ) -> None:
     """The same losses as without the kill, on a store that has bad seconds."""
-    shared = ("config.yaml", "natural", "teacher")
+    shared = ("natural", "teacher", "web")
     for name in shared:
         source = Path(finished_run.run_dir, name)
         if source.is_dir():
@@ -715,22 +714,23 @@ def test_a_killed_training_continues_from_its_checkpoint(
         folder.mkdir()
         paths[name] = small_config(folder, f"{place}/{name}", distill=settings)
         salad(server, "pack", paths[name])
-    salad(server, "stage1", paths["whole"])
-    command = [sys.executable, "-m", "salad_ray.cli", "stage1", str(paths["killed"])]
+    salad(server, "trunk", paths["whole"])
+    command = [sys.executable, "-m", "salad_ray.cli", "trunk", str(paths["killed"])]
     driver = subprocess.Popen(command, env=os.environ | server.environment, stdout=subprocess.DEVNULL)
-    checkpoints = f"{place}/killed/stage1/checkpoints"
+    killed, whole = (table_of(f"{place}/{name}", "", "trunk").url for name in ("killed", "whole"))
+    checkpoints = f"{killed}/checkpoints"
     deadline = time.monotonic() + 300
     while latest(checkpoints) is None and time.monotonic() < deadline and driver.poll() is None:
         time.sleep(0.1)
     driver.kill()
     driver.wait()
     assert latest(checkpoints) is not None
-    assert not file_exists(f"{place}/killed/stage1/manifest.json"), "it had ended before it was killed"
+    assert not file_exists(f"{killed}/manifest.json"), "it had ended before it was killed"
     with faulty(server) as (front, faults), bad_seconds(faults, every_secs=10, secs=3):
-        salad(front, "stage1", paths["killed"])
+        salad(front, "trunk", paths["killed"])
     assert faults.failed > 0
-    results = [read_json(f"{place}/{name}/stage1/result.json") for name in folders]
-    starts = read_json(f"{place}/killed/stage1/starts.json")
+    results = [read_json(f"{url}/result.json") for url in (killed, whole)]
+    starts = read_json(f"{killed}/starts.json")
     assert starts is not None
     assert starts["starts"][-1]["step"] >= 5, "it began anew"
     logs = [[(row["step"], row["loss"]) for row in result["log"]] for result in results if result is not None]

@@ -21,6 +21,7 @@ from factories import small_world_config, table_of, untrained_copy
 from object_store import BUCKET, s3_server
 
 from salad_ray.config import Config, dump_config, parse_config
+from salad_ray.runs import open_places
 from salad_ray.s3 import S3
 from salad_ray.tables import put_folder
 from salad_ray.text.world import DOMAINS, world_passages
@@ -106,7 +107,7 @@ class Driver:
 
 def copied(finished_run: Config, folder: Path, *tables: str) -> Config:
     """A finished run without some of its tables, to be made again."""
-    shutil.copytree(finished_run.run_dir, folder / "run")
+    shutil.copytree(finished_run.run_dir, folder / "run", symlinks=True)
     for table in tables:
         shutil.rmtree(folder / "run" / table)
     return finished_run.model_copy(update={"run_dir": str(folder / "run")})
@@ -119,8 +120,12 @@ def content(config: Config, place: str) -> dict[str, Any]:
     return {shard: table.read(shard).to_pylist() for shard in table.shards()}
 
 
+def folder_of(config: Config, label: str) -> Path:
+    return Path(open_places(config.run_dir)[0].labelled(label).url)
+
+
 def losses(config: Config) -> list[tuple[float, float]]:
-    log = json.loads(Path(config.run_dir, "stage1", "result.json").read_text())["log"]
+    log = json.loads((folder_of(config, "trunk") / "result.json").read_text())["log"]
     return [(row["step"], row["loss"]) for row in log]
 
 
@@ -128,7 +133,7 @@ def begun(finished_run: Config, cluster: Head, folder: Path, stage: str = "synth
     """A run of which a table is being made again, the first of it being there."""
     config = copied(finished_run, folder, STAGES[stage])
     driver = Driver(cluster, config, stage, "set=natural")
-    driver.wait_for(lambda: list(Path(config.run_dir, STAGES[stage]).glob("**/*.parquet")))
+    driver.wait_for(lambda: list(folder_of(config, STAGES[stage]).glob("**/*.parquet")))
     return config, driver
 
 
@@ -150,7 +155,7 @@ def test_a_node_that_dies_while_shards_are_made_costs_nothing(
     config, driver = begun(finished_run, cluster.head, tmp_path, stage)
     cluster.node_with(ACTOR).kill()
     since = time.monotonic()
-    assert not Path(config.run_dir, STAGES[stage], "manifest.json").exists(), "it was done before the node died"
+    assert not Path(folder_of(config, STAGES[stage]), "manifest.json").exists(), "it was done before the node died"
     driver.wait()
     tell(f"a node dies in {stage}", since)
     assert content(config, STAGES[stage]) == content(finished_run, STAGES[stage])
@@ -175,10 +180,10 @@ def test_a_node_that_dies_while_web_text_is_dealt_to_shards_costs_nothing(cluste
     Driver(cluster.head, undisturbed, "ingest", "set=web").wait()
     driver = Driver(cluster.head, config, "ingest", "set=web")
     table = Path(config.run_dir, "web/passages")
-    driver.wait_for(lambda: len(list(table.glob("scanned/*.json"))) >= 4)
+    driver.wait_for(lambda: len(list(table.glob("*/scanned/*.json"))) >= 4)
     cluster.nodes[0].kill()
     since = time.monotonic()
-    assert len(list(table.glob("part-*.parquet"))) < 8, "it was done before the node died"
+    assert len(list(table.glob("*/part-*.parquet"))) < 8, "it was done before the node died"
     driver.wait()
     tell("a node dies while web text is dealt", since)
     assert content(config, "web/passages") == content(undisturbed, "web/passages")
@@ -191,12 +196,12 @@ def test_a_node_that_dies_in_training_is_replaced_and_the_losses_are_the_same(
     undisturbed: Config, cluster: Cluster, tmp_path: Path
 ) -> None:
     config = untrained_copy(undisturbed, tmp_path / "run", max_failures=3)
-    driver = Driver(cluster.head, config, "stage1")
-    driver.wait_for(lambda: list(Path(config.run_dir, "stage1/checkpoints").glob("*/manifest.json")))
+    driver = Driver(cluster.head, config, "trunk")
+    driver.wait_for(lambda: list(Path(folder_of(config, "trunk"), "checkpoints").glob("*/manifest.json")))
     cluster.node_with("RayTrainWorker").kill()
     since = time.monotonic()
     cluster.add_node()  # as an autoscaler does for a spot machine that was taken away
-    starts = Path(config.run_dir, "stage1", "starts.json")
+    starts = Path(folder_of(config, "trunk"), "starts.json")
     driver.wait_for(lambda: len(json.loads(starts.read_text())["starts"]) == 2)
     tell("a node dies in training, its workers' next start", since)
     driver.wait()
@@ -254,12 +259,12 @@ def test_training_saves_what_it_has_when_a_machine_gets_notice(
     undisturbed: Config, cluster: Cluster, tmp_path: Path
 ) -> None:
     config = untrained_copy(undisturbed, tmp_path / "run", checkpoint_every=1000, max_failures=0)
-    driver = Driver(cluster.head, config, "stage1", RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="0.2")
-    starts = Path(config.run_dir, "stage1", "starts.json")
+    driver = Driver(cluster.head, config, "trunk", RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="0.2")
+    starts = Path(folder_of(config, "trunk"), "starts.json")
     driver.wait_for(starts.exists)
     leaving = cluster.node_with("RayTrainWorker")
     cluster.give_notice(leaving, 60)
-    driver.wait_for(lambda: list(Path(config.run_dir, "stage1/checkpoints").glob("*/manifest.json")))
+    driver.wait_for(lambda: list(Path(folder_of(config, "trunk"), "checkpoints").glob("*/manifest.json")))
     leaving.kill()
     since = time.monotonic()
     cluster.add_node()
@@ -310,7 +315,7 @@ def test_a_machine_whose_own_disk_is_full_leaves_the_work_to_the_others(
     driver.process.kill()
     driver.process.wait()
     cluster.nodes[0].kill()
-    place = Path(config.run_dir, STAGES["encode"])
+    place = folder_of(config, STAGES["encode"])
     cluster.add_node(within=["unshare", "--mount", "sh", "-c", FULL_DISK, str(place)])
     driver = Driver(cluster.head, config, "encode", "set=natural")
     since = time.monotonic()

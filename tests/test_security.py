@@ -619,7 +619,7 @@ from salad_ray import pipeline
 from salad_ray.config import load_config
 
 config = load_config(sys.argv[1])
-run_stage(config, "ingest", "natural")  # starts Ray
+pipeline.make(config, "ingest", "natural")  # starts Ray
 me = psutil.Process()
 places = {}
 for process in [me, *me.children(recursive=True)]:

@@ -14,8 +14,8 @@ from salad_ray.config import Config, ConfigError, parse_config
 from salad_ray.model.speech_lm import SpeechLM
 from salad_ray.report.export import export
 from salad_ray.stages.common import condition_of
-from salad_ray.stages.shards import StageError
-from salad_ray.tables import Features, Item, Reject, Score, Utterance
+from salad_ray.stages.shards import ShardPart, StageError, write_shard
+from salad_ray.tables import Features, Item, Reject, Score, Utterance, to_arrow
 
 CONDITIONS = ("clean", "voice", "noise", "speed", "codec", "telephone")
 
@@ -107,16 +107,17 @@ def test_conditions_and_cascade(finished_run: Config, tmp_path: Path) -> None:
 
 
 def test_an_item_without_speech_is_missed_nowhere(finished_run: Config, tmp_path: Path) -> None:
-    """A voice that is too fast for the gates: the rejects say so, and the gap counts the items that both answered."""
+    """As after a gate of synthesis: the rejects say so, and the gap counts the items that both answered."""
     config = copy_of(finished_run, tmp_path, ("stage1",))
-    gates = config.synthesize.gates.model_copy(update={"max_duration_secs": 11.0})
-    config = config.model_copy(
-        update={
-            "synthesize": config.synthesize.model_copy(update={"gates": gates}),
-            "ingest": config.ingest.model_copy(update={"max_rejected_share": 0.95}),
-        }
-    )
-    for stage in ("synthesize", "encode", "evaluate"):
+    utterances = table_of(config, "benchmark", "utterances")
+    for shard in utterances.shards():
+        rows = utterances.read_rows(Utterance, shard)
+        lost = [Reject("synthesize", row.utt_id, "it stuttered") for row in rows[::3]]
+        kept = [row for row in rows if row.utt_id not in {reject.key for reject in lost}]
+        write_shard(utterances, shard, iter([ShardPart(to_arrow(Utterance, kept), len(rows), len(kept), lost)]))
+    for name in ("features", "scores_stage1"):
+        table_of(config, "benchmark", name).delete()
+    for stage in ("encode", "evaluate"):
         run_stage(config, stage, "benchmark")
     spoken = {row.utt_id for row in rows_of(config, "utterances", Utterance)}
     rejected = table_of(config, "benchmark", "utterances").rejects
