@@ -26,7 +26,9 @@ from ray.cluster_utils import Cluster
 from benchmarks.engine import write_text
 from benchmarks.side_by_side import PAIRS, in_subprocess, one_thread_each, ratio_row, take_turns
 from salad_ray.config import Config, parse_config
-from salad_ray.stages.common import Stage
+from salad_ray.flow import Step
+from salad_ray.runs import Places, Run
+from salad_ray.stages.common import Stage, Work, run_works
 from salad_ray.stages.shards import ShardPart
 from salad_ray.tables import Passage, to_arrow
 from tests.factories import run_stage, table_of
