@@ -36,7 +36,9 @@ BENCHMARKS = {
     "checkpoint": Benchmark(2, "Checkpoints beside DeepSpeed's own", "stalled < 2 % of the steps between two"),
     "memory": Benchmark(4, "The planner's memory beside a real training step", "within 15 %"),
     "draw": Benchmark(3, "Drawing 1 % of 10 M passages beside pandas", "≤ 60 s and ≤ 2 GB"),
-    "kmeans": Benchmark(10, "Balanced k-means beside faiss and k-means-constrained", "≤ 2 × faiss; ≤ 1.05 × mean size"),
+    "kmeans": Benchmark(
+        14, "Balanced k-means beside faiss and k-means-constrained", "≤ 2 × faiss, skewed ≤ 2.5; ≤ 1.05 × mean size"
+    ),
     "embedding": Benchmark(9, "Embedding beside SentenceTransformer.encode alone", "ours/bare ≥ 0.95"),
     "kokoro": Benchmark(6, "Kokoro in batches beside one text at a time", "ours/bare ≥ 1; 3 on a GPU"),
     "synthesis": Benchmark(6, "eSpeak NG through the stage beside a bare loop", "ours/bare ≥ 0.9"),

@@ -44,10 +44,15 @@ def take_turns(
     return [(ours(pair), bare(pair)) for pair in range(pairs)]
 
 
-def in_subprocess(module: str, *arguments: str) -> Any:
-    """Run `python -m module --bare arguments` and return the JSON of the last line that it prints."""
+def in_subprocess(module: str, *arguments: str, threads: int | None = None) -> Any:
+    """Run `python -m module --bare arguments` and return the JSON of the last line that it prints.
+
+    Args:
+        threads: as many of them instead of what the environment says.
+    """
     command = [sys.executable, "-m", module, "--bare", *arguments]
-    output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+    output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
     return json.loads(output.splitlines()[-1])
 
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Self
 
-import faiss
 import numpy as np
 import torch
 
@@ -27,17 +26,20 @@ CORE_POINTS_PER_CLUSTER, MIN_CORE_POINTS = 64, 4096
 SOFTNESS = 0.25
 """Temperature in median gaps between a point's best and second cluster."""
 COOLING, MAX_COOLINGS = 4.0, 6
+ROUGHLY = 0.1
+"""The imbalance of the core that is good enough while the centroids move."""
 FINER = 8
 """Once the centroids rest, prices are learnt on so many times the core, then on the whole sample."""
 MAX_KEPT_SCORES = 1 << 25
 """Scores of a sample as small as this are kept (128 MB) instead of computed for each step of the prices."""
 
-ScoreBlocks = Callable[[], Iterable[np.ndarray]]
+Points = np.ndarray | torch.Tensor
+ScoreBlocks = Callable[[], Iterable[torch.Tensor]]
 """Yields `2 x·c − ‖c‖²`, float32 (points, K), block by block: the negative squared distance but for ‖x‖²."""
 
 
 class BalancedKMeans:
-    """Balanced k-means on embeddings; faiss searches, on the CPU or a GPU.
+    """Balanced k-means on embeddings, all of it by torch on its threads or on a GPU.
 
     The result depends on nothing but the arguments, the points and their order, on one kind of machine with one number
     of threads: another number lets BLAS sum in another order, and points within rounding of a tie may move.
@@ -72,21 +74,22 @@ class BalancedKMeans:
                 sizes on unseen points scatter by about 1/√n (n = 256: 6 %, the largest of 128 clusters 17 % too large).
             tolerance: prices are refined until no cluster of the sample differs from the mean size by more than this
                 share of it, or by one point.
-            use_gpu: search on the first GPU; takes faiss-gpu.
+            use_gpu: compute on the first GPU, which then holds the sample.
 
         Raises:
-            ConfigError: an argument is out of range, or faiss sees no GPU to use.
+            ConfigError: an argument is out of range, or torch sees no GPU to use.
         """
         if min(num_clusters, num_iterations + 1, max_points) < 1 or tolerance < 0:
             raise ConfigError("balanced k-means needs a positive number of clusters and points")
-        if use_gpu and not _num_gpus():
-            raise ConfigError("faiss sees no GPU to cluster on: install the extra gpu, or set cluster.num_gpus to 0")
+        if use_gpu and not torch.cuda.is_available():
+            raise ConfigError("torch sees no GPU to cluster on: install the extra gpu, or set cluster.num_gpus to 0")
         self.num_clusters = num_clusters
         self.seed = seed
         self.num_iterations = num_iterations
         self.max_points = max_points
         self.tolerance = tolerance
         self.use_gpu = use_gpu
+        self._device = torch.device("cuda" if use_gpu else "cpu")
 
     @classmethod
     def from_arrays(cls, centroids: np.ndarray, prices: np.ndarray, use_gpu: bool = False) -> Self:
@@ -113,17 +116,20 @@ class BalancedKMeans:
         """
         if x.ndim != 2:
             raise BadInput(f"points of shape {x.shape} are not (N, D)")
-        _check_finite(x)
+        for _ in _blocks(x, torch.zeros(x.shape[1])):
+            pass  # all are finite
         rng = np.random.default_rng(self.seed)
-        sample = _thinned(x, self.max_points, rng)
-        core = _thinned(sample, max(CORE_POINTS_PER_CLUSTER * self.num_clusters, MIN_CORE_POINTS), rng)
-        self.centroids = _distinct_points(sample, self.num_clusters, rng)
+        thinned = _thinned(x, self.max_points, rng)
+        few = _thinned(thinned, max(CORE_POINTS_PER_CLUSTER * self.num_clusters, MIN_CORE_POINTS), rng)
+        self.centroids = _distinct_points(thinned, self.num_clusters, rng)
         self.prices = np.zeros(self.num_clusters, np.float32)
+        more = _thinned(thinned, FINER * len(few), rng)
+        core, finer, sample = (_tensor(points).to(self._device) for points in (few, more, thinned))
         for _ in range(self.num_iterations):
             self._balance_roughly(core)
             self._move_centroids(sample)
         temperature = self._balance_roughly(core)
-        for points in (_thinned(sample, FINER * len(core), rng), sample):
+        for points in (finer, sample):
             temperature = self._balance(points, temperature)
         labels, distances = self.assign(sample)
         self.cluster_sizes = np.bincount(labels, minlength=self.num_clusters)
@@ -136,69 +142,69 @@ class BalancedKMeans:
         Raises:
             BadInput: a point has a value that is not finite.
         """
-        return np.concatenate([np.empty(0, np.int64), *(labels for _, labels in self._search(x))])
+        return np.concatenate([np.empty(0, np.int64), *(labels.numpy(force=True) for _, labels in self._search(x))])
 
-    def assign(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def assign(self, x: Points) -> tuple[np.ndarray, np.ndarray]:
         """As `predict`, and the Euclidean distance to the own centroid, without the price: float32 (N,)."""
         labels, distances = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
         _, centroids = self._centered()
         for points, found in self._search(x):
-            labels.append(found)
-            differences = points - centroids[found]
-            distances.append(np.sqrt(np.einsum("nd,nd->n", differences, differences)))
+            labels.append(found.numpy(force=True))
+            distances.append(torch.linalg.vector_norm(points - centroids[found], dim=1).numpy(force=True))
         return np.concatenate(labels), np.concatenate(distances)
 
-    def _search(self, x: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Blocks of points, centered like `_centered()`, and their clusters.
-
-        A maximum inner product: 2 x·c − ‖c‖² − price = [x, 1]·[2 c, −‖c‖² − price].
-        """
+    def _search(self, x: Points) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Blocks of points, centered like `_centered()`, and their clusters."""
         center, centroids = self._centered()
-        index = _index(centroids, self.prices, self.use_gpu)
-        whole = np.zeros((BLOCK, x.shape[-1] + 1), np.float32)
-        for block in _blocks(x, center):
+        offsets = -centroids.square().sum(dim=1) - torch.from_numpy(self.prices).to(self._device)
+        weights = 2 * centroids.T
+        scores = torch.empty((BLOCK, self.num_clusters), device=self._device)
+        for points, whole in _blocks(x, center):
             # Always the same shape: BLAS may sum a row differently in a matrix of another shape, and a point's cluster
             # shall not depend on those that came with it.
-            if len(block) < BLOCK:
-                whole[: len(block)] = block
-            _, labels = index.search(block if len(block) == BLOCK else whole, 1)
-            yield block[:, :-1], labels[: len(block), 0]
+            torch.addmm(offsets, whole, weights, out=scores)
+            yield points, _argmax(scores[: len(points)])
 
-    def _scores(self, x: np.ndarray) -> Iterator[np.ndarray]:
+    def _scores(self, x: Points) -> Iterator[torch.Tensor]:
         center, centroids = self._centered()
-        for block in _blocks(x, center):
-            scores = block[:, :-1] @ (2 * centroids.T)
-            scores -= np.square(centroids).sum(axis=1)
-            yield scores
+        for points, _ in _blocks(x, center):
+            yield torch.addmm(-centroids.square().sum(dim=1), points, 2 * centroids.T)
 
-    def _centered(self) -> tuple[np.ndarray, np.ndarray]:
+    def _centered(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The centroids' mean, and they without it: less is lost to rounding around the origin."""
-        center = self.centroids.mean(axis=0)
-        return center, self.centroids - center
+        centroids = torch.from_numpy(self.centroids).to(self._device)
+        center = centroids.mean(dim=0)
+        return center, centroids - center
 
-    def _move_centroids(self, sample: np.ndarray) -> None:
+    def _move_centroids(self, sample: Points) -> None:
         """One of Lloyd's iterations; a cluster without points keeps its centroid."""
-        center, _ = self._centered()
-        sums = np.zeros(self.centroids.shape)
-        sizes = np.zeros(self.num_clusters, np.int64)
+        center, centroids = self._centered()
+        sums = torch.zeros(centroids.shape, dtype=torch.float64, device=self._device)
+        sizes = torch.zeros(self.num_clusters, dtype=torch.int64, device=self._device)
         for points, labels in self._search(sample):
-            block_sums = torch.zeros(self.centroids.shape)
-            sums += block_sums.index_add_(0, torch.from_numpy(labels), torch.from_numpy(points)).numpy()
-            sizes += np.bincount(labels, minlength=self.num_clusters)
-        full = sizes > 0
-        self.centroids[full] = center + sums[full] / sizes[full, None]
+            sums += _sums(points, labels, self.num_clusters)
+            sizes += torch.bincount(labels, minlength=self.num_clusters)
+        moved = center + sums / sizes[:, None]
+        full = (sizes > 0).numpy(force=True)
+        self.centroids[full] = moved.numpy(force=True)[full]
 
-    def _balance_roughly(self, core: np.ndarray) -> float:
-        """Prices from the core, cooling down from soft boundaries. Returns the last temperature."""
+    def _balance_roughly(self, core: torch.Tensor) -> float:
+        """Prices from the core: a few steps from the last ones, or else cooling down from soft boundaries.
+
+        Cooling is slower, but without it some clusters may stay empty and others full. Returns the last temperature.
+        """
         scores = list(self._scores(core))
         temperature = SOFTNESS * _median_gap(scores, self.prices)
         prices = self.prices.astype(np.float64)
-        for warmer in (COOLING**2, COOLING, 1.0):
-            prices = newton(lambda: scores, prices, warmer * temperature, tolerance=0.1, max_steps=8).prices
-        self.prices = prices.astype(np.float32)
+        dual = newton(lambda: scores, prices, temperature, ROUGHLY, max_steps=2)
+        if dual.imbalance > ROUGHLY:
+            for warmer in (COOLING**2, COOLING, 1.0):
+                dual = newton(lambda: scores, prices, warmer * temperature, ROUGHLY, max_steps=8)
+                prices = dual.prices
+        self.prices = dual.prices.astype(np.float32)
         return temperature
 
-    def _balance(self, points: np.ndarray, temperature: float) -> float:
+    def _balance(self, points: torch.Tensor, temperature: float) -> float:
         """Prices from all these points, ever colder until their clusters are as large as they shall be.
 
         Returns:
@@ -238,26 +244,19 @@ class Dual:
 
 
 def soft_dual(blocks: ScoreBlocks, prices: np.ndarray, temperature: float) -> Dual:
-    """Evaluate `Σ_i softmin_k(price_k − score_ik) − N/K · Σ_k price_k` for prices (K,) float64 at a temperature.
-
-    In numpy: torch's threads and those of faiss would get in each other's way.
-    """
+    """Evaluate `Σ_i softmin_k(price_k − score_ik) − N/K · Σ_k price_k` for prices (K,) float64 at a temperature."""
     num_clusters = len(prices)
     value, sizes, overlaps = 0.0, np.zeros(num_clusters), np.zeros((num_clusters, num_clusters))
     counts = np.zeros(num_clusters, np.int64)
+    offsets = torch.from_numpy(-prices / temperature).float()
     for scores in blocks():
-        shares = scores - prices.astype(np.float32)
-        owners = shares.argmax(axis=1)
-        best = np.take_along_axis(shares, owners[:, None], axis=1)
-        shares -= best
-        shares /= np.float32(temperature)
-        np.exp(shares, out=shares)
-        totals = shares.sum(axis=1, keepdims=True)
-        shares /= totals
-        value -= float(best.sum(dtype=np.float64) + temperature * np.log(totals).sum(dtype=np.float64))
-        sizes += shares.sum(axis=0)
-        overlaps += shares.T @ shares
-        counts += np.bincount(owners, minlength=num_clusters)
+        scaled = torch.add(offsets.to(scores.device), scores, alpha=1 / temperature)
+        best, shares = scaled.amax(dim=1), scaled.softmax(dim=1)
+        # The largest share is 1 / Σ_k exp(scaled_k − best).
+        value -= temperature * float((best - shares.amax(dim=1).log()).sum(dtype=torch.float64))
+        sizes += shares.sum(dim=0).numpy(force=True)
+        overlaps += (shares.T @ shares).numpy(force=True)
+        counts += torch.bincount(_argmax(scaled), minlength=num_clusters).numpy(force=True)
     return Dual(prices, value - counts.mean() * prices.sum(), sizes, overlaps, _imbalance(counts))
 
 
@@ -274,8 +273,9 @@ def newton(blocks: ScoreBlocks, prices: np.ndarray, temperature: float, toleranc
             break
         mean_size = now.sizes.mean()
         curvature = np.diag(now.sizes + ridge * (now.sizes + 0.01 * mean_size)) - now.overlaps
-        step = temperature * np.linalg.solve(curvature, now.sizes - mean_size)
-        tried = soft_dual(blocks, now.prices + step, temperature)
+        # By torch, as everything: numpy's BLAS has threads of its own, and the two would wait for each other's.
+        step = torch.linalg.solve(torch.from_numpy(curvature), torch.from_numpy(now.sizes - mean_size)).numpy()
+        tried = soft_dual(blocks, now.prices + temperature * step, temperature)
         better = tried.value >= now.value
         now, ridge = (tried, max(ridge / 10, 1e-6)) if better else (now, ridge * 10)
     return now
@@ -285,46 +285,56 @@ def _imbalance(sizes: np.ndarray) -> float:
     return float(np.abs(sizes / sizes.mean() - 1).max())
 
 
-def _median_gap(blocks: Iterable[np.ndarray], prices: np.ndarray) -> float:
+def _median_gap(blocks: Iterable[torch.Tensor], prices: np.ndarray) -> float:
     """How much dearer the second cluster is for the median point, kept above zero."""
     gaps, magnitude = [], 0.0
     for scores in blocks:
-        second = max(0, len(prices) - 2)
-        ranked = np.partition(scores - prices, [second, len(prices) - 1], axis=1)
-        gaps.append(ranked[:, -1] - ranked[:, second])
-        magnitude = max(magnitude, float(np.abs(scores).max()))
-    return max(float(np.median(np.concatenate(gaps))), 1e-6 * magnitude, 1e-30)
+        ranked = (scores - torch.from_numpy(prices).to(scores.device)).topk(min(2, len(prices)), dim=1).values
+        gaps.append(ranked[:, 0] - ranked[:, -1])
+        magnitude = max(magnitude, float(scores.abs().max()))
+    return max(float(torch.cat(gaps).median()), 1e-6 * magnitude, 1e-30)
 
 
-def _blocks(x: np.ndarray, center: np.ndarray) -> Iterator[np.ndarray]:
-    """Points minus the center in blocks (up to BLOCK, D + 1) float32, with a last column of ones.
+def _argmax(scores: torch.Tensor) -> torch.Tensor:
+    """Over each row: int64. On few threads of a CPU numpy takes a fifth of torch's time."""
+    if scores.is_cuda or torch.get_num_threads() > 4:
+        return scores.argmax(dim=1)
+    return torch.from_numpy(scores.numpy().argmax(axis=1))
 
-    Each takes the memory of the one before.
+
+def _sums(points: torch.Tensor, labels: torch.Tensor, num_clusters: int) -> torch.Tensor:
+    """The sum of each cluster's points: float32 (K, D)."""
+    if points.is_cuda:  # where `index_add_` sums in any order
+        return torch.nn.functional.one_hot(labels, num_clusters).float().T @ points
+    return torch.zeros(num_clusters, points.shape[1]).index_add_(0, labels, points)
+
+
+def _blocks(x: Points, center: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Points minus the center in blocks (up to BLOCK, D) float32, and (BLOCK, D) that begins with them.
+
+    Each takes the memory of the one before. Arrays are checked; tensors are those that have been.
     """
-    _check(x)
+    if x.ndim != 2 or not (isinstance(x, torch.Tensor) or np.issubdtype(x.dtype, np.floating)):
+        raise ValueError(f"points must be floating point (N, D), not {x.dtype} {x.shape}")
     if x.shape[1] != len(center):
         raise ValueError(f"points have {x.shape[1]} dimensions, centroids {len(center)}")
-    whole = np.ones((BLOCK, x.shape[1] + 1), np.float32)
+    whole = torch.zeros((BLOCK, len(center)), device=center.device)
     for start in range(0, len(x), BLOCK):
-        rows = x[start : start + BLOCK].copy()  # torch warns about arrays that cannot be written, as Arrow's
-        block = whole[: len(rows)]
-        points = block[:, :-1]
-        torch.from_numpy(points).copy_(torch.from_numpy(rows))  # numpy is slow at float16
-        points -= center
-        finite = np.isfinite(points.sum(axis=1))
-        if not finite.all():
-            raise BadInput(f"point {start + int(finite.argmin())} has a value that is not finite")
-        yield block
+        rows = x[start : start + BLOCK]
+        points = whole[: len(rows)]
+        if isinstance(rows, torch.Tensor):
+            torch.sub(rows, center, out=points)
+        else:
+            torch.sub(_tensor(rows).to(center.device), center, out=points)
+            finite = points.sum(dim=1).isfinite()
+            if not finite.all():
+                raise BadInput(f"point {start + int(finite.int().argmin())} has a value that is not finite")
+        yield points, whole
 
 
-def _check(x: np.ndarray) -> None:
-    if x.ndim != 2 or not np.issubdtype(x.dtype, np.floating):
-        raise ValueError(f"points must be floating point (N, D), not {x.dtype} {x.shape}")
-
-
-def _check_finite(x: np.ndarray) -> None:
-    for _ in _blocks(x, np.zeros(x.shape[1], np.float32)):
-        pass
+def _tensor(x: np.ndarray) -> torch.Tensor:
+    """The same memory where torch takes it: it warns about arrays that cannot be written, as Arrow's."""
+    return torch.from_numpy(np.require(x, requirements=["C", "W"]))
 
 
 def _thinned(x: np.ndarray, max_points: int, rng: np.random.Generator) -> np.ndarray:
@@ -347,16 +357,3 @@ def _distinct_points(sample: np.ndarray, count: int, rng: np.random.Generator) -
         f"{len(sample)} points, of which {len(drawn)} are distinct, cannot make {count} clusters: "
         "lower cluster.num_clusters or add text"
     )
-
-
-def _num_gpus() -> int:
-    return int(faiss.get_num_gpus()) if hasattr(faiss, "StandardGpuResources") else 0
-
-
-def _index(centroids: np.ndarray, prices: np.ndarray, use_gpu: bool) -> faiss.Index:
-    rows = np.column_stack([2 * centroids, -np.square(centroids).sum(axis=1) - prices])
-    index: faiss.Index = faiss.IndexFlatIP(rows.shape[1])
-    if use_gpu:
-        index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
-    index.add(np.ascontiguousarray(rows, dtype=np.float32))
-    return index

@@ -137,6 +137,15 @@ def test_the_seed_decides_everything(threads: int) -> None:
     assert (first.centroids != other.centroids).any()
 
 
+def test_threads_change_no_cluster_but_at_ties(fitted: BalancedKMeans) -> None:
+    x = topics(5000, seed=13)
+    found = []
+    for threads in (1, 2, 6):
+        set_threads(threads, 1)
+        found.append(fitted.predict(x))
+    assert all((labels == found[0]).mean() > 0.999 for labels in found)
+
+
 def test_float16_and_read_only_points(sample: np.ndarray, fitted: BalancedKMeans) -> None:
     half = sample.astype(np.float16)
     half.flags.writeable = False  # as those that come from Arrow and Ray
@@ -205,7 +214,8 @@ def test_small_sets_are_partitioned_evenly(
 
 
 def test_newton_raises_the_dual() -> None:
-    scores = -costs(BalancedKMeans.from_arrays(topics(6, 9), np.zeros(6)), topics(2000, 10)).astype(np.float32)
+    found = costs(BalancedKMeans.from_arrays(topics(6, 9), np.zeros(6)), topics(2000, 10))
+    scores = torch.from_numpy(-found.astype(np.float32))
     start = np.zeros(6)
     values = [newton(lambda: [scores], start, 0.05, 0.0, max_steps=steps).value for steps in range(8)]
     assert values == sorted(values)
@@ -231,6 +241,9 @@ def test_what_cannot_be_clustered_is_refused(fitted: BalancedKMeans) -> None:
             fitted.predict(wrong)
     with pytest.raises(ConfigError):
         BalancedKMeans(0)
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="no GPU"):
+            BalancedKMeans(4, use_gpu=True)
     with pytest.raises(ValueError, match="are not"):
         BalancedKMeans.from_arrays(fitted.centroids, fitted.prices[:-1])
 
