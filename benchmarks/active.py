@@ -23,7 +23,7 @@ from scipy import stats
 
 from benchmarks.side_by_side import ROOT
 from salad_ray import pipeline
-from salad_ray.config import load_config
+from salad_ray.configfile import load_config
 from salad_ray.console import console
 from salad_ray.tables import read_json
 

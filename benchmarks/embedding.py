@@ -25,7 +25,8 @@ from sentence_transformers import SentenceTransformer
 from benchmarks.encoding import Timing, steady_rate, write_times
 from benchmarks.engine import write_text
 from benchmarks.side_by_side import PAIRS, in_subprocess, one_thread_each, ratio_row, take_turns
-from salad_ray.config import Config, load_config, parse_config
+from salad_ray.config import Config
+from salad_ray.configfile import load_config, parse_config
 from salad_ray.tables import Embedding, Passage
 from tests.factories import redo, run_stage, table_of
 

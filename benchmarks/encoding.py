@@ -26,7 +26,8 @@ import torch
 from transformers import MimiConfig, MimiModel
 
 from benchmarks.side_by_side import PAIRS, ROOT, in_subprocess, one_thread_each, ratio_row, take_turns
-from salad_ray.config import Config, load_config
+from salad_ray.config import Config
+from salad_ray.configfile import load_config
 from salad_ray.model.encoder import Encoder, encode_in_batches, load_encoder
 from salad_ray.speech.audio import load_audio
 from salad_ray.tables import Features, Table, Utterance, to_arrow

@@ -28,7 +28,8 @@ import ray
 
 from benchmarks.side_by_side import one_thread_each
 from salad_ray import pipeline
-from salad_ray.config import Config, parse_config
+from salad_ray.config import Config
+from salad_ray.configfile import parse_config
 from salad_ray.flow import Step
 from salad_ray.runs import Run
 from salad_ray.stages.common import Stage

@@ -25,7 +25,8 @@ from ray.cluster_utils import Cluster
 
 from benchmarks.engine import write_text
 from benchmarks.side_by_side import PAIRS, in_subprocess, one_thread_each, ratio_row, take_turns
-from salad_ray.config import Config, parse_config
+from salad_ray.config import Config
+from salad_ray.configfile import parse_config
 from salad_ray.flow import Step
 from salad_ray.runs import Places, Run
 from salad_ray.stages.common import Stage, Work, run_works

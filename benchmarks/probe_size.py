@@ -15,7 +15,8 @@ import numpy as np
 import ray
 from rich.table import Table as Grid
 
-from salad_ray.config import Config, replaced
+from salad_ray.config import Config
+from salad_ray.configfile import replaced
 from salad_ray.console import console
 from salad_ray.runs import open_run
 from salad_ray.selection.importance import probe_size_study

@@ -31,7 +31,8 @@ import soundfile
 
 from benchmarks.encoding import Timing, steady_rate, write_times
 from benchmarks.side_by_side import PAIRS, in_subprocess, one_thread_each, ratio_row, take_turns
-from salad_ray.config import Config, load_config, parse_config
+from salad_ray.config import Config
+from salad_ray.configfile import load_config, parse_config
 from salad_ray.model.encoder import load_encoder
 from salad_ray.stages.align import AlignShard
 from salad_ray.stages.encode import EncodeShard

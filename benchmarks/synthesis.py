@@ -18,7 +18,8 @@ from typing import Any
 
 from benchmarks.encoding import Timing, audio_secs, steady_rate, write_times
 from benchmarks.side_by_side import PAIRS, ROOT, in_subprocess, one_thread_each, ratio_row, take_turns
-from salad_ray.config import Config, load_config
+from salad_ray.config import Config
+from salad_ray.configfile import load_config
 from salad_ray.speech.audio import encode_audio
 from salad_ray.synthesis.espeak import EspeakSynthesizer
 from salad_ray.tables import Passage, Utterance, stable_hash, to_arrow

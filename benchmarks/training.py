@@ -26,7 +26,8 @@ from transformers import PreTrainedModel
 
 from benchmarks.side_by_side import PAIRS, ROOT, in_subprocess, one_thread_each, ratio_row, take_turns
 from salad_ray import pipeline
-from salad_ray.config import Config, load_config
+from salad_ray.config import Config
+from salad_ray.configfile import load_config
 from salad_ray.distill.budget import budget_of
 from salad_ray.distill.step import DTYPES, batch_loss, decay_start, learning_rate_factor
 from salad_ray.distill.trainer import Job, train

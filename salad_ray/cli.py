@@ -17,17 +17,10 @@ from pydantic import BaseModel
 from rich.table import Table as Grid
 
 from salad_ray import pipeline
-from salad_ray.config import (
-    Config,
-    ConfigError,
-    SweepConfig,
-    dump_config,
-    load_config,
-    redact,
-    refuse_secret_arguments,
-    section_of,
-)
+from salad_ray.config import Config, ConfigError, SweepConfig, section_of
+from salad_ray.configfile import dump_config, load_config
 from salad_ray.console import console, say, user_error
+from salad_ray.credentials import redact, refuse_secret_arguments
 from salad_ray.flow import STAGES, steps
 from salad_ray.runs import open_places, open_run
 from salad_ray.tables import write_json

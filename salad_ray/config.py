@@ -1,22 +1,19 @@
-"""The whole run as one nested, typed, strict config: YAML plus `key=value`, saved into `run_dir`.
+"""The whole run as one nested, typed, strict config; `configfile.py` reads it from YAML and `key=value`.
 
-Every section below is the sub-config of one stage or room. Unknown keys, wrong types and contradictions
-raise `ConfigError` with one sentence: the key, its value and the remedy.
+Every section below is the sub-config of one stage or room. Unknown keys, wrong types and contradictions are errors of
+one sentence: the key, its value and the remedy. A key that says how fast or where work is done, and not what comes out,
+is marked `operational`: changing it makes nothing anew.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import typing
-from pathlib import Path
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-
-from salad_ray.store import open_file
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 SetName = Literal["web", "natural", "heldout", "probe", "active", "benchmark"]
 
@@ -25,84 +22,12 @@ class ConfigError(ValueError):
     """A config that cannot be used; its message is one sentence for the user."""
 
 
-# What a credential looks like: before a URL's host (`https://token@…` too; fsspec's github:// has a repository there),
-# in a query (signed URLs, with or without their host), in a header, given to a name, or by its own shape. What comes
-# before it is `keep`. None of them may take quadratic time, since they see what strangers wrote.
-_SECRETS = tuple(
-    re.compile(pattern)
-    for pattern in (
-        r"(?i)(?P<keep>https?://)[^/?#\s]*(?=@)",
-        r"(?i)(?P<keep>(?<!github)://)[^/?#\s:]*:[^/?#\s]*(?=@)",
-        r"(?i)(?P<keep>[?&][\w.%;-]*(sig|signature|credentials?|auth|token|secret|passw(or)?d|pwd|key|accessid)=)"
-        r"[^&#\s'\"<>)]*",
-        r"(?i)(?P<keep>\b(authorization['\"]?\s*[:=]\s*['\"]?[a-z]+|bearer)\s+)[\w.~+/=-]{16,}",
-        r"(?i)(?P<keep>(?<![\w-])[\w-]*(passw(or)?d|pwd|(api|access|account|secret)[_-]?key|client[_-]?secret|"
-        r"(access|auth|session|security)[_-]?token)['\"]?\s*[=:]\s*)('[^'\n]*'|\"[^\"\n]*\"|['\"]?[^\s'\",;&)}\]]+)",
-        r"\b(?P<keep>hf_|gh[oprsu]_)[A-Za-z0-9]{20,}",
-        r"\b(?P<keep>github_pat_|glpat-|sk-proj-|sk-ant-|xox[abeprs]-)[\w-]{20,}",
-        r"\b(?P<keep>AKIA|ASIA)[A-Z0-9]{16}\b|\bdapi[0-9a-f]{32}\b",
-        r"(?<![\w-])(?P<keep>eyJ)[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]+",  # JSON web tokens
-    )
-)
-_SECRET_KEY = re.compile(
-    r"(^|_)(tokens?|secret.*|passw(or)?ds?|passphrase|pwd|credentials?|(api|access)keys?)$|_keys?$"
-)
+def operational(default: Any, **limits: Any) -> Any:
+    """A key that never decides what a stage writes; arguments are those of pydantic's `Field`."""
+    return Field(default, json_schema_extra={OPERATIONAL: True}, **limits)
 
 
-def holds_secret(text: str) -> bool:
-    """Whether it has in it what a credential looks like."""
-    return any(pattern.search(text) for pattern in _SECRETS)
-
-
-def redact(text: str) -> str:
-    """The text with `***` for what a credential looks like: errors of libraries repeat signed URLs and headers."""
-    for pattern in _SECRETS:
-        text = pattern.sub(r"\g<keep>***", text)
-    return text
-
-
-def _names_secret(key: str) -> bool:
-    """Whether a (dotted) key is called what credentials are called: `hf_token`, `storage.accessKey`."""
-    leaf = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key.rpartition(".")[2])
-    return _SECRET_KEY.search(leaf.replace("-", "_").lower()) is not None
-
-
-def refuse_secrets(value: Any, where: str, key: str = "") -> None:
-    """Raises `ConfigError` for a value or key that holds a credential, looking into lists and mappings; never repeats
-    it.
-
-    The config is copied into run_dir, manifests, reports, exported models and trackers. None of them has to be searched
-    for secrets, as none gets in.
-
-    Args:
-        where: what the value was read from.
-        key: (dotted) of the value there.
-    """
-    if isinstance(value, dict):
-        for name, item in value.items():
-            within = f"{key}.{name}" if key else str(name)
-            if holds_secret(str(name)):
-                _refuse(where, f"a key ('{redact(within)}')")
-            refuse_secrets(item, where, within)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            refuse_secrets(item, where, key)
-    elif isinstance(value, str) and (_names_secret(key) or holds_secret(value)):
-        _refuse(where, f"'{redact(key)}'")
-
-
-def _refuse(where: str, what: str) -> typing.NoReturn:
-    raise ConfigError(
-        f"{redact(where)}: {what} holds a credential (a password, a token, a signed URL), which would end in logs and "
-        "reports; take it out, and give it by the environment (HF_TOKEN, AWS_PROFILE, …) or the machine's role"
-    )
-
-
-def refuse_secret_arguments(arguments: typing.Iterable[str]) -> None:
-    """`refuse_secrets` for what stands on a command line, `key=value` or not."""
-    for argument in arguments:
-        found = re.match(r"-*([A-Za-z][\w.-]*)=", argument)
-        refuse_secrets(argument, "command line", found[1] if found else "an argument")
+OPERATIONAL = "operational"
 
 
 class Section(BaseModel):
@@ -123,39 +48,6 @@ def _require_even_heads(name: str, hidden_size: int, num_heads: int) -> None:
 def _require_order(name: str, low: float, high: float) -> None:
     if low >= high:
         raise ValueError(f"min_{name}={low:g} must be below max_{name}={high:g}")
-
-
-# How fast or where, not what: changing these never makes finished output stale. A key with dots means that one alone.
-OPERATIONAL = frozenset(
-    [
-        "max_rejected_share",
-        "max_member_bytes",
-        "batch_secs",
-        "num_gpus",
-        "num_workers",
-        "micro_batch_rows",
-        "use_gpu",
-        "cpus_per_worker",
-        "extra_resources",
-        "loss_chunk_size",
-        "activation_checkpointing",
-        "compile",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "max_failures",
-        "log_every",
-        "wandb_project",
-        "mlflow_experiment",
-        "batch_rows",
-        "attention",
-        "zero_stage",
-        "synthesize.batch_size",
-        "embed.batch_size",
-        "cards_passages",
-        "control",
-        "batch_positions",
-    ]
-)
 
 
 PICKED_PER_SHARD = 256
@@ -314,9 +206,9 @@ class IngestConfig(Section):
     num_shards: int = Field(16, ge=1)
     """Shards to which recordings are dealt by hash: the unit of work, of resume and of retry, and the one shuffle of
     the data. A multiple of pack.num_lanes."""
-    max_rejected_share: float = Field(0.5, ge=0, le=1)
+    max_rejected_share: float = operational(0.5, ge=0, le=1)
     """A stage that rejects more than this share of its rows stops: the input, or a setting, is wrong."""
-    max_member_bytes: int = Field(2**29, ge=1)
+    max_member_bytes: int = operational(2**29, ge=1)
     """Largest file inside an archive; a larger one is refused unread."""
     quality: RecordedQualityConfig = RecordedQualityConfig()
 
@@ -353,9 +245,9 @@ class AlignConfig(Section):
     min_score: float | None = None
     """Least score of the worst stretch of an utterance; none takes the aligner's own (−4.3 for pocketsphinx, whose
     frames are scored against their best phone; CTC_MIN_SCORE for a CTC model, nats a frame)."""
-    batch_secs: float = Field(120.0, gt=0)
+    batch_secs: float = operational(120.0, gt=0)
     """Audio per batch of the CTC model, padding included."""
-    num_gpus: float = Field(0.0, ge=0)
+    num_gpus: float = operational(0.0, ge=0)
     """GPUs of each CTC actor."""
 
     @model_validator(mode="after")
@@ -387,7 +279,7 @@ class SynthesizeConfig(Section):
     evaluation_voices: tuple[str, ...] = Field(("en-us+m3", "en-gb+f4"), min_length=1)
     """Voices of held-out speech; never used for training speech."""
     audio_format: Literal["FLAC", "OPUS"] = "FLAC"
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = operational(32, ge=1)
     """Passages that are spoken at once: the unit of resume within a shard."""
     gates: SpeechGates = SpeechGates()
     recogniser: str | None = None
@@ -395,7 +287,7 @@ class SynthesizeConfig(Section):
     recogniser_revision: str | None = None
     max_word_error_rate: float = Field(0.3, gt=0)
     """Of the recogniser's transcript against the text; more is rejected."""
-    num_gpus: float = Field(0.0, ge=0)
+    num_gpus: float = operational(0.0, ge=0)
     """GPUs of each synthesizing actor."""
 
     @model_validator(mode="after")
@@ -464,9 +356,9 @@ class EncodeConfig(Section):
     storage: Literal["float16", "int8"] = "float16"
     """Type of the stored features; int8 has one scale per channel and utterance, and takes half the space."""
     augment: AugmentConfig = AugmentConfig()
-    batch_secs: float = Field(240.0, gt=0)
+    batch_secs: float = operational(240.0, gt=0)
     """Audio per encoder batch, padding included."""
-    num_gpus: float = Field(0.0, ge=0)
+    num_gpus: float = operational(0.0, ge=0)
     """GPUs of each encoding actor."""
 
     @model_validator(mode="after")
@@ -486,8 +378,8 @@ class EmbedConfig(Section):
     """Of the SVD."""
     sample_passages: int = Field(20_000, ge=1)
     """Passages that TF-IDF and SVD are fitted on."""
-    batch_size: int = Field(64, ge=1)
-    num_gpus: float = Field(0.0, ge=0)
+    batch_size: int = operational(64, ge=1)
+    num_gpus: float = operational(0.0, ge=0)
     """GPUs of each embedding actor."""
 
     @model_validator(mode="after")
@@ -506,9 +398,9 @@ class ClusterConfig(Section):
     sample_passages: int = Field(1_000_000, ge=1)
     """Most passages that centroids and prices are fitted on."""
     num_iterations: int = Field(20, ge=1)
-    cards_passages: int = Field(100_000, ge=1)
+    cards_passages: int = operational(100_000, ge=1)
     """Most passages that the clusters' cards are written from."""
-    num_gpus: float = Field(0.0, ge=0)
+    num_gpus: float = operational(0.0, ge=0)
     """GPUs for fitting."""
 
 
@@ -595,7 +487,7 @@ class ModelConfig(Section):
     teacher: str = "world"
     """Text LLM: a hub id, a folder, or `world` (the tiny LM trained on the embedded corpus)."""
     revision: str | None = None
-    attention: Literal["sdpa", "eager", "flash_attention_2", "varlen"] = "sdpa"
+    attention: Literal["sdpa", "eager", "flash_attention_2", "varlen"] = operational("sdpa")
     """`varlen` is the flash kernel inside torch (CUDA, 16 bit), the one for GPUs; `sdpa` runs anywhere."""
     adapter: AdapterConfig = AdapterConfig()
     tiny_lm: TinyLMConfig = TinyLMConfig()
@@ -619,32 +511,32 @@ class DistillConfig(Section):
     so that it can share what shorter training has done."""
     decay_share: float = Field(0.2, gt=0, le=1)
     """Share of the steps, at the end, in which it falls linearly to zero."""
-    num_workers: int | tuple[int, int] = 1
+    num_workers: int | tuple[int, int] = operational(1)
     """Training workers; [least, most] lets their number follow the cluster, at the price of a resume at each change."""
-    micro_batch_rows: int = Field(1, ge=1)
+    micro_batch_rows: int = operational(1, ge=1)
     """Rows of one forward pass; accumulation follows from it, the lanes and the workers."""
-    zero_stage: Literal[1, 2, 3] = 2
+    zero_stage: Literal[1, 2, 3] = operational(2)
     precision: Literal["fp32", "bf16"] = "bf16"
-    use_gpu: bool = True
+    use_gpu: bool = operational(True)
     """Train on GPUs (one a worker), or on CPUs over gloo."""
-    cpus_per_worker: int = Field(1, ge=0)
+    cpus_per_worker: int = operational(1, ge=0)
     """CPUs that Ray has to have free for each worker; 0 where the nodes meant for training offer none."""
-    extra_resources: dict[str, float] = {}
+    extra_resources: dict[str, float] = operational({})
     """Of each worker, such as {training: 1}: resources that only the nodes meant for training have."""
-    activation_checkpointing: bool = False
-    compile: bool = False
+    activation_checkpointing: bool = operational(False)
+    compile: bool = operational(False)
     """Run the decoder layers of student and teacher through torch.compile, which needs a C compiler. With ZeRO-3 some
     of them stay as they are, as its hooks are compiled anew too often."""
-    loss_chunk_size: int | None = Field(None, ge=1)
+    loss_chunk_size: int | None = operational(None, ge=1)
     """Positions whose logits exist at once; none chooses a sixteenth."""
-    checkpoint_every: int = Field(500, ge=1)
+    checkpoint_every: int = operational(500, ge=1)
     """Steps between checkpoints."""
-    keep_checkpoints: int = Field(2, ge=1)
-    max_failures: int = Field(3, ge=0)
+    keep_checkpoints: int = operational(2, ge=1)
+    max_failures: int = operational(3, ge=0)
     """Worker-group failures that Ray Train may recover from; machines that are taken away with notice do not count."""
-    log_every: int = Field(10, ge=1)
-    wandb_project: str | None = None
-    mlflow_experiment: str | None = None
+    log_every: int = operational(10, ge=1)
+    wandb_project: str | None = operational(None)
+    mlflow_experiment: str | None = operational(None)
 
     @property
     def most_workers(self) -> int:
@@ -676,7 +568,7 @@ class Stage2Config(Section):
     """An hour of active speech is seen as often as so many hours of natural speech (ours)."""
     decay_share: float = Field(0.5, ge=0, le=1)
     """Share of the steps, at the end, in which the rate falls linearly to zero; the rest keeps the peak."""
-    control: bool = False
+    control: bool = operational(False)
     """Also train a control: Stage I continued on natural speech alone for as many steps."""
 
     @model_validator(mode="after")
@@ -690,10 +582,10 @@ class Stage2Config(Section):
 
 
 class MeasureConfig(Section):
-    batch_rows: int = Field(8, ge=1)
+    batch_rows: int = operational(8, ge=1)
     distance_bins: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     """Bin edges, in text tokens after the last speech frame."""
-    num_gpus: float = Field(0.0, ge=0)
+    num_gpus: float = operational(0.0, ge=0)
 
 
 class BenchmarkConfig(Section):
@@ -726,9 +618,9 @@ class EvaluateConfig(Section):
     recogniser: str | None = None
     """Weights of the cascade's recogniser: hub id or folder, such as openai/whisper-large-v3."""
     recogniser_revision: str | None = None
-    batch_positions: int = Field(8192, ge=1)
+    batch_positions: int = operational(8192, ge=1)
     """Positions that are scored at once, padding included."""
-    num_gpus: float = Field(0.0, ge=0)
+    num_gpus: float = operational(0.0, ge=0)
     """GPUs of each scoring actor."""
 
     @property
@@ -898,192 +790,37 @@ class Config(Section):
         return self
 
 
-def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `key=value` overrides, and validate the whole.
-
-    Args:
-        path: YAML file; its stem names the default `run_dir`.
-        overrides: strings such as `distill.alpha=0`; the value is read as YAML.
-
-    Raises:
-        ConfigError: with one sentence naming the file or override, the key, the value and the remedy.
-    """
-    refuse_secret_arguments([str(path), *overrides])
-    data = _read_yaml(str(path))
-    for override in overrides:
-        _apply_override(data, override)
-    data.setdefault("run_dir", f"runs/{Path(path).stem}")
-    return _absolute(parse_config(data, source=str(path)))
-
-
-def _absolute(config: Config) -> Config:
-    """Local paths made absolute: workers on this machine may start in another folder."""
-
-    def resolve(path: str) -> str:
-        return path.rstrip("/") if "://" in path else str(Path(path).resolve())  # a store takes a//b for another name
-
-    def if_there(name: str | None) -> str | None:
-        if not name:
-            return name
-        place = Path(name).parent if "*" in name else Path(name)  # `*` is in the last part
-        return resolve(name) if place.exists() else name  # otherwise it is a hub id
-
-    corpora = tuple(
-        corpus.model_copy(update={"path": resolve(corpus.path), "root": corpus.root and resolve(corpus.root)})
-        for corpus in config.ingest.corpora
-    )
-    web = tuple(corpus.model_copy(update={"path": if_there(corpus.path)}) for corpus in config.ingest.web)
-    benchmarks = tuple(resolve(path) for path in config.ingest.passages.benchmarks)
-    passages = config.ingest.passages.model_copy(update={"benchmarks": benchmarks})
-    ingest = config.ingest.model_copy(update={"corpora": corpora, "web": web, "passages": passages})
-    synthesize = config.synthesize.model_copy(
-        update={"path": if_there(config.synthesize.path), "recogniser": if_there(config.synthesize.recogniser)}
-    )
-    embed = config.embed.model_copy(update={"path": if_there(config.embed.path)})
-    align = config.align.model_copy(update={"path": if_there(config.align.path)})
-    encode = config.encode.model_copy(update={"path": if_there(config.encode.path)})
-    model = config.model.model_copy(update={"teacher": if_there(config.model.teacher)})
-    asked = tuple(
-        benchmark.model_copy(update={"path": if_there(benchmark.path), "exemplars": if_there(benchmark.exemplars)})
-        for benchmark in config.evaluate.benchmarks
-    )
-    evaluate = config.evaluate.model_copy(
-        update={"benchmarks": asked, "recogniser": if_there(config.evaluate.recogniser)}
-    )
-    changes = {"ingest": ingest, "align": align, "synthesize": synthesize, "encode": encode, "embed": embed}
-    changes |= {"evaluate": evaluate}
-    return config.model_copy(update=changes | {"run_dir": resolve(config.run_dir), "model": model})
-
-
-def parse_config(data: dict[str, Any], source: str = "config") -> Config:
-    """Validate a nested dictionary; raises `ConfigError`."""
-    refuse_secrets(data, source)  # first: other errors name the value
-    try:
-        return Config.model_validate_json(json.dumps(data), strict=True)
-    except ValidationError as error:
-        raise ConfigError(f"{source}: " + "; ".join(_explain(item) for item in error.errors())) from None
-    except TypeError as error:
-        raise ConfigError(f"{source}: {error}; use plain numbers, words, lists and mappings") from None
-
-
-def replaced(config: Config, values: typing.Mapping[str, Any], source: str = "config") -> Config:
-    """The config with other values of some (dotted) keys; raises `ConfigError`."""
-    data = config.model_dump(mode="json")
-    for key, value in values.items():
-        *parents, last = key.split(".")
-        section = data
-        for parent in parents:
-            section[parent] = section.get(parent) or {}
-            section = section[parent]
-            if not isinstance(section, dict):
-                raise ConfigError(f"{source}: '{key}': '{parent}' is a value, not a section")
-        section[last] = value
-    return parse_config(data, source)
-
-
-def dump_config(config: Config) -> str:
-    """The resolved config as YAML that `load_config` reads back unchanged."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML follows YAML 1.1, where `5e-5` is a string; this one reads it as the number it is in YAML 1.2."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"), list("-+0123456789.")
-)
-
-
 def identity(config: Config, *keys: str, without: typing.Sequence[str] = ()) -> dict[str, Any]:
     """What of these (dotted) keys decides a stage's output: all but the operational ones and those in `without`, as
     plain data."""
-    left_out = OPERATIONAL | set(without)
+    left_out = operational_keys(Config) | set(without)
 
     def strip(value: Any, path: str) -> Any:
         if not isinstance(value, dict):
             return value
-        kept = {name: item for name, item in value.items() if not {name, f"{path}.{name}"} & left_out}
-        return {name: strip(item, f"{path}.{name}") for name, item in kept.items()}
+        return {name: strip(item, f"{path}.{name}") for name, item in value.items() if f"{path}.{name}" not in left_out}
 
+    data = config.model_dump(mode="json")
     chosen: dict[str, Any] = {}
     for key in keys:
-        value: Any = config.model_dump(mode="json")
+        value: Any = data
         for part in key.split("."):
             value = value[part]
         chosen[key] = strip(value, key)
     return chosen
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
-    try:
-        with open_file(path, "r", encoding="utf-8") as file:
-            text = file.read()
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file; configs/quickstart.yaml is the one to start from") from None
-    except (OSError, ImportError, ValueError) as error:  # of a URL also a protocol that is not known or not installed
-        raise ConfigError(f"{path}: cannot be read as a config file ({error})") from None
-    data = _parse_yaml(text, path)
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: holds a {type(data).__name__}, but a config is a mapping of keys to values")
-    return data
-
-
-def _parse_yaml(text: str, source: str, remedy: str = "") -> Any:
-    """Plain data; the `ConfigError` of what is not YAML repeats nothing of the text, which may be a credential."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark and not remedy else ""
-        told = error.problem or error.context or "it cannot be parsed"
-        problem = re.sub(r" (['\"])(?!<)\S{2,}\1$", "", told)  # a name or tag; `'<scalar>'` is YAML's own word
-        raise ConfigError(f"{source}: not valid YAML{place}: {problem}{remedy}") from None
-    except (yaml.YAMLError, ValueError):  # of a character, or of a date such as 2024-99-99
-        raise ConfigError(f"{source}: not valid YAML: a character or value in it cannot be read{remedy}") from None
-
-
-def _apply_override(data: dict[str, Any], override: str) -> None:
-    key, separator, value = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"override '{override}' is not of the form key=value, for example distill.alpha=0.5")
-    *parents, last = key.split(".")
-    for parent in parents:
-        data = data.setdefault(parent, {})
-        if not isinstance(data, dict):
-            raise ConfigError(f"override of '{key}': '{parent}' is a value, not a section")
-    data[last] = _parse_yaml(value, f"override of '{key}'", "; quote the value")
-
-
-def _explain(error: Any) -> str:
-    """One clause for one pydantic error: key, value, what is wrong, what to do.
-
-    The value of a key that nobody knows is left out, since it may be a credential under a name that does not say so.
-    """
-    key = ".".join(str(part) for part in error["loc"] if part != "int" and "[" not in str(part))  # a union names kinds
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, all_keys(Config), n=1, cutoff=0.6) or _same_leaf(key)
-        hint = f"did you mean '{near[0]}'?" if near else "see `salad run --help` for the keys"
-        return f"unknown key '{key}'; {hint}"
-    if error["type"] == "value_error":
-        return str(error["ctx"]["error"])
-    message = error["msg"][0].lower() + error["msg"][1:]
-    return f"'{key}' is {_shown(error['input'])}: {message}"
-
-
-def _shown(value: Any) -> str:
-    """A value as an error names it, without what is in a mapping: its keys may be known to nobody."""
-    if isinstance(value, list):
-        return f"[{', '.join(_shown(item) for item in value)}]"
-    return "a mapping" if isinstance(value, dict) else repr(value)
-
-
-def _same_leaf(key: str) -> list[str]:
-    leaf = key.rsplit(".", 1)[-1]
-    leaves = {name.rsplit(".", 1)[-1]: name for name in reversed(all_keys(Config))}  # the first of a name wins
-    return [leaves[match] for match in difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.75)]
+@lru_cache
+def operational_keys(section: type[BaseModel], prefix: str = "") -> frozenset[str]:
+    """Dotted keys of a section that are marked `operational`."""
+    found: set[str] = set()
+    for name, field in section.model_fields.items():
+        part = section_of(field.annotation)
+        if isinstance(field.json_schema_extra, dict) and OPERATIONAL in field.json_schema_extra:
+            found.add(prefix + name)
+        elif part is not None:
+            found |= operational_keys(part, f"{prefix}{name}.")
+    return frozenset(found)
 
 
 def all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from salad_ray.config import redact
+from salad_ray.credentials import redact
 
 USER_ERRORS = frozenset(
     ["ConfigError", "StageError", "TableError", "ModelError", "BadInput", "StoreError", "LeaseError", "TrainingStopped"]

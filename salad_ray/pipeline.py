@@ -11,7 +11,8 @@ from itertools import groupby
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from salad_ray.config import Config, ConfigError, identity, replaced
+from salad_ray.config import Config, ConfigError, identity
+from salad_ray.configfile import replaced
 from salad_ray.console import clock, log_facts, say, show
 from salad_ray.flow import TRAINED, Step, made_from, steps, steps_of, with_needs
 from salad_ray.lease import held, is_held

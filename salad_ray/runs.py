@@ -21,7 +21,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from salad_ray.config import Config, dump_config, identity, parse_config
+from salad_ray.config import Config, identity
+from salad_ray.configfile import dump_config, parse_config
 from salad_ray.flow import TRAINED, Step, steps
 from salad_ray.store import filesystem, is_local, list_folder
 from salad_ray.tables import (

@@ -11,7 +11,8 @@ import pytest
 from factories import run_stage, small_world_config, untrained_copy
 
 from salad_ray import pipeline
-from salad_ray.config import Config, parse_config
+from salad_ray.config import Config
+from salad_ray.configfile import parse_config
 from salad_ray.runs import lead_to
 
 ROOT = Path(__file__).resolve().parents[1]

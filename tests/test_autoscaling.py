@@ -109,7 +109,7 @@ import sys, time
 from functools import partial
 from pathlib import Path
 import pyarrow as pa, ray
-from salad_ray.config import parse_config
+from salad_ray.configfile import parse_config
 from salad_ray.flow import Step
 from salad_ray.runs import Places, Run
 from salad_ray.stages.common import ShardPart, Stage, Work, run_works
@@ -155,7 +155,7 @@ def test_a_stage_on_gpus_stays_off_training_machines_when_its_own_pool_is_full(g
 FLOW = """
 import sys
 from salad_ray import pipeline
-from salad_ray.config import load_config
+from salad_ray.configfile import load_config
 
 pipeline.make(load_config(sys.argv[1]), "stage1", "natural")
 """

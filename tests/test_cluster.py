@@ -36,7 +36,8 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscali
 from ray.autoscaler._private.util import fillout_defaults, validate_config
 
 from salad_ray import pipeline
-from salad_ray.config import Config, load_config
+from salad_ray.config import Config
+from salad_ray.configfile import load_config
 from salad_ray.scaling.rates import gpus_of
 from salad_ray.stages.ray_cluster import require_gpus
 

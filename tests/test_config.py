@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from salad_ray.config import Config, ConfigError, all_keys, dump_config, identity, load_config, parse_config
+from salad_ray.config import Config, ConfigError, all_keys, identity
+from salad_ray.configfile import dump_config, load_config, parse_config
 
 ROOT = Path(__file__).resolve().parents[1]
 

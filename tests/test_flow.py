@@ -9,7 +9,8 @@ import pytest
 from factories import small_world_config, table_of, untrained_copy
 
 from salad_ray import pipeline
-from salad_ray.config import Config, ConfigError, load_config, parse_config, replaced
+from salad_ray.config import Config, ConfigError
+from salad_ray.configfile import load_config, parse_config, replaced
 from salad_ray.flow import STAGES, steps, steps_of, with_needs
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -16,7 +16,8 @@ import pytest
 from clusters import ROOT, Head, head, wait_for
 from factories import table_of, untrained_copy
 
-from salad_ray.config import Config, dump_config
+from salad_ray.config import Config
+from salad_ray.configfile import dump_config
 
 pytestmark = pytest.mark.timeout(3600)  # two minutes, but for machines that are busy with other things
 MOST_UPLOADED = 8 * 2**20
@@ -29,7 +30,7 @@ print("code:", os.getcwd(), salad_ray.__file__, ray.get(in_worker))
 SAYING = """
 import time
 import ray
-from salad_ray.config import parse_config
+from salad_ray.configfile import parse_config
 from salad_ray.console import say
 from salad_ray.stages.ray_cluster import start_ray
 

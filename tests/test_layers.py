@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-BASE = {"config", "flow", "runs", "tables", "store", "s3", "console", "lease", "__init__"}
+BASE = {
+    *("config", "configfile", "credentials", "flow", "runs", "tables", "store", "s3", "console", "lease"), "__init__",
+}  # fmt: skip
 ON_RAY = {"distill.trainer", "distill.worker", "scaling.sweep"}
 ON_DEEPSPEED = {"distill.engine"}
 TOP = {"pipeline", "cli"}

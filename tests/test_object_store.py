@@ -63,7 +63,7 @@ sys.stdin.read()
 """
 DRIVER = """
 import json, os, ray, sys
-from salad_ray.config import load_config
+from salad_ray.configfile import load_config
 from salad_ray.stages.ray_cluster import start_ray
 start_ray(load_config(sys.argv[1]))
 seen = ray.remote(lambda: {name: value for name, value in os.environ.items() if name.startswith("AWS_")})

@@ -20,7 +20,8 @@ from clusters import Head, Node, head, node, wait_for
 from factories import small_world_config, table_of, untrained_copy
 from object_store import BUCKET, s3_server
 
-from salad_ray.config import Config, dump_config, parse_config
+from salad_ray.config import Config
+from salad_ray.configfile import dump_config, parse_config
 from salad_ray.runs import open_places
 from salad_ray.s3 import S3
 from salad_ray.tables import put_folder

@@ -34,10 +34,12 @@ from factories import make_tokenizer, small_world_config
 from kokoro_weights import write_random_kokoro
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from salad_ray import config as config_module
+from salad_ray import configfile as config_module
 from salad_ray.cli import _explain
-from salad_ray.config import ConfigError, CorpusConfig, WebTextConfig, load_config, parse_config, redact
+from salad_ray.config import ConfigError, CorpusConfig, WebTextConfig
+from salad_ray.configfile import load_config, parse_config
 from salad_ray.console import say
+from salad_ray.credentials import redact
 from salad_ray.evaluation.benchmarks import read_items
 from salad_ray.model.encoder import load_encoder
 from salad_ray.model.loading import ModelError
@@ -616,7 +618,7 @@ ON_RAY = """
 import json, os, sys
 import psutil, ray
 from salad_ray import pipeline
-from salad_ray.config import load_config
+from salad_ray.configfile import load_config
 
 config = load_config(sys.argv[1])
 pipeline.make(config, "ingest", "natural")  # starts Ray

@@ -28,7 +28,8 @@ from ray.train.torch import TorchTrainer
 from ray.util.metrics import Gauge
 from torch import Tensor
 
-from salad_ray.config import Config, ConfigError, DistillConfig, parse_config
+from salad_ray.config import Config, ConfigError, DistillConfig
+from salad_ray.configfile import parse_config
 from salad_ray.console import log_facts, say
 from salad_ray.distill.checkpoints import (
     Checkpoint,

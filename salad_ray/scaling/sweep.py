@@ -29,7 +29,8 @@ from typing import Any, Protocol
 import ray
 from ray import tune
 
-from salad_ray.config import Config, ConfigError, SweepConfig, identity, replaced
+from salad_ray.config import Config, ConfigError, SweepConfig, identity
+from salad_ray.configfile import replaced
 from salad_ray.console import clock, console, say, user_error
 from salad_ray.distill.budget import budget_of
 from salad_ray.distill.checkpoints import checkpoint_at

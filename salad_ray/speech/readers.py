@@ -16,7 +16,8 @@ from typing import BinaryIO
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from salad_ray.config import ConfigError, holds_secret
+from salad_ray.config import ConfigError
+from salad_ray.credentials import holds_secret
 from salad_ray.store import filesystem
 from salad_ray.tables import BadInput, Reject, Utterance, stable_hash
 

@@ -30,8 +30,9 @@ import pyarrow as pa
 import ray
 import ray.data
 
-from salad_ray.config import BenchmarkConfig, Config, ConfigError, CorpusConfig, WebTextConfig, redact
+from salad_ray.config import BenchmarkConfig, Config, ConfigError, CorpusConfig, WebTextConfig
 from salad_ray.console import progress, say, user_error
+from salad_ray.credentials import redact
 from salad_ray.evaluation.benchmarks import prompt_of, read_items, world_items
 from salad_ray.flow import Step
 from salad_ray.runs import Run

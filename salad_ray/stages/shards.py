@@ -34,8 +34,9 @@ from ray.exceptions import RayError, RayTaskError
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_list, _internal_kv_put
 from ray.util.metrics import Counter, Gauge
 
-from salad_ray.config import Config, redact
+from salad_ray.config import Config
 from salad_ray.console import progress, say, user_error
+from salad_ray.credentials import redact
 from salad_ray.tables import (
     BadInput,
     Reject,

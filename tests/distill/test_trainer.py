@@ -14,7 +14,8 @@ import psutil
 import pytest
 from factories import run_stage, table_of, untrained_copy
 
-from salad_ray.config import Config, dump_config, parse_config
+from salad_ray.config import Config
+from salad_ray.configfile import dump_config, parse_config
 from salad_ray.distill.checkpoints import Checkpoint
 from salad_ray.distill.trainer import Job, TrainingStopped, as_json, job_of
 from salad_ray.model.speech_lm import EncoderSpec, SpeechLM

@@ -19,7 +19,8 @@ from factories import HAND, hand_table, keep_run, make_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from salad_ray.config import AdapterConfig, ConfigError, parse_config
+from salad_ray.config import AdapterConfig, ConfigError
+from salad_ray.configfile import parse_config
 from salad_ray.model.listen import load_listener
 from salad_ray.model.loading import ModelError, weights_fingerprint
 from salad_ray.model.speech_lm import EncoderSpec, SpeechLM, hidden_states, tokenizer_hash

@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 
 from salad_ray import pipeline
 from salad_ray.cli import app
-from salad_ray.config import Config, ConfigError, dump_config, load_config, parse_config, replaced
+from salad_ray.config import Config, ConfigError
+from salad_ray.configfile import dump_config, load_config, parse_config, replaced
 from salad_ray.flow import merged, steps
 from salad_ray.runs import open_run
 from salad_ray.scaling.plan import Plan, StageCost, fit_training, make_plan, plan_grids

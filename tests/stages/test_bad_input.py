@@ -13,7 +13,8 @@ import soundfile
 from factories import a_table, rejects_of, run_stage, small_world_config, table_of
 
 from salad_ray import pipeline
-from salad_ray.config import Config, ConfigError, parse_config
+from salad_ray.config import Config, ConfigError
+from salad_ray.configfile import parse_config
 from salad_ray.stages.ingest import CheckShard
 from salad_ray.stages.shards import StageError
 from salad_ray.tables import Utterance, to_arrow

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from factories import run_stage, table_of
 
-from salad_ray.config import Config, ConfigError, parse_config
+from salad_ray.config import Config, ConfigError
+from salad_ray.configfile import parse_config
 from salad_ray.model.speech_lm import SpeechLM
 from salad_ray.report.export import export
 from salad_ray.stages.common import condition_of

@@ -15,7 +15,8 @@ import pytest
 from factories import a_table, run_stage, table_of
 
 from salad_ray import pipeline
-from salad_ray.config import Config, parse_config
+from salad_ray.config import Config
+from salad_ray.configfile import parse_config
 from salad_ray.stages import ingest
 from salad_ray.stages.common import gather
 from salad_ray.tables import read_json

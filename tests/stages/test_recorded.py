@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from salad_ray import pipeline
-from salad_ray.config import AlignConfig, AugmentConfig, Config, ConfigError, parse_config
+from salad_ray.config import AlignConfig, AugmentConfig, Config, ConfigError
+from salad_ray.configfile import parse_config
 from salad_ray.sequences.batch import frames_of
 from salad_ray.sequences.interleave import timing_of
 from salad_ray.stages import ingest

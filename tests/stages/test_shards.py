@@ -25,7 +25,8 @@ import ray
 from factories import a_table, run_stage, small_world_config
 from ray.experimental.internal_kv import _internal_kv_list
 
-from salad_ray.config import Config, parse_config
+from salad_ray.config import Config
+from salad_ray.configfile import parse_config
 from salad_ray.console import say, show
 from salad_ray.flow import Step
 from salad_ray.runs import Places, Run

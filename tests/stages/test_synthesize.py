@@ -17,7 +17,8 @@ from factories import rejects_of, run_stage, small_world_config, table_of
 from kokoro_weights import write_random_kokoro
 
 from salad_ray import pipeline
-from salad_ray.config import Config, ConfigError, parse_config
+from salad_ray.config import Config, ConfigError
+from salad_ray.configfile import parse_config
 from salad_ray.speech.audio import encode_audio
 from salad_ray.stages.shards import StageError
 from salad_ray.stages.synthesize import SpeakShard, load_synthesizer

@@ -17,7 +17,8 @@ import pytest
 from factories import rejects_of, run_stage, table_of
 
 from salad_ray import console
-from salad_ray.config import Config, ConfigError, parse_config
+from salad_ray.config import Config, ConfigError
+from salad_ray.configfile import parse_config
 from salad_ray.stages import ingest
 from salad_ray.stages.shards import StageError
 from salad_ray.tables import Embedding, Passage, Reject

@@ -1,0 +1,185 @@
+"""Reading and writing configs: YAML plus `key=value`, checked as a whole, credentials refused."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from salad_ray.config import Config, ConfigError, all_keys
+from salad_ray.credentials import refuse_secret_arguments, refuse_secrets
+from salad_ray.store import open_file
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `key=value` overrides, and validate the whole.
+
+    Args:
+        path: YAML file; its stem names the default `run_dir`.
+        overrides: strings such as `distill.alpha=0`; the value is read as YAML.
+
+    Raises:
+        ConfigError: with one sentence naming the file or override, the key, the value and the remedy.
+    """
+    refuse_secret_arguments([str(path), *overrides])
+    data = _read_yaml(str(path))
+    for override in overrides:
+        _apply_override(data, override)
+    data.setdefault("run_dir", f"runs/{Path(path).stem}")
+    return _absolute(parse_config(data, source=str(path)))
+
+
+def _absolute(config: Config) -> Config:
+    """Local paths made absolute: workers on this machine may start in another folder."""
+
+    def resolve(path: str) -> str:
+        return path.rstrip("/") if "://" in path else str(Path(path).resolve())  # a store takes a//b for another name
+
+    def if_there(name: str | None) -> str | None:
+        if not name:
+            return name
+        place = Path(name).parent if "*" in name else Path(name)  # `*` is in the last part
+        return resolve(name) if place.exists() else name  # otherwise it is a hub id
+
+    corpora = tuple(
+        corpus.model_copy(update={"path": resolve(corpus.path), "root": corpus.root and resolve(corpus.root)})
+        for corpus in config.ingest.corpora
+    )
+    web = tuple(corpus.model_copy(update={"path": if_there(corpus.path)}) for corpus in config.ingest.web)
+    benchmarks = tuple(resolve(path) for path in config.ingest.passages.benchmarks)
+    passages = config.ingest.passages.model_copy(update={"benchmarks": benchmarks})
+    ingest = config.ingest.model_copy(update={"corpora": corpora, "web": web, "passages": passages})
+    synthesize = config.synthesize.model_copy(
+        update={"path": if_there(config.synthesize.path), "recogniser": if_there(config.synthesize.recogniser)}
+    )
+    embed = config.embed.model_copy(update={"path": if_there(config.embed.path)})
+    align = config.align.model_copy(update={"path": if_there(config.align.path)})
+    encode = config.encode.model_copy(update={"path": if_there(config.encode.path)})
+    model = config.model.model_copy(update={"teacher": if_there(config.model.teacher)})
+    asked = tuple(
+        benchmark.model_copy(update={"path": if_there(benchmark.path), "exemplars": if_there(benchmark.exemplars)})
+        for benchmark in config.evaluate.benchmarks
+    )
+    evaluate = config.evaluate.model_copy(
+        update={"benchmarks": asked, "recogniser": if_there(config.evaluate.recogniser)}
+    )
+    changes = {"ingest": ingest, "align": align, "synthesize": synthesize, "encode": encode, "embed": embed}
+    changes |= {"evaluate": evaluate}
+    return config.model_copy(update=changes | {"run_dir": resolve(config.run_dir), "model": model})
+
+
+def parse_config(data: dict[str, Any], source: str = "config") -> Config:
+    """Validate a nested dictionary; raises `ConfigError`."""
+    refuse_secrets(data, source)  # first: other errors name the value
+    try:
+        return Config.model_validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: " + "; ".join(_explain(item) for item in error.errors())) from None
+    except TypeError as error:
+        raise ConfigError(f"{source}: {error}; use plain numbers, words, lists and mappings") from None
+
+
+def replaced(config: Config, values: Mapping[str, Any], source: str = "config") -> Config:
+    """The config with other values of some (dotted) keys; raises `ConfigError`."""
+    data = config.model_dump(mode="json")
+    for key, value in values.items():
+        *parents, last = key.split(".")
+        section = data
+        for parent in parents:
+            section[parent] = section.get(parent) or {}
+            section = section[parent]
+            if not isinstance(section, dict):
+                raise ConfigError(f"{source}: '{key}': '{parent}' is a value, not a section")
+        section[last] = value
+    return parse_config(data, source)
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML that `load_config` reads back unchanged."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML follows YAML 1.1, where `5e-5` is a string; this one reads it as the number it is in YAML 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"), list("-+0123456789.")
+)
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        with open_file(path, "r", encoding="utf-8") as file:
+            text = file.read()
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file; configs/quickstart.yaml is the one to start from") from None
+    except (OSError, ImportError, ValueError) as error:  # of a URL also a protocol that is not known or not installed
+        raise ConfigError(f"{path}: cannot be read as a config file ({error})") from None
+    data = _parse_yaml(text, path)
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: holds a {type(data).__name__}, but a config is a mapping of keys to values")
+    return data
+
+
+def _parse_yaml(text: str, source: str, remedy: str = "") -> Any:
+    """Plain data; the `ConfigError` of what is not YAML repeats nothing of the text, which may be a credential."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark and not remedy else ""
+        told = error.problem or error.context or "it cannot be parsed"
+        problem = re.sub(r" (['\"])(?!<)\S{2,}\1$", "", told)  # a name or tag; `'<scalar>'` is YAML's own word
+        raise ConfigError(f"{source}: not valid YAML{place}: {problem}{remedy}") from None
+    except (yaml.YAMLError, ValueError):  # of a character, or of a date such as 2024-99-99
+        raise ConfigError(f"{source}: not valid YAML: a character or value in it cannot be read{remedy}") from None
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override '{override}' is not of the form key=value, for example distill.alpha=0.5")
+    *parents, last = key.split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"override of '{key}': '{parent}' is a value, not a section")
+    data[last] = _parse_yaml(value, f"override of '{key}'", "; quote the value")
+
+
+def _explain(error: Any) -> str:
+    """One clause for one pydantic error: key, value, what is wrong, what to do.
+
+    The value of a key that nobody knows is left out, since it may be a credential under a name that does not say so.
+    """
+    key = ".".join(str(part) for part in error["loc"] if part != "int" and "[" not in str(part))  # a union names kinds
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, all_keys(Config), n=1, cutoff=0.6) or _same_leaf(key)
+        hint = f"did you mean '{near[0]}'?" if near else "see `salad run --help` for the keys"
+        return f"unknown key '{key}'; {hint}"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return f"'{key}' is {_shown(error['input'])}: {message}"
+
+
+def _shown(value: Any) -> str:
+    """A value as an error names it, without what is in a mapping: its keys may be known to nobody."""
+    if isinstance(value, list):
+        return f"[{', '.join(_shown(item) for item in value)}]"
+    return "a mapping" if isinstance(value, dict) else repr(value)
+
+
+def _same_leaf(key: str) -> list[str]:
+    leaf = key.rsplit(".", 1)[-1]
+    leaves = {name.rsplit(".", 1)[-1]: name for name in reversed(all_keys(Config))}  # the first of a name wins
+    return [leaves[match] for match in difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.75)]
