@@ -32,7 +32,7 @@ from salad_ray.tables import (
     delete_file,
     file_exists,
     fingerprint,
-    put_folder,
+    read_bytes,
     read_json,
     table_label,
     write_bytes,
@@ -236,8 +236,10 @@ def lead_to(places: Places) -> None:
     if "/" in places.name:
         return
     run_dir = places.run_dir
-    if file_exists(f"{places.report_url}/metrics.json") and not _link(f"{run_dir}/report", places.report_url):
-        put_folder(places.report_url, f"{run_dir}/report")
+    names = [name for name, entry in list_folder(places.report_url).items() if entry["type"] == "file"]
+    if names and not _link(f"{run_dir}/report", places.report_url):
+        for name in names:
+            write_bytes(f"{run_dir}/report/{name}", read_bytes(f"{places.report_url}/{name}"))
     for system in TRAINED:
         table = places.table("", system)
         if table.manifest() is not None and not _link(f"{run_dir}/{system}/model", f"{table.url}/model"):
