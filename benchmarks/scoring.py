@@ -23,7 +23,8 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from benchmarks.side_by_side import PAIRS, ratio_row, take_turns
 from salad_ray.evaluation.benchmarks import choose_exemplars, exemplar_of, read_items
 from salad_ray.evaluation.scoring import Query, batches, score, text_query
-from salad_ray.model.speech_lm import lm_head, load_text_lm, load_tokenizer
+from salad_ray.model.loading import load_tokenizer
+from salad_ray.model.speech_lm import lm_head, load_text_lm
 from salad_ray.tables import Item
 
 Scorer = Callable[[PreTrainedModel, Sequence[Query]], list[list[float]]]

@@ -28,8 +28,8 @@ from benchmarks.side_by_side import PAIRS, ROOT, in_subprocess, one_thread_each,
 from salad_ray import pipeline
 from salad_ray.config import Config
 from salad_ray.configfile import load_config
-from salad_ray.distill.budget import budget_of
-from salad_ray.distill.step import DTYPES, batch_loss, decay_start, learning_rate_factor
+from salad_ray.distill.budget import budget_of, decay_start
+from salad_ray.distill.step import DTYPES, batch_loss, learning_rate_factor
 from salad_ray.distill.trainer import Job, train
 from salad_ray.model.speech_lm import EncoderSpec, SpeechLM, load_text_lm, parameter_groups
 from salad_ray.sequences.batch import Batch

@@ -66,6 +66,10 @@ class Step:
     wants to see what Stage I makes of speech does not want Stage II to be trained first."""
     grows: bool = False
     """Its table may be lengthened later; what was made of the shorter one stays valid."""
+    by_shard: bool = False
+    """Whether the stage's `work` makes it shard by shard, in actors; else its `make` does, in its own way."""
+    along: str = ""
+    """The input whose shards it goes along with: it can make one as soon as that one is there."""
 
     @property
     def writes(self) -> tuple[str, ...]:
@@ -78,7 +82,7 @@ class Step:
 
 def steps(config: Config) -> list[Step]:
     """The whole flow for this config, in order: steps of one stage stand together where they can, and share actors."""
-    flow = [*_texts(config), _teacher(config), *_speech(config, _first_sets(config)), *_stage1()]
+    flow = [*_texts(config), *_speech(config, _first_sets(config)), _teacher(config), *_stage1()]
     trained = ["stage1"]
     if config.stage2 is not None:
         flow += _data_engine(config)
@@ -105,30 +109,31 @@ def _texts(config: Config) -> list[Step]:
     """What is read first: passages to be spoken, recordings, and the benchmarks' items."""
     world = ("ingest.num_shards", "seed")
     found = []
+    if config.has_benchmark:
+        own = ("exemplars",) if config.evaluate.has_pool else ()
+        keys = ("evaluate.benchmarks", "seed", *(() if config.evaluate.benchmarks else ("world.num_questions",)))
+        found.append(Step("ingest", "benchmark", ("items", *own), keys=keys))
+        found.append(Step("ingest", "benchmark", ("passages",), ("benchmark/items",)))
     if config.ingest.web:
         cut = (f"ingest.passages.{name}" for name in ("max_word_pieces", "min_words", "max_words", "ngram"))
         keys = ("ingest.web", *cut, "ingest.heldout_share", "ingest.num_shards")
         keys += ("embed.embedder", "embed.path", "embed.revision")
         found.append(Step("ingest", "web", ("passages",), keys=keys))
     elif config.has_web or config.model.teacher == "world":
-        found.append(Step("ingest", "web", ("passages",), keys=("world.num_web", *world)))
+        found.append(Step("ingest", "web", ("passages",), keys=("world.num_web", *world), by_shard=True))
     if config.ingest.corpora:
         read = (f"ingest.{name}" for name in ("corpora", "languages", "heldout_share", "split_by", "num_shards"))
         found.append(Step("ingest", "natural", ("catalog",), keys=tuple(read)))
-        found.append(Step("ingest", "natural", ("utterances",), ("natural/catalog",), ("ingest.quality",)))
+        checked = ("natural/catalog",)
+        found.append(Step("ingest", "natural", ("utterances",), checked, ("ingest.quality",), by_shard=True))
     else:
         keys = ("world.num_natural", "world.unheard", *world)
-        found.append(Step("ingest", "natural", ("passages",), keys=keys))
+        found.append(Step("ingest", "natural", ("passages",), keys=keys, by_shard=True))
     if "heldout" in config.measured_sets and config.ingest.web:
         keys = ("ingest.passages.num_heldout", "seed")
         found.append(Step("ingest", "heldout", ("passages",), ("web/passages",), keys))
     elif "heldout" in config.measured_sets:
-        found.append(Step("ingest", "heldout", ("passages",), keys=("world.num_heldout", *world)))
-    if config.has_benchmark:
-        own = ("exemplars",) if config.evaluate.has_pool else ()
-        keys = ("evaluate.benchmarks", "seed", *(() if config.evaluate.benchmarks else ("world.num_questions",)))
-        found.append(Step("ingest", "benchmark", ("items", *own), keys=keys))
-        found.append(Step("ingest", "benchmark", ("passages",), ("benchmark/items",)))
+        found.append(Step("ingest", "heldout", ("passages",), keys=("world.num_heldout", *world), by_shard=True))
     return found
 
 
@@ -143,15 +148,19 @@ def _speech(config: Config, sets: Collection[str]) -> list[Step]:
     recorded = "natural" in sets and bool(config.ingest.corpora)
     aligned = recorded and config.align.aligner != "none"
     spoken = [name for name in sets if not (recorded and name == "natural")]
-    found = [Step("align", "natural", ("aligned",), ("natural/utterances",), ("align",))] if aligned else []
-    found += [
-        Step("synthesize", name, ("utterances",), (f"{name}/passages",), ("synthesize", "seed")) for name in spoken
-    ]
+    found = []
+    if aligned:
+        heard = "natural/utterances"
+        found.append(Step("align", "natural", ("aligned",), (heard,), ("align",), by_shard=True, along=heard))
+    for name in spoken:
+        text = f"{name}/passages"
+        keys: tuple[str, ...] = ("synthesize", "seed")
+        found.append(Step("synthesize", name, ("utterances",), (text,), keys, by_shard=True, along=text))
     for name in sets:
         heard = f"{name}/aligned" if aligned and name == "natural" else f"{name}/utterances"
-        keys: tuple[str, ...] = ("seed",) if config.encode.augment.share else ()
+        keys = ("seed",) if config.encode.augment.share else ()
         keys = ("seed", "evaluate.conditions") if name == "benchmark" else keys
-        found.append(Step("encode", name, ("features",), (heard,), ("encode", *keys)))
+        found.append(Step("encode", name, ("features",), (heard,), ("encode", *keys), by_shard=True, along=heard))
     return found
 
 
@@ -179,9 +188,10 @@ def _data_engine(config: Config) -> list[Step]:
     trunk = ("trunk", "teacher", "natural/features", "natural/plan")
     active = ("active/features", "active/plan")
     found = [
-        Step("embed", "web", ("embeddings",), ("web/passages",), embed),
+        Step("embed", "web", ("embeddings",), ("web/passages",), embed, by_shard=True),
         Step("cluster", "web", ("clusters", "centroids"), ("web/passages", "web/embeddings"), ("cluster", "seed")),
-        Step("probe", "probe", ("passages",), ("web/passages", *clusters), ("probe.passages_per_cluster",)),
+        Step("probe", "probe", ("passages",), ("web/passages", *clusters), ("probe.passages_per_cluster",),
+             by_shard=True),
         *_speech(config, ["probe"]),
         _measure(config, "probe", "stage1"),
         Step("select", "active", ("selection", "passages"),
@@ -203,7 +213,8 @@ def _measure(config: Config, name: str, system: str) -> Step:
     if system == "untrained":
         keys += ("model.adapter",)
     model = () if system == "untrained" else (system,)
-    return Step("measure", name, (f"measurements_{system}",), ("teacher", f"{name}/features", *model), keys)
+    reads = ("teacher", f"{name}/features", *model)
+    return Step("measure", name, (f"measurements_{system}",), reads, keys, by_shard=True, along=reads[1])
 
 
 def _evaluate(config: Config, trained: Collection[str]) -> list[Step]:
@@ -211,14 +222,14 @@ def _evaluate(config: Config, trained: Collection[str]) -> list[Step]:
     pool = ("benchmark/exemplars",) if config.evaluate.has_pool else ()
     read = ("teacher", "benchmark/items", *pool)
     keys = ("evaluate.num_shots", "distill.precision", "pack.context", "seed")
-    found = [Step("evaluate", "benchmark", ("scores_base",), read, keys)]
+    found = [Step("evaluate", "benchmark", ("scores_base",), read, keys, by_shard=True)]
     for system in trained:
         reads = (*read, "benchmark/features", system)
-        found.append(Step("evaluate", "benchmark", (f"scores_{system}",), reads, keys))
+        found.append(Step("evaluate", "benchmark", (f"scores_{system}",), reads, keys, by_shard=True))
     if config.evaluate.cascade != "none":
         own = ("evaluate.conditions", "evaluate.cascade")
         reads = (*read, "benchmark/utterances")
-        found.append(Step("evaluate", "benchmark", ("scores_cascade",), reads, (*keys, *own)))
+        found.append(Step("evaluate", "benchmark", ("scores_cascade",), reads, (*keys, *own), by_shard=True))
     return found
 
 
@@ -230,6 +241,27 @@ def merged(flow: Iterable[Step]) -> list[Step]:
         tables = step.tables if before is None else before.tables + step.tables
         found[step.stage, step.set] = replace(step, tables=tables)
     return list(found.values())
+
+
+def batches(config: Config, flow: Iterable[Step]) -> list[list[Step]]:
+    """Neighbouring steps that the same actors make: of one stage; and, where none of them needs a GPU, stages that go
+    along with the shards of those before, so that one actor takes a shard through all of them."""
+    found: list[list[Step]] = []
+    for step in flow:
+        last = found[-1] if found else []
+        same = bool(last) and last[-1].by_shard and step.by_shard and last[-1].stage == step.stage
+        written = {label for each in last for label in each.writes}
+        follows = step.by_shard and step.along in written and not any(gpus(config, each) for each in (*last, step))
+        if same or follows:
+            last.append(step)
+        else:
+            found.append([step])
+    return found
+
+
+def gpus(config: Config, step: Step) -> float:
+    """GPUs of each actor of a stage."""
+    return float(getattr(getattr(config, step.stage, None), "num_gpus", 0.0))
 
 
 def steps_of(config: Config, stage: str, set_name: str) -> list[Step]:

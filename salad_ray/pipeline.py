@@ -7,14 +7,13 @@ import os
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
-from itertools import groupby
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from salad_ray.config import Config, ConfigError, identity
 from salad_ray.configfile import replaced
 from salad_ray.console import clock, log_facts, say, show
-from salad_ray.flow import TRAINED, Step, made_from, steps, steps_of, with_needs
+from salad_ray.flow import TRAINED, Step, batches, made_from, steps, steps_of, with_needs
 from salad_ray.lease import held, is_held
 from salad_ray.runs import (
     NOWHERE,
@@ -45,7 +44,7 @@ Ask = Callable[[str], bool]
 def stage_module(stage: str) -> ModuleType:
     """The stage's module; imported late, since `salad --help` should not wait for torch.
 
-    It has `work(run, step) -> Work` if it goes shard by shard, else `make(run, step)`; and perhaps
+    It has `work(run, step, ahead) -> Work` for steps that go shard by shard, `make(run, step)` for others; and perhaps
     `sources(config, step)`, the facts of what it reads from outside.
     """
     return importlib.import_module(f"salad_ray.stages.{stage}")
@@ -132,31 +131,31 @@ def start(config: Config, flow: Sequence[Step]) -> Run:
 
 
 def run_steps(run: Run, flow: Sequence[Step], started: float) -> None:
-    """Make what is missing of these steps; neighbours of one stage by the same actors."""
+    """Make what is missing of these steps, in batches that share their actors."""
     number = 0
-    for stage, group in groupby(flow, lambda step: step.stage):
-        together = list(group)
-        number += len(together)
-        sets = ", ".join(dict.fromkeys(step.set for step in together if step.set))
-        say(f"[{number}/{len(flow)}, {clock(time.monotonic() - started)}] {stage} {sets}".rstrip())
-        make_steps(run, together)
+    for batch in batches(run.config, flow):
+        number += len(batch)
+        names = dict.fromkeys(step.stage for step in batch)
+        sets = dict.fromkeys(step.set for step in batch if step.set)
+        label = f"{' → '.join(names)} {', '.join(sets)}".rstrip()
+        say(f"[{number}/{len(flow)}, {clock(time.monotonic() - started)}] {label}")
+        make_steps(run, batch)
 
 
-def make_steps(run: Run, group: Sequence[Step]) -> None:
-    """Make the tables of neighbouring steps of one stage; another driver that makes one of them is waited for."""
-    stage = group[0].stage
-    module = stage_module(stage)
-    log_facts.update(run=run.config.run_dir, stage=stage, set=group[0].set)
+def make_steps(run: Run, batch: Sequence[Step]) -> None:
+    """Make the tables of a batch; another driver that makes one of them is waited for."""
     with ExitStack() as leases:
-        for step in group:
-            leases.enter_context(held(run.labelled(step.writes[0]).url)) if step.writes else None
-        if hasattr(module, "work"):
-            from salad_ray.stages.common import run_works
+        for step in batch:
+            if step.writes:
+                leases.enter_context(held(run.labelled(step.writes[0]).url))
+        log_facts.update(run=run.config.run_dir, stage=batch[0].stage, set=batch[0].set)
+        if batch[0].by_shard:
+            from salad_ray.stages.common import begun_works, run_works
 
-            run_works(run, [module.work(run, step) for step in group])
+            run_works(run, begun_works(batch, lambda step, ahead: stage_module(step.stage).work(run, step, ahead)))
         else:
-            for step in group:
-                module.make(run, step)
+            for step in batch:
+                stage_module(step.stage).make(run, step)
 
 
 def delete_tables(run: Run, labels: Collection[str], ask: Ask) -> None:

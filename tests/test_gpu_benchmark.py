@@ -297,7 +297,7 @@ def test_attention_without_grouped_heads_is_the_same(monkeypatch: pytest.MonkeyP
             return varlen_on_cpu(*args, **settings)
 
         monkeypatch.setattr(speech_lm, "varlen_attn", older)
-        monkeypatch.setattr(speech_lm, "_KNOWS_GQA", False)
+        monkeypatch.setattr(speech_lm, "_knows_gqa", lambda: False)
         found = student.text_hidden(batch.teacher_ids, batch.teacher_position_ids)
     assert seen == [True] * shape.llm.num_hidden_layers
     torch.testing.assert_close(found, expected)

@@ -42,8 +42,8 @@ from salad_ray.console import say
 from salad_ray.credentials import redact
 from salad_ray.evaluation.benchmarks import read_items
 from salad_ray.model.encoder import load_encoder
-from salad_ray.model.loading import ModelError
-from salad_ray.model.speech_lm import load_text_lm, load_tokenizer
+from salad_ray.model.loading import ModelError, load_tokenizer
+from salad_ray.model.speech_lm import load_text_lm
 from salad_ray.report.card import cell
 from salad_ray.scaling.plan import text_llm
 from salad_ray.scaling.rates import load_rates

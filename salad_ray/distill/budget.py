@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from salad_ray.config import STAGE2_SHARE, Config, DistillConfig, Stage2Config
-from salad_ray.distill.step import decay_start
 from salad_ray.sequences.plan import plan_shard_name
 from salad_ray.tables import Table
 
@@ -36,6 +35,11 @@ def budget_of(config: Config, plan: Table) -> Budget:
         given = config.stage2.num_steps is not None or config.stage2.num_positions is not None
         stage2_steps = steps_of(config.stage2, config, plan) if given else max(1, round(STAGE2_SHARE * num_steps))
     return Budget(num_steps, decay_start(num_steps, config.distill.decay_share), stage2_steps)
+
+
+def decay_start(num_steps: int, decay_share: float) -> int:
+    """Steps after which the learning rate begins to fall."""
+    return num_steps - round(num_steps * decay_share)
 
 
 def steps_of(ends: DistillConfig | Stage2Config, config: Config, plan: Table) -> int:

@@ -65,11 +65,6 @@ def learning_rate_factor(step: int, num_steps: int, warmup_steps: int, decay_ste
     return min(rising, falling, 1.0)
 
 
-def decay_start(num_steps: int, decay_share: float) -> int:
-    """Steps after which the learning rate begins to fall."""
-    return num_steps - round(num_steps * decay_share)
-
-
 def training_flops(num_student: int, num_teacher: int, llm_config: object, batch: Batch) -> float:
     """Useful FLOP of one micro-batch: 6N per student position, 2N per teacher position, and causal attention.
 

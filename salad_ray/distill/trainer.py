@@ -43,15 +43,8 @@ from salad_ray.distill.logger import Logger
 from salad_ray.distill.step import DTYPES, learning_rate_factor, peak_flops, training_flops
 from salad_ray.distill.worker import work
 from salad_ray.distill.zero import optimizer_step, partitions, restored
-from salad_ray.model.speech_lm import (
-    EncoderSpec,
-    ModelError,
-    SpeechLM,
-    load_text_lm,
-    load_tokenizer,
-    tokenizer_hash,
-    weights_fingerprint,
-)
+from salad_ray.model.loading import load_tokenizer, tokenizer_hash
+from salad_ray.model.speech_lm import EncoderSpec, ModelError, SpeechLM, load_text_lm, weights_fingerprint
 from salad_ray.sequences.batch import Batch, without_labels
 from salad_ray.sequences.loader import ActiveMix, LaneReader
 from salad_ray.store import StoreError, for_ray, scratch_folder

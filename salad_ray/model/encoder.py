@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -21,8 +21,6 @@ import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import MimiEncoderModel
-from transformers.audio_utils import mel_filter_bank
 
 from salad_ray.config import EncodeConfig
 from salad_ray.model.loading import (
@@ -36,6 +34,9 @@ from salad_ray.model.loading import (
     require_whole,
     weights_fingerprint,
 )
+
+if TYPE_CHECKING:
+    from transformers import MimiEncoderModel
 
 
 class Encoder(Protocol):
@@ -81,6 +82,8 @@ class LogMelEncoder:
     """Of log energies of recorded and synthetic speech."""
 
     def __init__(self) -> None:
+        from transformers.audio_utils import mel_filter_bank
+
         filters = mel_filter_bank(
             self._window // 2 + 1, self._bands, 0.0, 8000.0, self.sampling_rate, norm="slaney", mel_scale="slaney"
         )
@@ -292,6 +295,8 @@ def _split(frames: Tensor, num_frames: Sequence[int]) -> list[np.ndarray]:
 
 
 def _load_mimi(path: str, revision: str | None, dtype: torch.dtype) -> MimiEncoderModel:
+    from transformers import MimiEncoderModel  # its code takes seconds to import, for which log-mel should not wait
+
     model, info = load_pretrained(MimiEncoderModel, path, revision, "Mimi", dtype=dtype)
     require_whole(path, info)
     if not model.config.use_causal_conv:

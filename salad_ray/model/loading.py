@@ -8,13 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # What transformers and its parsers raise for a folder, hub id or setting that cannot be used, and torch for a pickle.
 UNUSABLE = (
@@ -137,3 +141,25 @@ def _tensor_digest(item: tuple[str, Tensor]) -> bytes:
 
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A short hash of everything that decides a fast tokenizer's output."""
+    return hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode(), digest_size=8).hexdigest()
+
+
+def load_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of a text LLM; raises `ModelError` when there is none."""
+    require_readable(path, "Qwen/Qwen2.5-3B")
+    try:
+        with quiet():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                path, revision=revision, trust_remote_code=False, use_fast=True
+            )
+    except UNUSABLE as error:
+        raise ModelError(f"{path}: its tokenizer cannot be loaded ({reason(error)})") from None
+    if not tokenizer.is_fast:
+        raise ModelError(f"{path}: its tokenizer gives no character offsets; add a fast tokenizer (tokenizer.json)")
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where there are no files
+        raise ModelError(f"{path}: holds no tokenizer; save one there with tokenizer.save_pretrained")
+    return tokenizer

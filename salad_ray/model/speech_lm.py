@@ -8,7 +8,6 @@ V vocabulary.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import shutil
@@ -16,6 +15,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -36,20 +34,19 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from salad_ray.config import AdapterConfig
 from salad_ray.model.adapter import Adapter, ExactBuffers, checkpoint_layers
+from salad_ray.model.loading import ModelError as ModelError  # also had from here, as part of loading a speech LM
 from salad_ray.model.loading import (
-    UNUSABLE,
     load_pretrained,
+    load_tokenizer,
     quiet,
     reason,
     require_readable,
     require_whole,
 )
-from salad_ray.model.loading import ModelError as ModelError  # also had from here, as part of loading a speech LM
 from salad_ray.model.loading import weights_fingerprint as weights_fingerprint
 from salad_ray.sequences.batch import Batch
 
 FORMAT = "salad_ray.speech_lm/1"
-_KNOWS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not in torch 2.11
 # Settings with which known architectures bend their logits away from hidden · headᵀ.
 _LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "logit_softcap")
 
@@ -215,6 +212,21 @@ def _segment_bounds(position_ids: Tensor) -> dict[str, Any]:
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
 
+def varlen_attn(*states: Any, **settings: Any) -> Any:
+    """The kernel inside torch, imported when it is called: with it comes the compiler, which takes seconds."""
+    from torch.nn.attention.varlen import varlen_attn as kernel
+
+    return kernel(*states, **settings)
+
+
+@lru_cache
+def _knows_gqa() -> bool:
+    """Whether the kernel repeats keys and values by itself; in torch 2.11 it does not."""
+    from torch.nn.attention.varlen import varlen_attn as kernel
+
+    return "enable_gqa" in inspect.signature(kernel).parameters
+
+
 def _varlen_attention(
     module: nn.Module,
     query: Tensor,
@@ -233,7 +245,7 @@ def _varlen_attention(
     query (B, heads, T, head_dim), key and value (B, kv_heads, T, head_dim) → (B, T, heads, head_dim).
     """
     settings: dict[str, Any] = {"enable_gqa": True}
-    if not _KNOWS_GQA:
+    if not _knows_gqa():
         settings, groups = {}, query.shape[1] // key.shape[1]
         key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
     query_flat, key_flat, value_flat = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
@@ -276,26 +288,6 @@ def load_text_lm(
     _require_packable(path, llm)
     _require_plain_logits(path, llm)
     return llm.eval()
-
-
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A short hash of everything that decides a fast tokenizer's output."""
-    return hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode(), digest_size=8).hexdigest()
-
-
-def load_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerBase:
-    """The fast tokenizer of a text LLM; raises `ModelError` when there is none."""
-    require_readable(path, "Qwen/Qwen2.5-3B")
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False, use_fast=True)
-    except UNUSABLE as error:
-        raise ModelError(f"{path}: its tokenizer cannot be loaded ({reason(error)})") from None
-    if not tokenizer.is_fast:
-        raise ModelError(f"{path}: its tokenizer gives no character offsets; add a fast tokenizer (tokenizer.json)")
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where there are no files
-        raise ModelError(f"{path}: holds no tokenizer; save one there with tokenizer.save_pretrained")
-    return tokenizer
 
 
 def parameter_groups(

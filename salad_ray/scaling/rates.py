@@ -1,14 +1,12 @@
 """What `salad plan` reckons with: `rates.yaml`, which users copy and edit, and what a run has measured of it.
 
-Every rate is an assumption until a run on this kind of machine has measured it: a stage's manifest says when its first
-actor had finished its first shard and when all had finished the last, which tells the start from the work. Nothing here
-needs Ray.
+Every rate is an assumption until a run on this kind of machine has measured it: a stage's manifest says how long it
+took and for how long its actors worked on shards, which tells the start from the work. Nothing here needs Ray.
 """
 
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from salad_ray.config import Config, ConfigError, Section, all_keys
 from salad_ray.flow import Step, merged, steps
-from salad_ray.model.speech_lm import ModelError, load_tokenizer
+from salad_ray.model.loading import load_tokenizer
+from salad_ray.model.speech_lm import ModelError
 from salad_ray.runs import Run
 from salad_ray.sequences.interleave import tokenize
 from salad_ray.sequences.plan import plan_shard_name
@@ -31,8 +30,6 @@ ASSUMPTION, DERIVED = "assumption", "derived"
 TRAININGS = ("trunk", "stage1", "stage2")
 CLUSTER_FIT = "cluster fit"
 """The kind of the one job that fits k-means; `cluster` is what its actors do then."""
-MIN_WAVES = 3
-"""Shards of an actor; fewer do not tell its start from its work."""
 SAMPLE_SHARDS = 32
 """Of the features, from which words are counted: recordings were dealt to them by hash."""
 SAMPLE_TEXTS = 1000
@@ -284,19 +281,13 @@ def pace_of(run: Run, step: Step) -> Pace | None:
 
 
 def _actors_pace(amount: float, done: list[dict[str, Any]]) -> Pace:
-    """Of actors that took shard after shard, in waves."""
+    """Of actors that take shard after shard, and say how long they worked on them."""
     secs = sum(manifest.get("seconds", 0.0) for manifest in done)
-    timed = [manifest for manifest in done if {"first_secs", "num_actors"} <= manifest.keys()]
-    if not timed:
+    timed = [manifest for manifest in done if {"busy_secs", "num_actors"} <= manifest.keys()]
+    if not timed or not amount:
         return Pace(amount, secs, None)
-    actors, shards = timed[0]["num_actors"], sum(len(manifest["shards"]) for manifest in timed)
-    waves = math.ceil(shards / actors)
-    is_whole = timed[0].get("num_made") == shards  # else it was resumed, and the times are of a part
-    if waves < MIN_WAVES or not amount or not is_whole:
-        return Pace(amount, secs, None, actors)
-    working = sum(manifest["seconds"] for manifest in timed) - timed[0]["first_secs"]
-    wave = max(working, 0.0) / (waves - 1)
-    return Pace(amount, max(secs - wave * waves, 0.0), wave * shards / amount, actors)
+    actors, busy = timed[0]["num_actors"], sum(manifest["busy_secs"] for manifest in timed)
+    return Pace(amount, max(secs - busy / actors, 0.0), busy / amount, actors)
 
 
 def _training_pace(manifest: dict[str, Any]) -> Pace:

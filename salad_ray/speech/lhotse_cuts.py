@@ -15,17 +15,17 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import soundfile
-from lhotse import AudioSource, MonoCut, Recording, SupervisionSegment
-from lhotse.serialization import deserialize_item
-from lhotse.supervision import AlignmentItem
 
 from salad_ray.speech.audio import load_audio, open_recording, referenced
 from salad_ray.speech.readers import STAGE, inside, language_code, lines_of, normalize_text
 from salad_ray.store import open_file
 from salad_ray.tables import BadInput, Reject, Utterance, Word, atomic_file, stable_hash, write_bytes
+
+if TYPE_CHECKING:
+    from lhotse import MonoCut, Recording, SupervisionSegment
 
 END_TOLERANCE_SECS = 0.1
 NUM_PROBES = 50
@@ -105,6 +105,9 @@ def _lines(url: str) -> Iterator[tuple[int, str | BadInput]]:
 def _cut(line: str | BadInput) -> MonoCut:
     if isinstance(line, BadInput):
         raise line
+    from lhotse import MonoCut  # here and below: it imports torch, for which no other corpus should wait
+    from lhotse.serialization import deserialize_item
+
     cut = deserialize_item(json.loads(line))
     if not isinstance(cut, MonoCut):
         raise BadInput(f"a {type(cut).__name__}; only cuts of one channel of one recording are read")
@@ -275,6 +278,8 @@ class _Recordings:
         return row, recording
 
     def _described(self, row: Utterance) -> Recording:
+        from lhotse import AudioSource, Recording
+
         embedded = row.audio is not None or row.byte_start is not None
         path = self._write(row) if embedded else row.uri or ""
         if path not in self.last:
@@ -308,6 +313,9 @@ def _averaged(row: Utterance) -> Utterance:
 
 
 def _cut_of(row: Utterance, recording: Recording) -> MonoCut:
+    from lhotse import MonoCut, SupervisionSegment
+    from lhotse.supervision import AlignmentItem
+
     extra: dict[str, Any] = {
         "license": row.license,
         "domain": row.domain,

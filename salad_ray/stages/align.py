@@ -15,7 +15,7 @@ from salad_ray.runs import Run
 from salad_ray.speech.align import Alignment, PocketsphinxAligner
 from salad_ray.speech.audio import load_utterance
 from salad_ray.speech.ctc import CTCAligner
-from salad_ray.stages.common import Stage, Work
+from salad_ray.stages.common import Ahead, Stage, Work
 from salad_ray.stages.shards import ShardPart, StageError, WindowWorker, keep_or_reject
 from salad_ray.tables import BadInput, Table, Utterance, to_arrow
 
@@ -28,9 +28,9 @@ def sources(config: Config, step: Step) -> dict[str, Any]:
     return {"aligner": load_ctc(config.align, "cpu").facts} if config.align.aligner == "ctc" else {}
 
 
-def work(run: Run, step: Step) -> Work:
+def work(run: Run, step: Step, ahead: Ahead) -> Work:
     """`<set>/aligned` from `<set>/utterances`."""
-    stage = Stage.of(run, step)
+    stage = Stage.of(run, step, ahead=ahead)
     [(label, utterances)] = stage.inputs.items()
     facts = dict(run.facts_of(step))
     worker = partial(AlignShard, run.config, run.labelled(label), facts.get("aligner"))

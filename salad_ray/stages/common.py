@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -56,11 +56,21 @@ class Stage:
     """Label of a table that it is made from → its manifest."""
 
     @classmethod
-    def of(cls, run: Run, step: Step, name: str | None = None, **others: dict[str, Any]) -> Stage:
-        """Of a step's table, by default its first; `others` are manifests of tables of the same step that it is made
-        from. Raises `StageError` where an input is not finished."""
-        table = run.table(step.set, name or step.tables[0])
-        return cls(run, step, table, {label: finished(run, label) for label in step.reads} | others)
+    def of(
+        cls, run: Run, step: Step, name: str | None = None, ahead: Ahead | None = None, **others: dict[str, Any]
+    ) -> Stage:
+        """Of a step's table, by default its first.
+
+        Args:
+            ahead: what the same actors make before it.
+            others: manifests of tables of the same step that it is made from.
+
+        Raises:
+            StageError: an input is not finished.
+        """
+        table, ahead = run.table(step.set, name or step.tables[0]), ahead or {}
+        inputs = {label: ahead[label].promise() if label in ahead else finished(run, label) for label in step.reads}
+        return cls(run, step, table, inputs | others)
 
     @property
     def name(self) -> str:
@@ -158,6 +168,15 @@ class Work:
     clean_up: Callable[[], None] = lambda: None
     """Called when the manifest is written."""
 
+    def promise(self) -> dict[str, Any]:
+        """What is known of the manifest before it is written."""
+        begun = read_json(f"{self.stage.table.url}/begun.json") or {}
+        return begun | self.facts | {"shards": dict.fromkeys(self.items)}
+
+
+Ahead = Mapping[str, Work]
+"""Label of a table → the work that makes it, by the same actors, a shard at a time."""
+
 
 def run_works(run: Run, works: Sequence[Work]) -> None:
     """Make the tables that are not done, by the same actors, which have one worker at a time: they start once for all.
@@ -165,36 +184,54 @@ def run_works(run: Run, works: Sequence[Work]) -> None:
     Raises:
         StageError: with strict=true at the first bad input; when too large a share is rejected; without items.
     """
-    pending = []
-    for work in works:
-        if work.stage.is_done():
-            check_strict(run.config, work.stage)
-            say(f"{work.stage.label}: done already, {work.stage.table.url}")
-        else:
-            work.stage.begin()
-            pending.append(work)
+    pending = [work for work in works if not _is_done(run, work)]
     started = time.monotonic()
-    pace = _do(run, pending)
+    pace, busy = _do(run, pending)
     secs = time.monotonic() - started
-    total = sum(len(work.items) for work in pending)
     for work in pending:
         counts = checked_counts(run.config, work.stage, list(work.items))
-        own_secs = secs * len(work.items) / total
-        work.stage.finish(**counts, **pace, **work.facts, seconds=round(own_secs, 2))
+        own_busy = busy.get(work.stage.table.url, 0.0)
+        own_secs = secs * own_busy / (sum(busy.values()) or 1.0)
+        facts = pace | {"busy_secs": round(own_busy, 2), "seconds": round(own_secs, 2)}
+        work.stage.finish(**counts, **facts, **work.facts)
         work.clean_up()
         say(f"{work.stage.label}: {counts['num_kept']:,} kept in {own_secs:.1f} s → {work.stage.table.url}")
 
 
+def begun_works(batch: Sequence[Step], work_of: Callable[[Step, Ahead], Work]) -> list[Work]:
+    """What the steps of a batch do, each begun, so that the next can refer to what it will make."""
+    works, ahead = [], dict[str, Work]()
+    for step in batch:
+        work = work_of(step, ahead)
+        works.append(work)
+        if not work.stage.is_done():
+            work.stage.begin()
+            ahead[work.stage.table.label] = work
+    return works
+
+
+def _is_done(run: Run, work: Work) -> bool:
+    if not work.stage.is_done():
+        work.stage.begin()
+        return False
+    check_strict(run.config, work.stage)
+    say(f"{work.stage.label}: done already, {work.stage.table.url}")
+    return True
+
+
 def make_shards(run: Run, work: Work) -> dict[str, Any]:
     """Make every shard that is missing, and no manifest; returns the counts over all items. Raises as `run_works`."""
-    pace = _do(run, [work])
+    pace, _ = _do(run, [work])
     return checked_counts(run.config, work.stage, list(work.items)) | pace
 
 
-def _do(run: Run, works: Sequence[Work]) -> dict[str, float]:
-    """Make the shards that are missing; returns the pace (`map_shards`)."""
-    tasks = []
-    for work in works:
+def _do(run: Run, works: Sequence[Work]) -> tuple[dict[str, float], dict[str, float]]:
+    """Make the shards that are missing; returns the pace and, by URL of a table, how long actors worked on it
+    (`map_shards`)."""
+    tasks: list[Task] = []
+    chains: dict[str, int] = {}
+    for number, work in enumerate(works):
+        chains[work.stage.table.label] = chains.get(work.stage.step.along, number)
         done = set(work.stage.table.shards())
         items = {name: payload for name, payload in work.items.items() if name not in done}
         if done and items:
@@ -203,9 +240,10 @@ def _do(run: Run, works: Sequence[Work]) -> dict[str, float]:
         if items:
             num_there = len(work.items) - len(items)
             table = work.stage.table
-            tasks.append(Task(work.stage.label, table, run.config.run_dir, items, work.make_worker, num_there))
+            chain = chains[table.label]
+            tasks.append(Task(work.stage.label, table, run.config.run_dir, items, work.make_worker, num_there, chain))
     if not tasks:
-        return {}
+        return {}, {}
     config, num_gpus = run.config, works[0].num_gpus
     start_ray(config)
     cluster = ray.cluster_resources()

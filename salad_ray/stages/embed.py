@@ -13,7 +13,7 @@ from salad_ray.config import Config
 from salad_ray.console import say
 from salad_ray.flow import Step
 from salad_ray.runs import Run
-from salad_ray.stages.common import Stage, Work
+from salad_ray.stages.common import Ahead, Stage, Work
 from salad_ray.stages.shards import ShardPart, StageError, WindowWorker, keep_or_reject
 from salad_ray.tables import BadInput, Embedding, Passage, Table, file_exists, to_arrow
 from salad_ray.text.embedding import SentenceEmbedder, TfidfEmbedder
@@ -36,9 +36,9 @@ def sources(config: Config, step: Step) -> dict[str, Any]:
     return {"weights": embedder.weights}
 
 
-def work(run: Run, step: Step) -> Work:
+def work(run: Run, step: Step, ahead: Ahead) -> Work:
     """`web/embeddings` from `web/passages`."""
-    stage = Stage.of(run, step)
+    stage = Stage.of(run, step, ahead=ahead)
     [(label, manifest)] = stage.inputs.items()
     passages, fitted = run.labelled(label), tfidf_url(stage.table)
     if run.config.embed.embedder == "tfidf" and not stage.is_done():

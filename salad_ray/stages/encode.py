@@ -16,7 +16,7 @@ from salad_ray.runs import Run
 from salad_ray.sequences.batch import store_frames
 from salad_ray.speech.audio import load_utterance
 from salad_ray.speech.augment import augment, distort
-from salad_ray.stages.common import TRAINED_ON, Stage, Work, condition_of
+from salad_ray.stages.common import TRAINED_ON, Ahead, Stage, Work, condition_of
 from salad_ray.stages.shards import ShardPart, StageError, WindowWorker, keep_or_reject
 from salad_ray.tables import Features, Table, Utterance, stable_hash, to_arrow
 
@@ -31,9 +31,9 @@ def sources(config: Config, step: Step) -> dict[str, Any]:
     return {"encoder": spec | {"path": config.encode.path}, "weights": encoder.weights}
 
 
-def work(run: Run, step: Step) -> Work:
+def work(run: Run, step: Step, ahead: Ahead) -> Work:
     """`<set>/features` from utterances, aligned ones where they were."""
-    stage = Stage.of(run, step)
+    stage = Stage.of(run, step, ahead=ahead)
     [(label, utterances)] = stage.inputs.items()
     facts = run.facts_of(step)
     worker = partial(EncodeShard, run.config, step.set, run.labelled(label), facts["weights"])

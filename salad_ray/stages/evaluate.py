@@ -14,13 +14,14 @@ from salad_ray.distill.step import DTYPES
 from salad_ray.evaluation.benchmarks import choose_exemplars, exemplar_of
 from salad_ray.evaluation.scoring import Query, batches, predict, score, speech_query, text_query
 from salad_ray.flow import Step
-from salad_ray.model.speech_lm import SpeechLM, load_text_lm, load_tokenizer
+from salad_ray.model.loading import load_tokenizer
+from salad_ray.model.speech_lm import SpeechLM, load_text_lm
 from salad_ray.runs import Run
 from salad_ray.sequences.batch import frames_of
 from salad_ray.speech.audio import load_utterance
 from salad_ray.speech.augment import distort
 from salad_ray.speech.recognise import load_recogniser, word_error_rate
-from salad_ray.stages.common import Stage, Work, condition_of, teacher_of
+from salad_ray.stages.common import Ahead, Stage, Work, condition_of, teacher_of
 from salad_ray.stages.shards import ShardPart, StageError, keep_or_reject
 from salad_ray.tables import Features, Item, Score, Table, Utterance, local_folder, stable_hash, to_arrow
 
@@ -39,9 +40,9 @@ def sources(config: Config, step: Step) -> dict[str, Any]:
     return {name: str(fact) for name, fact in _recogniser(config, "cpu").facts.items()}
 
 
-def work(run: Run, step: Step) -> Work:
+def work(run: Run, step: Step, ahead: Ahead) -> Work:
     """`benchmark/scores_<system>`: the base LLM reads, the cascade reads transcripts, others read and listen."""
-    stage = Stage.of(run, step)
+    stage = Stage.of(run, step, ahead=ahead)
     system = step.tables[0].removeprefix("scores_")
     tables = {table.name: table for table in map(run.labelled, step.reads)}
     shards = {table.name: list(stage.inputs[table.label].get("shards", ())) for table in tables.values()}

@@ -41,6 +41,7 @@ from salad_ray.speech.audio import check_recording
 from salad_ray.speech.corpora import Source, attributions, corpus_name, find_sources, scan, source_stamp
 from salad_ray.speech.readers import language_code, split_of
 from salad_ray.stages.common import (
+    Ahead,
     PickPassages,
     Stage,
     Work,
@@ -120,25 +121,27 @@ def sources(config: Config, step: Step) -> dict[str, Any]:
 
 
 def make(run: Run, step: Step) -> None:
-    """Write `<set>/passages` (text that is spoken later), or `natural/catalog` and `natural/utterances`."""
-    config = run.config
+    """Write `<set>/passages` of web text, `natural/catalog`, or the benchmarks' items and what is spoken of them."""
     if step.set == "benchmark":
         make_benchmark_passages(run, step) if step.reads else make_items(run, step)
     elif "catalog" in step.tables:
         make_catalog(run, step)
-    elif "utterances" in step.tables:
-        stage = Stage.of(run, step)
-        [(label, catalog)] = stage.inputs.items()
-        worker = partial(CheckShard, config, run.labelled(label))
-        run_works(run, [Work(stage, {name: name for name in catalog["shards"]}, worker)])
     elif step.reads:
         keep_aside(run, step)
-    elif config.ingest.web and step.set == "web":
-        make_passages(run, step)
     else:
-        _require_domains(config)
-        items = {name: index for index, name in enumerate(shard_names(config))}
-        run_works(run, [Work(Stage.of(run, step), items, partial(WorldPassages, config, step.set))])
+        make_passages(run, step)
+
+
+def work(run: Run, step: Step, ahead: Ahead) -> Work:
+    """`<set>/passages` of the embedded world, or `natural/utterances`, which are checked."""
+    config, stage = run.config, Stage.of(run, step, ahead=ahead)
+    if stage.inputs:
+        [(label, catalog)] = stage.inputs.items()
+        worker: Any = partial(CheckShard, config, run.labelled(label))
+        return Work(stage, {name: name for name in catalog["shards"]}, worker)
+    _require_domains(config)
+    items = {name: index for index, name in enumerate(shard_names(config))}
+    return Work(stage, items, partial(WorldPassages, config, step.set))
 
 
 def shard_names(config: Config) -> list[str]:

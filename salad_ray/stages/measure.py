@@ -15,16 +15,16 @@ from salad_ray.runs import Run
 from salad_ray.sequences.batch import collate
 from salad_ray.sequences.loader import samples_of
 from salad_ray.sequences.plan import plan_lane
-from salad_ray.stages.common import Stage, Work, teacher_of
+from salad_ray.stages.common import Ahead, Stage, Work, teacher_of
 from salad_ray.stages.shards import ShardPart, StageError
 from salad_ray.tables import Features, Measurement, PlanRow, Table, local_folder, to_arrow
 
 UNTRAINED = "untrained"
 
 
-def work(run: Run, step: Step) -> Work:
+def work(run: Run, step: Step, ahead: Ahead) -> Work:
     """`<set>/measurements_<system>`; of the probe set only what Stage I makes of it."""
-    stage = Stage.of(run, step)
+    stage = Stage.of(run, step, ahead=ahead)
     _, features, *trained = step.reads
     manifest = stage.inputs[features]
     worker = partial(

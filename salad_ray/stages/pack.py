@@ -17,7 +17,7 @@ from salad_ray.config import Config
 from salad_ray.console import say
 from salad_ray.distill.budget import active_share, budget_of, fill, rows_of_epoch
 from salad_ray.flow import Step
-from salad_ray.model.speech_lm import load_tokenizer
+from salad_ray.model.loading import load_tokenizer
 from salad_ray.runs import Run
 from salad_ray.sequences.plan import plan_lane, plan_shard_name, read_without_features, shards_of_lane
 from salad_ray.stages.common import Stage, Work, make_shards, teacher_of

@@ -10,13 +10,13 @@ from salad_ray.console import say
 from salad_ray.flow import Step
 from salad_ray.runs import Run
 from salad_ray.selection.draw import draw_probe, probe_bounds
-from salad_ray.stages.common import PickPassages, Stage, Work, members_below, picked_shards
+from salad_ray.stages.common import Ahead, PickPassages, Stage, Work, members_below, picked_shards
 from salad_ray.stages.shards import StageError
 
 
-def work(run: Run, step: Step) -> Work:
+def work(run: Run, step: Step, ahead: Ahead) -> Work:
     """`probe/passages` from `web/clusters`: the lowest priorities of each cluster."""
-    stage = Stage.of(run, step)
+    stage = Stage.of(run, step, ahead=ahead)
     passages, clusters, _ = step.reads
     items = {}
     if not stage.is_done():

@@ -225,6 +225,8 @@ class Task:
     make_worker: Callable[[], Worker]
     num_there: int = 0
     """Shards of the table that are done already."""
+    chain: int = 0
+    """Tasks of one chain go along with each other: an actor takes a shard through all of them, in their order."""
 
     @property
     def stage(self) -> str:
@@ -319,24 +321,42 @@ def waiting_gauge() -> Gauge:
 
 
 class ShardWriter:
-    """The actor: turns items into shards; makes the worker of a table when the first item of that table comes."""
+    """The actor: turns items into shards, of each task in a chain; makes the workers of a chain when its first item
+    comes, and keeps them until another chain's comes."""
 
     def __init__(self, tasks: Sequence[Task], by: str = "") -> None:
         self.tasks, self.machines = tasks, Machines(by)
         self.machines.join()
-        self.current = -1
+        self.chain = -1
+        self.workers: dict[int, Worker] = {}
         self.worker: Worker | None = None
+        """That at work."""
         self.broken = False
 
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        """A result for each task that this shard lacks; behind one that failed they are left for the next pass."""
         if self.broken:  # whatever failed here may have left it unusable: Ray starts another, which tries this item
             os._exit(1)
+        results: list[dict[str, Any]] = []
+        for item in json.loads(row["items"]):
+            item |= {"shard": row["shard"], "by": row["by"]}
+            stopped = any(result["failed"] or result["error"] for result in results)
+            results.append(self._nothing(item) | {"skipped": True} if stopped else self.make(item))
+        return results
+
+    def _nothing(self, item: dict[str, Any]) -> dict[str, Any]:
+        """A result to begin with."""
+        result = {"task": item["task"], "shard": item["shard"], "error": "", "failed": "", "row": "", "hopeless": False}
+        result |= {"machine": own_node(), "process": os.getpid(), "of_machine": False, "skipped": False, "secs": 0.0}
+        return result | {"num_input": 0, "num_kept": 0, "num_rejected": 0}
+
+    def make(self, item: dict[str, Any]) -> dict[str, Any]:
+        """Make a shard of a task."""
         task, shard = self.tasks[item["task"]], item["shard"]
-        result = {"task": item["task"], "shard": shard, "error": "", "failed": "", "row": "", "hopeless": False}
-        result |= {"machine": own_node(), "process": os.getpid(), "of_machine": False}
-        result |= {"num_input": 0, "num_kept": 0, "num_rejected": 0}
+        result = self._nothing(item)
         try:
             worker = self._worker(item)
+            started = time.monotonic()  # the worker's own start is not work
             parts = self._with_left_out(task, worker, worker(json.loads(item["payload"])))
             counts = write_shard(task.table, shard, parts)
         except Exception as error:  # noqa: BLE001 - told, and tried again
@@ -352,15 +372,16 @@ class ShardWriter:
             self.machines.hold_back(failed=False)
         tags = {"run": task.run_dir, "stage": task.stage, "set": task.table.set or "-"}
         count_rows(tags, counts["num_input"], counts["num_rejected"])
-        return result | counts
+        return result | counts | {"secs": time.monotonic() - started}
 
     def _worker(self, item: dict[str, Any]) -> Worker:
         task = self.tasks[item["task"]]
-        if item["task"] != self.current:
-            self.worker = None  # the former one goes first
+        if task.chain != self.chain:
+            self.workers, self.chain = {}, task.chain  # the former ones go first
+        if item["task"] not in self.workers:
             _require_run(task.table)
-            self.worker, self.current = task.make_worker(), item["task"]
-        assert self.worker is not None
+            self.workers[item["task"]] = task.make_worker()
+        self.worker = self.workers[item["task"]]
         if isinstance(self.worker, WindowWorker):
             careful = item["tries"] >= WHOLE_TRIES
             self.worker.careful = f"{task.failures(item['shard'])}.json" if careful else None
@@ -518,7 +539,9 @@ class Pace:
                     write_json(f"{task.table.url}/progress.json", note)
 
 
-def map_shards(config: Config, tasks: Sequence[Task], room: int, num_gpus: float) -> dict[str, float]:
+def map_shards(
+    config: Config, tasks: Sequence[Task], room: int, num_gpus: float
+) -> tuple[dict[str, float], dict[str, float]]:
     """Make every item's shard, trying again what fails.
 
     Args:
@@ -526,7 +549,8 @@ def map_shards(config: Config, tasks: Sequence[Task], room: int, num_gpus: float
         num_gpus: of each actor.
 
     Returns:
-        What tells the start from the work: actors, items, and seconds until the first item was done.
+        What tells the start from the work: actors, items, and seconds until the first item was done; and, by URL of a
+        table, the seconds for which actors worked on it, each counted by itself.
 
     Raises:
         StageError: for what the user has to mend; for a systematic error; at the end for shards that cannot be made.
@@ -555,7 +579,7 @@ def map_shards(config: Config, tasks: Sequence[Task], room: int, num_gpus: float
             f"{shortfall.tries} tries: {shortfall.reason}{story}. The others are done; mend the cause and run the "
             "stage again"
         )
-    return pace
+    return pace, passes.busy
 
 
 class Passes:
@@ -570,6 +594,8 @@ class Passes:
         self.max_lost, self.num_lost, self.num_empty = MAX_LOST, 0, 0
         self.num_actors = 0
         """How many there may be now."""
+        self.busy: dict[str, float] = {}
+        """URL of a table → seconds for which actors worked on it."""
 
     def once(self) -> dict[str, float]:
         """Do each missing item; returns the pace."""
@@ -582,6 +608,8 @@ class Passes:
                 for result in results.iter_rows():
                     waiting.cancel()
                     unseen.discard((result["task"], result["shard"]))
+                    if result["skipped"]:
+                        continue
                     self._take(result)
                     first_secs = first_secs or time.monotonic() - started
                     advance(1)
@@ -599,20 +627,19 @@ class Passes:
 
     def _results(self) -> tuple[ray.data.Dataset, int]:
         """What actors say of each missing item, and how many actors there may be."""
+        items: dict[tuple[int, str], list[dict[str, Any]]] = {}
+        for (number, shard), shortfall in self.missing.items():
+            task = self.tasks[number]
+            item = {"task": number, "payload": json.dumps(task.items[shard]), "tries": shortfall.tries}
+            items.setdefault((task.chain, shard), []).append(item)
         rows = [
-            {
-                "task": number,
-                "shard": shard,
-                "payload": json.dumps(self.tasks[number].items[shard]),
-                "tries": shortfall.tries,
-                "by": self.by,
-            }
-            for (number, shard), shortfall in self.missing.items()
+            {"shard": shard, "items": json.dumps(sorted(own, key=lambda item: item["task"])), "by": self.by}
+            for (_, shard), own in items.items()
         ]
         num_actors = max(1, min(self.config.ray.max_actors or self.room, len(rows)))
         with warnings.catch_warnings():  # no other way yet to say how often a task is retried whose process died
             warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
-            results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+            results = ray.data.from_items(rows, override_num_blocks=len(rows)).flat_map(
                 ShardWriter,
                 fn_constructor_args=([replace(task, items={}) for task in self.tasks], self.by),
                 compute=ray.data.ActorPoolStrategy(min_size=max(1, min(self.room, num_actors)), max_size=num_actors),
@@ -631,6 +658,8 @@ class Passes:
             raise StageError(result["error"])
         self.pace.add(result)
         if not result["failed"]:
+            url = table.url
+            self.busy[url] = self.busy.get(url, 0.0) + result["secs"]
             del self.missing[item]
             self.counts.made(result, table, is_first=not tries)
             return

@@ -17,7 +17,7 @@ from salad_ray.evaluation.benchmarks import read_recording
 from salad_ray.flow import Step
 from salad_ray.runs import Run
 from salad_ray.speech.audio import check_duration, check_speech, encode_audio, load_audio
-from salad_ray.stages.common import Stage, Work, condition_of, hours_by_licence
+from salad_ray.stages.common import Ahead, Stage, Work, condition_of, hours_by_licence
 from salad_ray.stages.shards import ShardPart, StageError, WindowWorker, keep_or_reject
 from salad_ray.synthesis.espeak import EspeakSynthesizer
 from salad_ray.synthesis.speech import Speech
@@ -37,9 +37,9 @@ def sources(config: Config, step: Step) -> dict[str, Any]:
     return {"weights": load_synthesizer(config, (*settings.voices, *settings.evaluation_voices), "cpu").weights}
 
 
-def work(run: Run, step: Step) -> Work:
+def work(run: Run, step: Step, ahead: Ahead) -> Work:
     """`<set>/utterances` from `<set>/passages`."""
-    stage = Stage.of(run, step)
+    stage = Stage.of(run, step, ahead=ahead)
     [(label, passages)] = stage.inputs.items()
     worker = partial(
         SpeakShard, run.config, step.set, run.labelled(label), stage.table, run.facts_of(step)["weights"]

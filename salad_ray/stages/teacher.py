@@ -9,8 +9,8 @@ from typing import Any
 from salad_ray.config import Config
 from salad_ray.console import progress, say
 from salad_ray.flow import Step
-from salad_ray.model.loading import hub_commit
-from salad_ray.model.speech_lm import load_text_lm, load_tokenizer, tokenizer_hash
+from salad_ray.model.loading import hub_commit, load_tokenizer, tokenizer_hash
+from salad_ray.model.speech_lm import load_text_lm
 from salad_ray.model.tiny_lm import train_tiny_lm
 from salad_ray.runs import Run
 from salad_ray.stages.common import OWN_MODEL, Stage

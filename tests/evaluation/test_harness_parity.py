@@ -17,7 +17,8 @@ import yaml
 
 from salad_ray.evaluation.benchmarks import exemplar_of, prompt_of, read_items
 from salad_ray.evaluation.scoring import batches, predict, score, text_query
-from salad_ray.model.speech_lm import load_text_lm, load_tokenizer
+from salad_ray.model.loading import load_tokenizer
+from salad_ray.model.speech_lm import load_text_lm
 from salad_ray.tables import Item
 
 harness = pytest.importorskip("lm_eval.evaluator", reason="lm-evaluation-harness is not installed")

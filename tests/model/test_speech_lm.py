@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from benchmarks.gpu.shapes import varlen_on_cpu
 from salad_ray.config import AdapterConfig
 from salad_ray.model import speech_lm
+from salad_ray.model.loading import load_tokenizer
 from salad_ray.model.speech_lm import (
     EncoderSpec,
     ModelError,
@@ -27,7 +28,6 @@ from salad_ray.model.speech_lm import (
     hidden_states,
     lm_head,
     load_text_lm,
-    load_tokenizer,
     parameter_groups,
     weights_fingerprint,
 )

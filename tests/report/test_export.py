@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 from salad_ray.config import AdapterConfig, ConfigError
 from salad_ray.configfile import parse_config
 from salad_ray.model.listen import load_listener
-from salad_ray.model.loading import ModelError, weights_fingerprint
-from salad_ray.model.speech_lm import EncoderSpec, SpeechLM, hidden_states, tokenizer_hash
+from salad_ray.model.loading import ModelError, tokenizer_hash, weights_fingerprint
+from salad_ray.model.speech_lm import EncoderSpec, SpeechLM, hidden_states
 from salad_ray.report import export as exporting
 from salad_ray.report.card import speech_of_run
 from salad_ray.report.export import export

@@ -294,7 +294,7 @@ def measured(tmp_path: Path) -> Config:
     keep_run(run.run_dir, run.model_dump(mode="json"), labels)
     utterances, features, plan, own_teacher = (hand_table(run.run_dir, label) for label in labels)
     names = [f"part-{index:05d}" for index in range(8)]
-    pace = {"shards": dict.fromkeys(names, 1), "num_actors": 2, "num_made": 8, "first_secs": 15.0, "seconds": 45.0}
+    pace = {"shards": dict.fromkeys(names, 1), "num_actors": 2, "busy_secs": 80.0, "seconds": 45.0}
     spoken = make_features("one two three four", secs_per_word=0.4, pause_secs=0.1)
     for name in names:
         row = Utterance(utt_id=name, text="one", duration_secs=900.0, recording_id=name, corpus="world")
@@ -317,14 +317,14 @@ def rates_of(run: Config, planned: Config | None = None) -> Rates:
     return measured_rates(load_rates(), open_run(run.run_dir), planned or run)
 
 
-def test_waves_tell_the_start_from_the_work(measured: Config) -> None:
+def test_the_start_is_told_from_the_work(measured: Config) -> None:
     rate = rates_of(measured).stages["synthesize espeak"]
     assert rate.start == pytest.approx(5)
     assert rate.unit == pytest.approx(2 * 40 / 2)  # two actors, 40 s, two hours
     assert rate.source == f"measured in {measured.run_dir}"
 
 
-def test_too_few_waves_leave_the_assumed_work_and_say_so(measured: Config) -> None:
+def test_without_actors_times_the_assumed_work_is_left_and_said(measured: Config) -> None:
     assumed, found = (rates.stages["pack"] for rates in (load_rates(), rates_of(measured)))
     assert found.unit == assumed.unit
     assert found.unit is not None

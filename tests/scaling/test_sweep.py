@@ -17,7 +17,7 @@ from factories import table_of
 from salad_ray import pipeline
 from salad_ray.config import Config, ConfigError, SweepConfig
 from salad_ray.configfile import parse_config, replaced
-from salad_ray.distill.step import decay_start
+from salad_ray.distill.budget import decay_start
 from salad_ray.distill.trainer import worker_resources
 from salad_ray.model.speech_lm import SpeechLM
 from salad_ray.runs import Places, kept_runs, open_places, open_run

@@ -21,8 +21,7 @@ from factories import run_stage, table_of
 
 from salad_ray.config import Config
 from salad_ray.configfile import dump_config
-from salad_ray.distill.budget import active_share
-from salad_ray.distill.step import decay_start
+from salad_ray.distill.budget import active_share, decay_start
 from salad_ray.model.speech_lm import SpeechLM, weights_fingerprint
 from salad_ray.selection.draw import priorities
 from salad_ray.tables import Cluster, Membership, Passage, Selected, Utterance

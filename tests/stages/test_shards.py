@@ -28,10 +28,10 @@ from ray.experimental.internal_kv import _internal_kv_list
 from salad_ray.config import Config
 from salad_ray.configfile import parse_config
 from salad_ray.console import say, show
-from salad_ray.flow import Step
+from salad_ray.flow import Step, batches
 from salad_ray.runs import Places, Run
 from salad_ray.stages import shards
-from salad_ray.stages.common import Stage, Work, run_works
+from salad_ray.stages.common import Ahead, Stage, Work, begun_works, run_works
 from salad_ray.stages.ray_cluster import start_ray
 from salad_ray.stages.shards import (
     Counts,
@@ -359,7 +359,7 @@ def test_a_machine_that_does_not_see_the_run_is_told_before_it_works_for_nothing
     monkeypatch.setattr(shards, "SEEN_SECS", 1.5)
     writer = ShardWriter([a_task(tmp_path / "at home", {}, lambda: CopyShard(print))])
     item = {"task": 0, "shard": "part-00000", "payload": '"part-00000"', "tries": 0, "by": "me"}
-    assert "does not see" in writer(item)["error"]
+    assert "does not see" in writer.make(item)["error"]
     assert not list(tmp_path.iterdir())
 
 
@@ -459,3 +459,62 @@ def test_the_log_can_be_json_with_run_and_stage(
         (line["run"], line["stage"], line["set"]) == (config.run_dir, "ingest", "heldout") and line["message"]
         for line in lines
     )
+
+
+class Follow(WindowWorker):
+    """Goes along with the shards of a table: as many rows as it has, but fails at some at first."""
+
+    def __init__(self, table: Table, harm: Callable[[str], None]) -> None:
+        self.table, self.harm = table, harm
+
+    def __call__(self, shard: str) -> Iterator[ShardPart]:
+        rows: list[Passage] = self.table.read_rows(Passage, shard)
+        for window in self.windows(rows, lambda row: row.passage_id, 4):
+            for row in window:
+                self.harm(row.passage_id)
+            yield ShardPart(to_arrow(Passage, window), len(window), len(window))
+
+
+def test_a_chain_of_four_takes_each_shard_through_all_of_them(tmp_path: Path) -> None:
+    """By two actors on two cores; what fails in one of them costs the others nothing, and is made again."""
+    config, names = config_in(tmp_path), ("a", "b", "c", "d")
+    run = Run(config, Places(config.run_dir, "run", {f"web/{name}": "key" for name in names}))
+    items = {f"part-{i:05d}": f"part-{i:05d}" for i in range(NUM_SHARDS)}
+    marker = str(tmp_path / "marker")
+    harms = {"b": partial(fail_at, "part-00003/5"), "c": partial(break_process_once, marker), "d": partial(fail_at, "")}
+
+    def work_of(step: Step, ahead: Ahead) -> Work:
+        stage = Stage.of(run, step, ahead=ahead)
+        worker: Any = partial(CopyShard, partial(fail_at, ""))
+        if step.along:
+            assert list(stage.inputs[step.along]["shards"]) == list(items)
+            worker = partial(Follow, run.labelled(step.along), harms[step.tables[0]])
+        return Work(stage, items, worker)
+
+    def flow() -> list[Step]:
+        reads = [(), *((f"web/{name}",) for name in names)]
+        return [
+            Step(f"make {name}", "web", (name,), read, by_shard=True, along=(*read, "")[0])
+            for name, read in zip(names, reads, strict=False)
+        ]
+
+    assert [len(batch) for batch in batches(config, flow())] == [4]
+    run_works(run, begun_works(flow(), work_of))
+    tables = [run.table("web", name) for name in names]
+    lost = "part-00003/5"
+    assert ids(tables[0]) == EVERY_ID
+    for table in tables[1:]:
+        assert ids(table) == [row_id for row_id in EVERY_ID if row_id != lost]
+    [reject] = tables[1].rejects.read_rows(Reject, "part-00003")
+    assert reject.reason == f"RuntimeError: cannot do {lost}"
+    assert Path(marker).exists()
+    manifests = [table.manifest() or {} for table in tables]
+    assert [manifest["inputs"] for manifest in manifests[1:]] == [
+        {table.label: manifest["version"]} for table, manifest in zip(tables, manifests, strict=False)
+    ][:3]
+    assert all(manifest["busy_secs"] > 0 for manifest in manifests)
+    for table in tables[2:]:  # a run that was broken off: the chain begins in the middle
+        Path(table.url, "manifest.json").unlink()
+        Path(table.url, "part-00001.parquet").unlink()
+    run_works(run, begun_works(flow(), work_of))
+    assert ids(tables[3]) == [row_id for row_id in EVERY_ID if row_id != lost]
