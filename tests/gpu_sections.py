@@ -37,6 +37,28 @@ def overruns(context: Context) -> Iterator[dict[str, Any]]:
     time.sleep(600)
 
 
+def sleeps(context: Context) -> Iterator[dict[str, Any]]:
+    Path(context.folder, "worker.pid").write_text(str(os.getpid()))
+    yield {"name": "before"}
+    time.sleep(600)
+
+
+def works_at_first(context: Context) -> Iterator[dict[str, Any]]:
+    """Two rows; when it is run again there is no memory for the second."""
+    again = Path(context.folder, "again")
+    yield {"name": "first", "value": 2 if again.exists() else 1}
+    if again.exists():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 60.00 GiB.")
+    again.touch()
+    yield {"name": "second", "value": 1}
+
+
+def refines_a_row(context: Context) -> Iterator[dict[str, Any]]:
+    for repeats in (1, 2):
+        yield {"name": "a rate", "repeats": repeats}
+        yield {"name": f"something after {repeats}"}
+
+
 def is_wrong(context: Context) -> Iterator[dict[str, Any]]:
     yield {"name": "a check", "error": 2.0, "tolerance": 1.0, "ok": False}
 

@@ -2,7 +2,7 @@
 
 Sections run in order of worth, each in a process of its own with a time limit. Every row goes into `DIR/gpu.json` as
 soon as it is measured, so that a stop in the middle, whatever its cause, loses what was being measured and no more.
-`DIR/gpu.md` has the same as tables, `DIR/<section>.log` what a section printed. This file imports neither torch nor
+`DIR/gpu.md` has the same as tables, `DIR/gpu.log` what the sections printed. This file imports neither torch nor
 anything of the project: it starts at once and outlives whatever a section does.
 """
 
@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import queue
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -48,7 +50,7 @@ SECTIONS = (
     Section("training", "benchmarks.gpu.training:engine_rows", 150, "A training step, Qwen2.5-3B's shape"),
     Section("training-bare", "benchmarks.gpu.training:bare_rows", 75, "The best of these in a bare PyTorch loop"),
     Section("loss", "benchmarks.gpu.loss:rows", 100, "The distillation loss beside dense PyTorch and Liger"),
-    Section("kokoro", "benchmarks.gpu.kokoro:rows", 75, "Kokoro in batches beside one text at a time"),
+    Section("kokoro", "benchmarks.gpu.kokoro:rows", 120, "Kokoro in batches beside one text at a time"),
     Section("mimi", "benchmarks.gpu.mimi:rows", 75, "Mimi by batch, and the threads that feed it"),
     Section("embedding", "benchmarks.gpu.embedding:rows", 75, "Sentence embeddings, all-MiniLM-L6-v2's shape"),
     Section("kmeans", "benchmarks.gpu.kmeans:rows", 120, "Balanced k-means beside faiss.Kmeans"),
@@ -67,40 +69,85 @@ class Results:
     def __init__(self, folder: Path, tiny: bool) -> None:
         self.path = folder / "gpu.json"
         folder.mkdir(parents=True, exist_ok=True)
-        self.content: dict[str, Any] = {"tiny": tiny, "sections": {}}
+        self.content: dict[str, Any] = {"tiny": tiny, "runs": [], "sections": {}}
         if self.path.exists():
             self.content = self._earlier(tiny)
-        self._write()
+        self.content["runs"].append(circumstances())
+        self.save()
 
     def _earlier(self, tiny: bool) -> dict[str, Any]:
         """What is there stays, for the sections that are not run again."""
         try:
             content: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
-            was_tiny = content["tiny"]
-        except (ValueError, KeyError, TypeError):
+            markdown(content)  # which fails without what belongs there
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise BadRequest(f"{self.path}: is no file of this benchmark; give another --out, or remove it") from None
-        if was_tiny != tiny:
-            kinds = {True: "a run with --tiny", False: "a run at full size"}
-            raise BadRequest(f"{self.path}: is of {kinds[was_tiny]}, and this is {kinds[tiny]}; give another --out")
+        if content["tiny"] != tiny:
+            kinds = ("a run at full size", "a run with --tiny")
+            was, wanted = kinds[bool(content["tiny"])], kinds[tiny]
+            raise BadRequest(f"{self.path}: is of {was}, and this is {wanted}; give another --out")
         return content
 
     def begin(self, section: Section, limit_secs: float) -> dict[str, Any]:
-        """A section's entry, which `save` writes with all that is put into it."""
-        entry = {"title": section.title, "status": "running", "limit_secs": round(limit_secs), "rows": []}
-        self.content["sections"].pop(section.name, None)
+        """A section's entry, which `save` writes with all that is put into it.
+
+        What was measured before stays in it as `previous` until `end` finds everything measured anew.
+        """
+        before = self.content["sections"].pop(section.name, {})
+        previous = before if before.get("rows") else before.get("previous")
+        entry = {
+            "title": section.title,
+            "status": "running",
+            "began": now(),
+            "limit_secs": round(limit_secs),
+            "rows": [],
+        }
+        if previous:
+            entry["previous"] = previous
         self.content["sections"][section.name] = entry
         self.save()
         return entry
 
+    def end(self, entry: dict[str, Any]) -> None:
+        if entry["status"] == "done" and not any(row.get("out_of_memory") for row in entry["rows"]):
+            entry.pop("previous", None)
+        self.save()
+
+    def leave_out(self, section: Section, reason: str) -> None:
+        """What an earlier run has measured stays as it is."""
+        entry = {"title": section.title, "status": "left out", "reason": reason, "rows": []}
+        self.content["sections"].setdefault(section.name, entry)
+        self.save()
+
     def save(self) -> None:
         """Whole or not at all."""
-        self._write()
-        self.path.with_suffix(".md").write_text(markdown(self.content), encoding="utf-8")
-
-    def _write(self) -> None:
         new = self.path.with_suffix(".json.new")
         new.write_text(json.dumps(self.content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         new.replace(self.path)
+        self.path.with_suffix(".md").write_text(markdown(self.content), encoding="utf-8")
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def circumstances() -> dict[str, str | None]:
+    """When, of which commit, how and on what a run was started; None where a machine cannot tell."""
+    query = "--query-gpu=name,memory.total,driver_version"
+    return {
+        "date": now(),
+        "commit": output_of("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "gpu, memory, driver": output_of("nvidia-smi", query, "--format=csv,noheader"),
+    }
+
+
+def output_of(*command: str) -> str | None:
+    try:
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return ended.stdout.strip()
 
 
 def run_sections(sections: Sequence[Section], folder: Path, tiny: bool, minutes: float = MINUTES) -> dict[str, Any]:
@@ -117,13 +164,15 @@ def run_sections(sections: Sequence[Section], folder: Path, tiny: bool, minutes:
     ends = time.monotonic() + 60 * minutes
     for section in sections:
         limit_secs = min(section.limit_secs, ends - time.monotonic())
-        entry = results.begin(section, max(limit_secs, 0))
         if limit_secs < 10:
-            entry |= {"status": "left out", "reason": f"the {minutes:g} minutes of the whole run are over"}
-        else:
-            print(f"{section.name}: {section.title} (at most {limit_secs:.0f} s) …", flush=True)
-            _run_section(section, folder, tiny, limit_secs, entry, results)
-        results.save()
+            reason = f"the {minutes:g} minutes of the whole run are over"
+            results.leave_out(section, reason)
+            print(f"{section.name}: left out: {reason}", flush=True)
+            continue
+        print(f"{section.name}: {section.title} (at most {limit_secs:.0f} s) …", flush=True)
+        entry = results.begin(section, limit_secs)
+        _run_section(section, folder, tiny, limit_secs, entry, results)
+        results.end(entry)
         print(f"{section.name}: {describe(entry)}", flush=True)
     return results.content
 
@@ -133,19 +182,21 @@ def _run_section(
 ) -> None:
     """One section's process, from its start to its end, which is forced when the time is over."""
     started = time.monotonic()
-    command = [sys.executable, "-m", "benchmarks.gpu.worker", section.target, str(folder), *(["--tiny"] * tiny)]
+    worker = ["-m", "benchmarks.gpu.worker", section.target, str(folder), str(os.getpid()), *(["--tiny"] * tiny)]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "true"}
-    with (folder / f"{section.name}.log").open("w", encoding="utf-8") as log:
+    settings = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "true", "HF_HUB_OFFLINE": "1"}
+    with (folder / "gpu.log").open("a", encoding="utf-8") as log:
+        log.write(f"== {section.name}, {entry['began']} ==\n")
         process = subprocess.Popen(
-            command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            encoding="utf-8", errors="replace", start_new_session=True,
+            [sys.executable, *worker], cwd=ROOT, env=os.environ | settings | {"PYTHONPATH": path},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace",
+            start_new_session=True,
         )  # fmt: skip
         try:
-            how = _collect(process, started + limit_secs, log, entry, results)
+            how, said = _collect(process, started + limit_secs, log, entry, results)
         except KeyboardInterrupt:
             entry |= {"status": "interrupted", "secs": round(time.monotonic() - started, 1)}
-            results.save()
+            results.end(entry)
             raise
         finally:
             _end(process)
@@ -154,16 +205,18 @@ def _run_section(
         cut = "" if limit_secs == section.limit_secs else ", as the time of the whole run was over"
         entry |= {"status": "overran", "reason": f"stopped after {limit_secs:.0f} s{cut}"}
     elif entry["status"] == "running":
-        returncode = 0 if how == "finished" else process.returncode
-        entry |= _outcome(returncode, entry["rows"], folder / f"{section.name}.log")
+        entry |= _outcome(0 if how == "finished" else process.returncode, entry["rows"], said)
 
 
 def _collect(
     process: subprocess.Popen[str], deadline: float, log: IO[str], entry: dict[str, Any], results: Results
-) -> Literal["finished", "died", "overran"]:
+) -> tuple[Literal["finished", "died", "overran"], str]:
     """Keep every row that arrives, until the section says that it is done, or its process is gone, or time is over.
 
     What a section leaves behind may hold its output open, so that does not count.
+
+    Returns:
+        How it ended, and the last line that is no row.
     """
     lines: queue.Queue[str] = queue.Queue()
 
@@ -173,26 +226,36 @@ def _collect(
             lines.put(line)
 
     threading.Thread(target=read, daemon=True).start()
+    said = ""
     while time.monotonic() < deadline:
         is_gone = process.poll() is not None
         try:
             line = lines.get(timeout=0.5)
         except queue.Empty:
             if is_gone:
-                return "died"
+                return "died", said
             continue
         if line.startswith(ROW):
-            entry["rows"].append(json.loads(line.removeprefix(ROW)))
+            row = json.loads(line.removeprefix(ROW))
+            put(row, entry["rows"])
             results.save()
-            print(f"  {one_line(entry['rows'][-1])}", flush=True)
+            print(f"  {one_line(row)}", flush=True)
         elif line.startswith(LEFT_OUT):
             entry |= {"status": "left out", "reason": line.removeprefix(LEFT_OUT).strip()}
         elif line.startswith(END):
-            return "finished"
+            return "finished", said
         else:
             log.write(line)
             log.flush()
-    return "overran"
+            said = line.strip() or said
+    return "overran", said
+
+
+def put(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """At the end, or in the place of the row of its name: more is known of the same."""
+    names = [each["name"] for each in rows]
+    at = names.index(row["name"]) if row["name"] in names else len(rows)
+    rows[at : at + 1] = [row]
 
 
 def _end(process: subprocess.Popen[str]) -> None:
@@ -202,17 +265,16 @@ def _end(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-def _outcome(returncode: int, rows: list[dict[str, Any]], log: Path) -> dict[str, Any]:
-    """Status and reason of a section whose process has ended."""
+def _outcome(returncode: int, rows: list[dict[str, Any]], said: str) -> dict[str, Any]:
+    """Status and reason of a section whose process has ended; `said` is the last line of its log."""
     wrong = [row["name"] for row in rows if row.get("ok") is False]
     if returncode:
-        said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
         how = f"signal {-returncode}" if returncode < 0 else f"exit status {returncode}"
-        return {"status": "failed", "reason": f"{said[-1][:300]} ({how}; see {log.name})"}
+        return {"status": "failed", "reason": f"{said[:300] or 'it said nothing'} ({how}; see gpu.log)"}
     if wrong:
-        return {"status": "failed", "reason": f"out of tolerance: {', '.join(wrong)}"}
+        return {"status": "failed", "reason": f"failed or out of tolerance: {', '.join(wrong)}"}
     if not rows:
-        return {"status": "failed", "reason": f"it ended without a row; see {log.name}"}
+        return {"status": "failed", "reason": "it ended without a row; see gpu.log"}
     return {"status": "done"}
 
 
@@ -246,19 +308,26 @@ def choose(only: Sequence[str], tiny: bool) -> list[Section]:
 
 def main() -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.gpu", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for gpu.json, gpu.md and logs")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for gpu.json, gpu.md and gpu.log"
+    )
     names = ", ".join(section.name for section in SECTIONS)
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help=f"sections to run: {names}")
     parser.add_argument("--tiny", action="store_true", help="toy shapes: every path, in two minutes, also on a CPU")
     told = f"for the whole run ({MINUTES:g} by default, and {TINY_PATIENCE * MINUTES:g} with --tiny)"
     parser.add_argument("--minutes", type=float, help=told)
     options = parser.parse_args()
-    minutes = options.minutes or MINUTES * (TINY_PATIENCE if options.tiny else 1)
+    minutes = MINUTES * (TINY_PATIENCE if options.tiny else 1) if options.minutes is None else options.minutes
+    if not minutes > 0:
+        parser.error(f"--minutes {minutes:g}: give more than none")
     started = time.monotonic()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else a section would outlive its runner
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the section ends and its rows are kept
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup sets it
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
-        content = run_sections(choose(options.only, options.tiny), options.out, options.tiny, minutes)
-    except (BadRequest, OSError) as error:
+        chosen = choose(options.only, options.tiny)
+        content = run_sections(chosen, options.out, options.tiny, minutes)
+    except (BadRequest, FileExistsError, NotADirectoryError, PermissionError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         print(f"\ninterrupted; what was measured until then is in {options.out / 'gpu.json'}")
@@ -271,7 +340,7 @@ def main() -> int:
         "What they mean: docs/gpu.md"
     )
     good = {"done", "left out"}
-    return 0 if all(entry["status"] in good for entry in content["sections"].values()) else 1
+    return 0 if all(content["sections"][section.name]["status"] in good for section in chosen) else 1
 
 
 if __name__ == "__main__":

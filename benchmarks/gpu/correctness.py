@@ -3,13 +3,17 @@
 Half precision is held against fp32 or float64 from the same weights. Where there is an established way to compute the
 same in half precision (dense PyTorch, sdpa), the tolerance is a little more than the error of that way: being exact is
 not asked for, being worse than the usual is not accepted. `usual` is the error of that way.
+
+The step is compared part by part: in one norm over everything the adapter, with ten times the learning rate, would hide
+an LLM that is never updated, and large gradients those of queries and keys that are none.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -25,7 +29,7 @@ from benchmarks.gpu.shapes import (
     use_attention,
     varlen_anywhere,
 )
-from benchmarks.gpu.worker import Context, missing
+from benchmarks.gpu.worker import Context, missing, reason
 from benchmarks.loss import compare_with_exact, make_inputs
 from salad_ray.config import DistillConfig
 from salad_ray.distill.losses import divergence
@@ -42,20 +46,26 @@ NO_WORSE = 1.2
 SLACK = 1e-4
 SAME_KL = 1e-5
 """Nats between the student before step 0 and its teacher, which have the same weights and take the same kernels."""
-STEP_TOLERANCES = {"loss": 0.01, "gradient": 0.1, "gradient norm": 0.02, "update": 0.35}
-"""Relative errors of a bf16 step against fp32. The first update of AdamW is a sign for every weight, and signs of
-gradients near zero are noise in bf16: hence the last one."""
+STEP_TOLERANCES = {"loss": 0.01, "norm": 0.02, "gradient": 0.1, "update": 0.35}
+"""Relative errors of a bf16 step against fp32; what is left out altogether has an error of 1.
+
+The first update of AdamW is a sign for every weight. Where gradients have a relative error of e, a share of e / π of
+the signs is wrong, which is an error of √(4 e / π) in the update: 0.11 at the usual e of 0.01, 0.35 at its limit.
+"""
 
 SETTINGS = DistillConfig(zero_stage=2, precision="bf16", learning_rate=1e-4, adapter_learning_rate=1e-3)
 
 
 def rows(context: Context) -> Iterator[Row]:
-    """All checks; those that need a package that is missing say so."""
+    """All checks; those that need a package that is missing say so, and what ends in an error does not end the rest."""
+    parts = {"loss": loss_rows, "attention": attention_rows, "start": start_rows, "step": step_rows}
     with varlen_anywhere(context):
-        yield from loss_rows(context)
-        yield from attention_rows(context)
-        yield from start_rows(context)
-        yield from step_rows(context)
+        for name, part in parts.items():
+            try:
+                yield from part(context)
+            except Exception as error:  # noqa: BLE001  # whatever it is, it is told, and counts as a check out of tolerance
+                traceback.print_exc()
+                yield {"name": f"checks of the {name}", "failed": reason(error), "ok": False}
 
 
 def check(name: str, error: float, tolerance: float, usual: float | None = None) -> Row:
@@ -183,18 +193,20 @@ def step_rows(context: Context) -> Iterator[Row]:
     loss = forward_backward(engine, teacher, moved, SETTINGS, len(batch.labels), 1)
     grads = {name: safe_get_full_grad(p).float() for name, p in engine.module.named_parameters()}
     norm, expected_norm = (norm_of(found.values()) for found in (grads, expected.grads))
-    errors = {
-        "loss": abs(float(loss.loss) / expected.loss - 1),
-        "gradient": apart(grads, expected.grads),
-        "gradient norm": abs(norm / expected_norm - 1),
-    }
-    for part, value in errors.items():
-        yield check(f"a step in bf16 against fp32 on a CPU: {part}", value, STEP_TOLERANCES[part])
+    yield step_check("loss", "loss", abs(float(loss.loss) / expected.loss - 1))
+    yield step_check("norm of the gradient", "norm", abs(norm / expected_norm - 1))
+    errors = apart(grads, expected.grads, kind_of)
+    worst = max(errors, key=lambda kind: (math.isnan(errors[kind]), errors[kind]))
+    yield step_check("gradient, worst kind of weight", "gradient", errors[worst]) | {"worst": worst, "of": len(errors)}
     del grads
     engine.step()
     updates = {name: safe_get_full_fp32_param(p).float() - before[name] for name, p in engine.module.named_parameters()}
-    value = apart(updates, expected.updates())
-    yield check("a step in bf16 against fp32 on a CPU: update", value, STEP_TOLERANCES["update"])
+    for group, value in apart(updates, expected.updates(), group_of).items():
+        yield step_check(f"update of {group}", "update", value)
+
+
+def step_check(part: str, tolerance: str, error: float) -> Row:
+    return check(f"a step in bf16 against fp32 on a CPU: {part}", error, STEP_TOLERANCES[tolerance])
 
 
 class PlainStep:
@@ -220,10 +232,30 @@ class PlainStep:
         return {name: p.detach() - before[name] for name, p in self.student.named_parameters()}
 
 
-def apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Relative error over all tensors together, computed where those of `found` lie, one at a time."""
-    differences = (tensor - expected[name].to(tensor.device) for name, tensor in found.items())
-    return norm_of(differences) / norm_of(expected.values())
+def kind_of(parameter: str) -> str:
+    """What is compared in its gradient: as `adapter q_proj`, `llm mlp`, `llm norm` or `llm embed_tokens`."""
+    model, *_, module, _ = parameter.split(".")
+    kind = "mlp" if ".mlp." in parameter else "norm" if module.endswith("norm") else module
+    return f"{model} {kind}"
+
+
+def group_of(parameter: str) -> str:
+    """What is compared in its update: parts with a learning rate or a place of their own."""
+    if parameter.startswith("adapter."):
+        return "the adapter"
+    return "the embedding, which is the head" if "embed_tokens" in parameter else "the LLM's layers"
+
+
+def apart(found: dict[str, Tensor], expected: dict[str, Tensor], part_of: Callable[[str], str]) -> dict[str, float]:
+    """Relative error of each part over all its tensors, computed where those of `found` lie, one at a time."""
+    parts: dict[str, list[str]] = {}
+    for name in expected:
+        parts.setdefault(part_of(name), []).append(name)
+    return {
+        part: norm_of(found[name] - expected[name].to(found[name].device) for name in names)
+        / norm_of(expected[name] for name in names)
+        for part, names in parts.items()
+    }
 
 
 def norm_of(tensors: Iterable[Tensor]) -> float:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.timing import allocated, forget_peak, peak_bytes, seconds, spread
-from benchmarks.gpu.worker import Context, missing
+from benchmarks.gpu.worker import Context, missing, reason
 from benchmarks.loss import dense, make_inputs, make_loss, step
 from salad_ray.distill import losses
 from salad_ray.distill.losses import distillation_loss
@@ -28,7 +28,7 @@ Way = Callable[..., Tensor]
 
 
 def rows(context: Context) -> Iterator[dict[str, Any]]:
-    """A row for each way as soon as it is measured, those that compile last; then one of ratios.
+    """A row for each way as soon as it is measured, those that compile last; from Liger on also one of ratios.
 
     A way that fails, for want of a compiler or of memory, is a row as well.
     """
@@ -41,7 +41,8 @@ def rows(context: Context) -> Iterator[dict[str, Any]]:
             apart = abs(found[name]["value"] / found["ours"]["value"] - 1)
             found[name]["ok"] = apart <= SAME_VALUE
         yield found[name]
-    yield {"name": f"{num:,} × {width:,}, V = {vocab:,}"} | ratios(found)
+        if "Liger" in found:
+            yield {"name": f"{num:,} × {width:,}, V = {vocab:,}"} | ratios(found)
 
 
 def measured(name: str, make: Callable[[], Way], inputs: tuple[Tensor, ...], context: Context) -> dict[str, Any]:
@@ -54,8 +55,7 @@ def measured(name: str, make: Callable[[], Way], inputs: tuple[Tensor, ...], con
     except ImportError as error:
         return {"name": name, "left_out": missing(error)}
     except Exception as error:  # noqa: BLE001  # a compiler that is not there has errors of its own
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
-        return {"name": name, "failed": f"{type(error).__name__}: {reason}", "ok": name != "ours"}
+        return {"name": name, "failed": reason(error)} | ({"ok": False} if name == "ours" else {})
     gb = None if num_bytes is None else num_bytes / 1e9
     return {
         "name": name,

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.timing import seconds
+from benchmarks.gpu.timing import gib, seconds
 from benchmarks.gpu.worker import Context, num_cpus, version_of
 from salad_ray.distill.step import peak_flops
+
+Row = dict[str, Any]
 
 PACKAGES = (
     "torch", "transformers", "deepspeed", "liger-kernel", "kokoro", "faiss-gpu", "faiss-cpu", "sentence-transformers",
@@ -20,10 +22,13 @@ PACKAGES = (
 REPEATS = 10
 
 
-def rows(context: Context) -> Iterator[dict[str, Any]]:
+def rows(context: Context) -> Iterator[Row]:
     """Names and versions; matrix products in bf16; copies within the device's memory."""
     found = {name: version_of(name) for name in PACKAGES}
-    hardware = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if context.on_gpu else {"gpu": "none"}
+    hardware: Row = {"gpu": "none"}
+    if context.on_gpu:
+        memory = gib(torch.cuda.get_device_properties(context.device).total_memory)
+        hardware = {"gpu": torch.cuda.get_device_name(), "memory_gib": memory, "cuda": torch.version.cuda}
     yield {"name": "software"} | hardware | {"python": platform.python_version(), "cpus": num_cpus()} | found
     size = 256 if context.tiny else 8192
     left, right = (torch.randn(size, size, device=context.device).bfloat16() for _ in range(2))

@@ -6,6 +6,7 @@ Shape letters as in `salad_ray.sequences.batch`.
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from benchmarks.gpu.worker import Context
@@ -45,7 +47,6 @@ TEXT_WORDS, SPEECH_WORDS = (10, 30), (5, 15)
 TOKENS_PER_WORD, FRAMES_PER_WORD = 1.3, 4.8
 """English: 2.6 words a second at 12.5 frames a second."""
 PASSAGE_WORDS = (60, 240)
-PORT = "29577"
 
 
 @dataclass(frozen=True)
@@ -95,16 +96,22 @@ def use_attention(model: PreTrainedModel, attention: str) -> None:
 
 
 @torch.compiler.disable  # its loop would be compiled anew for every batch; the true kernel is one operator
-def varlen_on_cpu(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, *_: Any, **settings: Any) -> Tensor:
+def varlen_on_cpu(*inputs: Any, **settings: Any) -> Tensor:
     """What torch's `varlen_attn` computes, which has no kernel for CPUs: causal attention within each segment.
 
     query (positions, heads, head_dim), key and value (positions, kv_heads, head_dim), bounds (segments + 1,) →
     (positions, heads, head_dim).
+
+    Raises:
+        TypeError: torch's own would not take these arguments.
     """
+    call = inspect.signature(varlen_attn).bind(*inputs, **settings).arguments
+    query, key, value, bounds = (call[name] for name in ("query", "key", "value", "cu_seq_q"))
+    assert call["window_size"] == (-1, 0), "only causal attention is stood in for"
     outputs = []
     for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
         q, k, v = (states[None, start:end].transpose(1, 2) for states in (query, key, value))
-        output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=settings.get("scale"), enable_gqa=True)
+        output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=call["scale"], enable_gqa=True)
         outputs.append(output.transpose(1, 2)[0])
     return torch.cat(outputs)
 
@@ -118,11 +125,11 @@ def varlen_anywhere(context: Context) -> Iterator[None]:
 
 
 def start_process_group(context: Context) -> None:
-    """A group of this one process, which DeepSpeed needs."""
+    """A group of this one process, which DeepSpeed needs; without a port that another could have."""
     if not dist.is_initialized():
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": PORT}
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"} | address
-        dist.init_process_group("nccl" if context.on_gpu else "gloo")
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        backend = "nccl" if context.on_gpu else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
 
 
 def make_batches(shape: Shape, num_rows: int, num_batches: int, seed: int = 0) -> list[Batch]:

@@ -7,10 +7,14 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 Content = dict[str, Any]
+Row = dict[str, Any]
 
 
 class Goal(NamedTuple):
-    """What is aimed at: the best value of a column in some sections, or the worst, is at least so much."""
+    """What is aimed at: the best value of a column in some sections, or the worst, is at least so much.
+
+    Where rows tell the pipeline's default setting from others (`default`), only the default's is judged.
+    """
 
     name: str
     words: str
@@ -31,15 +35,23 @@ GOALS = (
 )
 
 
-def rows_of(content: Content, *sections: str) -> Iterator[dict[str, Any]]:
+def rows_of(content: Content, *sections: str) -> Iterator[Row]:
+    """What was measured last; of a section whose latest run is not whole also what only an earlier one has."""
     for section in sections:
-        yield from content["sections"].get(section, {}).get("rows", [])
+        measured: set[str] = set()
+        entry = content["sections"].get(section)
+        while entry:
+            yield from (row for row in entry["rows"] if row["name"] not in measured)
+            measured |= {row["name"] for row in entry["rows"] if not row.get("out_of_memory")}
+            entry = entry.get("previous")
 
 
-def best(content: Content, key: str, *sections: str, choose: Any = max) -> tuple[float, str] | None:
-    """The largest value of a column, or the least, and the name of its row."""
-    found = [(row[key], row["name"]) for row in rows_of(content, *sections) if row.get(key) is not None]
-    return choose(found) if found else None
+def judged(content: Content, key: str, *sections: str, choose: Any = max) -> tuple[Row | None, Row | None]:
+    """The row of the largest value of a column, or of the least; and one of no default setting that is better."""
+    found = [row for row in rows_of(content, *sections) if row.get(key) is not None]
+    usual = choose((row for row in found if row.get("default", True)), key=lambda row: row[key], default=None)
+    other = max((row for row in found if not row.get("default", True)), key=lambda row: row[key], default=None)
+    return usual, other if usual and other and other[key] > usual[key] else None
 
 
 def verdicts(content: Content) -> Iterator[str]:
@@ -53,23 +65,33 @@ def verdicts(content: Content) -> Iterator[str]:
         yield "toy shapes: goals are for full size on a GPU"
         return
     for goal in GOALS:
-        found = best(content, goal.key, *goal.sections, choose=goal.choose)
-        if found is None:
+        row, better = judged(content, goal.key, *goal.sections, choose=goal.choose)
+        if row is None:
             yield f"{goal.name}: not measured (goal {goal.words})"
         else:
-            verdict = "met" if found[0] >= goal.least else "missed"
-            yield f"{goal.name}: {found[0]:.3g}, {verdict} (goal {goal.words}; {found[1]})"
+            value, verdict = row[goal.key], "met" if row[goal.key] >= goal.least else "missed"
+            beside = f"; best {better[goal.key]:.3g}: {better['name']}" if better else ""
+            yield f"{goal.name}: {value:.3g}, {verdict} (goal {goal.words}; {row['name']}{beside})"
 
 
 def markdown(content: Content) -> str:
-    """Everything as tables, goals first."""
-    lines = [f"- {line}" for line in verdicts(content)]
+    """Everything as tables, runs and goals first."""
+    lines = [f"- {', '.join(f'{key} {cell(value)}' for key, value in run.items())}" for run in content["runs"]]
+    lines += [f"- {line}" for line in verdicts(content)]
     for name, entry in content["sections"].items():
-        reason = f": {entry['reason']}" if "reason" in entry else ""
-        lines += ["", f"## {entry['title']} (`{name}`, {entry['status']}{reason})", "", *table(entry["rows"])]
+        lines += ["", f"## {entry['title']} (`{name}`, {ending(entry)})", "", *table(entry["rows"])]
+        while entry := entry.get("previous"):
+            lines += ["", f"### Before: `{name}`, {ending(entry)}", "", *table(entry["rows"])]
     if not content["tiny"]:
         lines += ["", "## For `salad_ray/scaling/rates.yaml`", "", *rates(content)]
     return "\n".join(lines) + "\n"
+
+
+def ending(entry: dict[str, Any]) -> str:
+    """How a section ended, why, and when it began."""
+    reason = f": {entry['reason']}" if "reason" in entry else ""
+    began = f", began {entry['began']}" if "began" in entry else ""
+    return entry["status"] + reason + began
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
@@ -97,7 +119,7 @@ def cell(value: object) -> str:
 def rates(content: Content) -> list[str]:
     """The planner's assumptions that were measured, in its units: seconds of one GPU for one unit of work.
 
-    Each with the row that it is of; whoever configures another way than that one takes another row.
+    Each with the row that it is of, and a better one of another setting; whoever configures that takes that row.
     """
     found = (
         ("training.mfu", "mfu", "training", lambda value: value),
@@ -106,9 +128,10 @@ def rates(content: Content) -> list[str]:
         ("stages.embed sentence_transformers.unit, per passage", "passages_per_sec", "embedding", lambda v: 1 / v),
         ("stages.cluster fit.unit, per passage", "points_per_sec", "kmeans", lambda value: 1 / value),
     )
-    lines = [
-        f"- `{name}`: {in_unit(measured[0]):.3g} ({measured[1]})"
-        for name, key, section, in_unit in found
-        if (measured := best(content, key, section)) is not None
-    ]
+    lines = []
+    for name, key, section, in_unit in found:
+        row, better = judged(content, key, section)
+        if row:
+            beside = f"; best {in_unit(better[key]):.3g}: {better['name']}" if better else ""
+            lines.append(f"- `{name}`: {in_unit(row[key]):.3g} ({row['name']}{beside})")
     return lines or ["nothing"]

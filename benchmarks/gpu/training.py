@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache, partial
 from statistics import median
 from typing import Any
 
@@ -81,11 +82,12 @@ def engine_rows(context: Context) -> Iterator[Row]:
         teacher, student = make_pair(shape, context.device, torch.bfloat16, VARIANTS[0].attention)
         settings = settings_of(context, VARIANTS[0])
         engine = make_engine(student, settings, micro_batches(context), context.device)
+        make = cache(partial(make_batches, shape))  # variants of as many rows have the same
         for variant in VARIANTS:
             prepare(variant, student, teacher)
             step = EngineStep(engine, teacher, settings_of(context, variant), context)
             try:
-                yield measure(variant, step, student, teacher, shape, context)
+                yield measure(variant, step, student, teacher, shape, context, make)
             except RuntimeError as error:
                 yield out_of_memory(error, variant.name) | {"peak_gib": gib(peak_bytes(context.device))}
                 return
@@ -106,11 +108,14 @@ def compiled_rows(context: Context) -> Iterator[Row]:
             compile_layers(llm, "inductor" if context.on_gpu else "eager")
         step = EngineStep(engine, teacher, settings, context)
         batches = make_batches(shape, variant.rows, micro_batches(context), seed=100)
-        compile_secs = seconds(lambda: step(batches), context.device)
-        row = measure(variant, step, student, teacher, shape, context, warm_up=0)
+        compiled = {
+            "name": f"{variant.name}, compiled",
+            "first_step_secs": seconds(lambda: step(batches), context.device),
+        }
+        yield compiled
+        row = measure(variant, step, student, teacher, shape, context, partial(make_batches, shape), warm_up=0)
     uncompiled = rate_of(context, variant)
-    ratio = {"compiled/not": uncompiled and row["positions_per_sec"] / uncompiled}
-    yield row | {"name": f"{variant.name}, compiled", "first_step_secs": compile_secs} | ratio
+    yield row | compiled | {"compiled/not": uncompiled and row["positions_per_sec"] / uncompiled}
 
 
 def bare_rows(context: Context) -> Iterator[Row]:
@@ -120,7 +125,7 @@ def bare_rows(context: Context) -> Iterator[Row]:
         teacher, student = make_pair(shape, context.device, torch.bfloat16, variant.attention)
         prepare(variant, student, teacher)
         step = BareStep(student, teacher, settings_of(context, variant), context)
-        row = measure(variant, step, student, teacher, shape, context)
+        row = measure(variant, step, student, teacher, shape, context, partial(make_batches, shape))
         ours = rate_of(context, variant)
         ratio = {"ours/bare": ours and ours / row["positions_per_sec"]}
         yield row | {"name": f"{variant.name}, bare"} | ratio
@@ -211,13 +216,17 @@ def measure(
     teacher: nn.Module,
     shape: Shape,
     context: Context,
+    make: Callable[[int, int, int], list[Batch]],
     warm_up: int = 1,
 ) -> Row:
-    """Rate, MFU and memory over a few steps, each on batches of its own, after `warm_up` others (none in a toy run)."""
+    """Rate, MFU and memory over a few steps, each on batches of its own, after `warm_up` others (none in a toy run).
+
+    `make` is `make_batches` of the shape.
+    """
     device, number = context.device, micro_batches(context)
     warm_up = 0 if context.tiny else warm_up
     num_steps = warm_up + (1 if context.tiny else STEPS)
-    steps = [make_batches(shape, variant.rows, number, seed) for seed in range(num_steps)]
+    steps = [make(variant.rows, number, seed) for seed in range(num_steps)]
     gc.collect()
     forget_peak(device)
     kls: list[float] = []

@@ -1,17 +1,21 @@
-"""The process of one section: `python -m benchmarks.gpu.worker MODULE:FUNCTION DIR [--tiny]`.
+"""The process of one section: `python -m benchmarks.gpu.worker MODULE:FUNCTION DIR RUNNER [--tiny]`.
 
-The function gets a `Context` and yields rows: flat dicts with a `name`, measured values, and `ok` where a row is a
-check. A row is handed on as soon as it is yielded. Neither a package that is missing nor memory that does not suffice
-is a failure: the one is said by name, the other is a row.
+The function gets a `Context` and yields rows: flat dicts with a `name`, measured values, `ok` where a row is a check,
+and `default` where only some rows are of the pipeline's own settings. A row is handed on as soon as it is yielded, and
+takes the place of one of its name: what is wanted most may come early and be refined. Neither a package that is missing
+nor memory that does not suffice is a failure: the one is said by name, the other is a row. RUNNER is the process that
+must not be outlived.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.metadata
 import json
 import math
 import os
+import signal
 import sys
 import warnings
 from dataclasses import dataclass
@@ -21,8 +25,10 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import END, LEFT_OUT, ROW
+from benchmarks.gpu.summary import rows_of
 
 OURS = ("salad_ray", "benchmarks", "tests")
+PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -40,13 +46,12 @@ class Context:
 
     def rows_of(self, section: str) -> list[dict[str, Any]]:
         """What an earlier section has measured."""
-        entry = json.loads((self.folder / "gpu.json").read_text(encoding="utf-8"))["sections"].get(section, {})
-        rows: list[dict[str, Any]] = entry.get("rows", [])
-        return rows
+        return list(rows_of(json.loads((self.folder / "gpu.json").read_text(encoding="utf-8")), section))
 
 
 def main() -> None:
-    target, folder, *flags = sys.argv[1:]
+    target, folder, runner, *flags = sys.argv[1:]
+    die_with(int(runner))
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(num_cpus())
     tiny = "--tiny" in flags
@@ -57,6 +62,13 @@ def main() -> None:
         _run(target, Context(device, tiny, Path(folder)))
     hand_on(END, "")
     os._exit(0)  # what a library does at its end (NCCL may hang there) is of no interest
+
+
+def die_with(parent: int) -> None:
+    """Let Linux kill this process when its parent is gone, which may have been killed and then ends nobody."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it is gone already
+        os._exit(1)
 
 
 def _run(target: str, context: Context) -> None:
@@ -83,6 +95,11 @@ def out_of_memory(error: RuntimeError, name: str) -> dict[str, Any]:
     if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "ALLOC_FAILED" in text:
         return {"name": name, "out_of_memory": True, "reason": text.strip().splitlines()[0][:200]}
     raise error
+
+
+def reason(error: Exception) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
 
 
 def missing(error: ImportError) -> str:
