@@ -40,6 +40,7 @@ STAGES = {
     "evaluate": About("Answer the benchmarks' items, read as text and heard as speech.", ("evaluate",)),
     "report": About("Print the gap tables; write report/metrics.json and report/page.html."),
 }
+TRUNK = "trunk"
 TRAINED = ("stage1", "stage2", "control")
 """The speech-adapted models of a run."""
 LENGTHS = ("distill.num_steps", "distill.num_positions", "distill.decay_share")
@@ -251,7 +252,8 @@ def batches(config: Config, flow: Iterable[Step]) -> list[list[Step]]:
         last = found[-1] if found else []
         same = bool(last) and last[-1].by_shard and step.by_shard and last[-1].stage == step.stage
         written = {label for each in last for label in each.writes}
-        follows = step.by_shard and step.along in written and not any(gpus(config, each) for each in (*last, step))
+        follows = bool(last) and last[0].by_shard and step.by_shard and step.along in written
+        follows = follows and not any(gpus(config, each) for each in (*last, step))
         if same or follows:
             last.append(step)
         else:

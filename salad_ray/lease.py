@@ -33,7 +33,7 @@ SETTLE_SECS = 0.5
 
 
 class LeaseError(RuntimeError):
-    """A table that another driver has taken over; the message is for the user."""
+    """Another driver has taken over the table that this one was making; the message is for the user."""
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from salad_ray.runs import (
     key_of,
     lead_to,
     num_bytes,
+    open_places,
     open_run,
     refuse_older,
     run_name,
@@ -145,9 +146,8 @@ def run_steps(run: Run, flow: Sequence[Step], started: float) -> None:
 def make_steps(run: Run, batch: Sequence[Step]) -> None:
     """Make the tables of a batch; another driver that makes one of them is waited for."""
     with ExitStack() as leases:
-        for step in batch:
-            if step.writes:
-                leases.enter_context(held(run.labelled(step.writes[0]).url))
+        for label in (label for step in batch for label in step.writes):
+            leases.enter_context(held(run.labelled(label).url))
         log_facts.update(run=run.config.run_dir, stage=batch[0].stage, set=batch[0].set)
         if batch[0].by_shard:
             from salad_ray.stages.common import begun_works, run_works
@@ -203,6 +203,7 @@ def clean(run_dir: str, forgotten: Sequence[str], ask: Ask) -> None:
     Args:
         forgotten: names of runs that are kept no longer.
     """
+    open_places(run_dir)  # nothing is deleted where no run of this version is kept
     known = {places.name: places for places in kept_runs(run_dir)}
     strange = [name for name in forgotten if name not in known]
     if strange:
@@ -290,7 +291,6 @@ def _forget_sweep(run: Run, name: str) -> None:
                 with held(table.url):
                     table.delete()
         forget(places)
-        delete_folder(places.report_url.removesuffix("/report"))
     delete_folder(f"{run_dir}/sweeps/{name}")
 
 
@@ -415,7 +415,7 @@ def status(run: Run) -> list[dict[str, str]]:
     for step in steps(run.config):
         for label in step.writes:
             table = run.labelled(label)
-            place = table.url.removeprefix(f"{run.config.run_dir}/")
+            place = table.url.removeprefix(f"{run.config.run_dir}/") if label in run.places.keys else ""
             rows.append({"stage": step.stage, "set": step.set, "place": place} | _table_status(table))
     return rows
 

@@ -30,6 +30,7 @@ from salad_ray.tables import (
     Table,
     TableError,
     delete_file,
+    delete_folder,
     file_exists,
     fingerprint,
     read_bytes,
@@ -136,7 +137,7 @@ def write_index(run: Run) -> None:
 
 
 def refuse_older(run_dir: str) -> None:
-    """Raises `TableError` where a version before 0.2 has written, whose tables lie elsewhere."""
+    """Raises `TableError` where an earlier version has written, whose tables lie elsewhere."""
     if file_exists(f"{run_dir}/config.yaml") and not file_exists(f"{run_dir}/runs/newest.json"):
         raise TableError(
             f"{run_dir} holds a run of an earlier version of salad_ray, whose tables this one does not find; choose "
@@ -270,5 +271,16 @@ def followed(url: str) -> str:
 
 
 def forget(places: Places) -> None:
-    """Keep a run no longer; its tables stay until `clean`."""
+    """Keep a run no longer, nor its report; its tables stay until `clean`. Where it was the newest, the last of the
+    others is."""
     delete_file(places.index_url)
+    delete_folder(places.report_url.removesuffix("/report"))
+    newest = f"{places.run_dir}/runs/newest.json"
+    if (read_json(newest) or {}).get("run") == places.name:
+        others = [run for run in kept_runs(places.run_dir) if "/" not in run.name]
+        if not others:
+            delete_file(newest)
+            return
+        last = max(others, key=lambda run: (read_json(run.index_url) or {}).get("started_at", ""))
+        write_json(newest, {"run": last.name})
+        lead_to(last)

@@ -39,7 +39,7 @@ Content = TypeVar("Content")
 
 
 class TableError(RuntimeError):
-    """A table that is missing, damaged or of another config; the message says what to do."""
+    """A table that is missing or damaged; the message says what to do."""
 
 
 class BadInput(ValueError):

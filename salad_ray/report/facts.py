@@ -18,7 +18,7 @@ import soundfile
 import yaml
 
 from salad_ray.distill.checkpoints import latest
-from salad_ray.flow import TRAINED
+from salad_ray.flow import TRAINED, TRUNK
 from salad_ray.runs import Places
 from salad_ray.speech.audio import load_utterance
 from salad_ray.store import list_folder
@@ -222,8 +222,11 @@ def _num_bytes(table: Table, shards: Sequence[str]) -> int | None:
 
 
 def _curve(places: Places, name: str) -> Curve | None:
-    """The training log of the manifest; of unfinished training that of its last checkpoint."""
+    """The training log of the manifest; of unfinished training that of its last checkpoint; before Stage I's decay
+    that of its trunk."""
     url = places.table("", name).url
+    if name == TRAINED[0] and not _json(f"{url}/begun.json"):
+        url = places.table("", TRUNK).url
     manifest = _json(f"{url}/manifest.json")
     if manifest:
         return Curve(name, manifest.get("log", []), "finished")

@@ -80,7 +80,7 @@ class LaneStream:
                     yield samples_of(row.segments, passages, self.tokenizer)
                 except BadInput as error:
                     where = f"row {row.row} of {self.plan.url}/{name}"
-                    raise TableError(f"{where}: {error}; rerun the stage 'pack'") from None
+                    raise TableError(f"{where}: {error}; run `salad pack CONFIG --redo`") from None
 
     def _utterances(self, segment: PlanSegment) -> list[Features]:
         shard = self._shard(segment.shard, max(segment.rows))
@@ -94,7 +94,7 @@ class LaneStream:
         if row >= table.num_rows:
             raise TableError(
                 f"{self.features.url}/{shard} has {table.num_rows} rows, and {self.plan.url} refers to row {row}; it "
-                "was encoded anew from other speech, so rerun the stage 'pack'"
+                "was encoded anew from other speech, so run `salad pack CONFIG --redo`"
             )
         return table
 

@@ -141,7 +141,7 @@ def finished(run: Run, label: str) -> dict[str, Any]:
         if writer is None:
             raise StageError(f"this config has no table {label}")
         where = f" set={writer.set}" if writer.set else ""
-        raise StageError(f"{table.url} is not finished; run `salad {writer.stage} CONFIG{where}` first")
+        raise StageError(f"{label} is not finished; run `salad {writer.stage} CONFIG{where}` first")
     return manifest
 
 
