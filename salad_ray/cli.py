@@ -40,6 +40,8 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value …]", help="Overrides, such as distill.alpha=0.5.")
 ]
 
+RunName = Annotated[str | None, typer.Option("--run", help="One of the runs in RUN_DIR; the newest by default.")]
+
 
 def load(path: str, overrides: list[str] | None) -> Config:
     """The resolved config.
@@ -118,7 +120,7 @@ def run(
 @app.command()
 def status(
     run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="Folder or URL of a run.")],
-    name: Annotated[str | None, typer.Option("--run", help="One of its runs; the newest by default.")] = None,
+    name: RunName = None,
 ) -> None:
     """Show how far a run is and where its tables lie, and which other runs share the folder."""
     run = open_run(run_dir, name)
@@ -193,22 +195,25 @@ def cuts(
     run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="Folder or URL of a run.")],
     target: Annotated[str, typer.Argument(metavar="OUT.jsonl.gz", help="The manifest to write.")],
     set_name: Annotated[str, typer.Option("--set", help="natural, heldout, …")] = "natural",
+    name: RunName = None,
 ) -> None:
     """Write a run's utterances, with their word times, as a Lhotse cut manifest."""
-    say(f"{pipeline.export_cuts(run_dir, set_name, target):,} cuts → {target}")
+    say(f"{pipeline.export_cuts(run_dir, set_name, target, name):,} cuts → {target}")
 
 
 @app.command()
 def compare(
     run_dirs: Annotated[
-        list[str], typer.Argument(metavar="RUN_DIR…", help="Runs; the others are held against the first.")
+        list[str],
+        typer.Argument(metavar="RUN_DIR…", help="Runs, one of several as RUN_DIR#RUN; the first is the reference."),
     ],
     out: Annotated[str, typer.Option(help="The HTML page to write.")] = "report.html",
 ) -> None:
     """Write one page for several runs, to look at and listen to."""
     from salad_ray.report.page import write_page
 
-    write_page([open_places(run_dir)[0] for run_dir in run_dirs], out)
+    named = (run_dir.partition("#") for run_dir in run_dirs)
+    write_page([open_places(run_dir, name or None)[0] for run_dir, _, name in named], out)
     say(f"report: {out}")
 
 
@@ -236,11 +241,12 @@ def export(
     target: Annotated[str, typer.Argument(metavar="FOLDER", help="Where the model goes.")],
     system: Annotated[str | None, typer.Option(help="stage1, stage2 or control; the last one by default.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; as trained by default.")] = None,
+    name: RunName = None,
 ) -> None:
     """Write the model with its card, config and lineage to a folder that loads without Ray and DeepSpeed."""
     from salad_ray.report.export import export as write
 
-    place = write(run_dir, target, system, dtype)
+    place = write(run_dir, target, system, dtype, name)
     say(f"exported to {place}; hear it with `salad listen {place} FILE`")
 
 

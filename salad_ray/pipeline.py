@@ -390,7 +390,7 @@ def _gpus() -> list[Any]:
     return [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
 
 
-def export_cuts(run_dir: str, set_name: str, target: str) -> int:
+def export_cuts(run_dir: str, set_name: str, target: str, name: str | None = None) -> int:
     """Write a set's utterances as a Lhotse manifest, with word times where there are any; returns their number.
 
     Raises:
@@ -400,7 +400,7 @@ def export_cuts(run_dir: str, set_name: str, target: str) -> int:
 
     if not target.endswith(".jsonl.gz"):
         raise ConfigError(f"{target}: a cut manifest ends in .jsonl.gz")
-    run = open_run(run_dir)
+    run = open_run(run_dir, name)
     tables = [run.table(set_name, name) for name in ("aligned", "utterances")]
     table = next((table for table in tables if table.manifest() is not None), None)
     if table is None:

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import yaml
 from factories import small_world_config
+from typer.testing import CliRunner
 
 from salad_ray import pipeline
+from salad_ray.cli import app
 from salad_ray.config import Config, ConfigError, identity, operational_keys
 from salad_ray.configfile import parse_config, replaced
 from salad_ray.flow import Step, steps
@@ -49,7 +51,7 @@ def make_all(run: Run) -> None:
         table = run.labelled(label)
         write_json(f"{table.url}/begun.json", {})
         write_bytes(f"{table.url}/part-0.parquet", bytes(1000))
-        write_json(f"{table.url}/manifest.json", {"inputs": {}})
+        write_json(f"{table.url}/manifest.json", {"inputs": {}, "stage": "a stage"})
 
 
 def there(run: Run) -> set[str]:
@@ -194,6 +196,46 @@ def test_clean_lists_and_deletes_what_no_kept_run_has(config: Config, capsys: py
     assert busy.is_new()
     with pytest.raises(ConfigError, match="has no run 'gone'"):
         pipeline.clean(config.run_dir, ["gone"], lambda _: True)
+
+
+def test_a_forgotten_newest_run_gives_its_place_to_the_last_of_the_others(config: Config) -> None:
+    runs = [pipeline.resolve(replaced(config, {"select.gamma": float(gamma)})) for gamma in range(3)]
+    for run in runs:
+        make_all(run)
+        write_bytes(f"{run.places.report_url}/metrics.json", b"{}")
+        lead_to(run.places)
+    pipeline.clean(config.run_dir, [runs[2].places.name], lambda _: True)
+    newest = open_places(config.run_dir)[0].name
+    assert newest in {runs[0].places.name, runs[1].places.name}
+    assert Path(config.run_dir, "report").resolve() == Path(config.run_dir, "runs", newest, "report").resolve()
+    assert not Path(config.run_dir, "runs", runs[2].places.name).exists()
+
+
+def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
+    write_json(f"{tmp_path}/thesis/chapter/manifest.json", {})
+    with pytest.raises(TableError, match="holds no run"):
+        pipeline.clean(str(tmp_path), [], lambda _: True)
+    assert (tmp_path / "thesis/chapter/manifest.json").exists()
+
+
+def test_the_commands_ask_before_they_delete_and_find_runs_by_name(config: Config, tmp_path: Path) -> None:
+    run, other = pipeline.resolve(config), pipeline.resolve(replaced(config, {"select.gamma": 0.0}))
+    for each in (other, run):
+        make_all(each)
+    asked = CliRunner().invoke(app, ["clean", config.run_dir, "--forget", other.places.name])
+    assert asked.exit_code == 0, asked.output
+    assert "there is nobody to ask here; say --yes" in asked.output
+    assert there(other) == set(other.places.keys)
+    shown = CliRunner().invoke(app, ["status", config.run_dir, "--run", other.places.name])
+    assert shown.exit_code == 0, shown.output
+    assert f"also here: run {run.places.name} (select.gamma=5.0)" in shown.output
+    page = tmp_path / "page.html"
+    named = [f"{config.run_dir}#{each.places.name}" for each in (run, other)]
+    compared = CliRunner().invoke(app, ["compare", *named, "--out", str(page)])
+    assert compared.exit_code == 0, compared.output
+    assert f"{run.places.name} · {other.places.name}" in page.read_text()
+    assert CliRunner().invoke(app, ["clean", config.run_dir, "--forget", other.places.name, "--yes"]).exit_code == 0
+    assert not there(other) - there(run)
 
 
 @pytest.mark.parametrize("place", ["{tmp}/run", "memory://{tmp}/run"])

@@ -70,7 +70,9 @@ class _Run:
     speech: list[SpeechData]
 
 
-def export(run_dir: str, target: str, system: str | None = None, dtype: str | None = None) -> Path:
+def export(
+    run_dir: str, target: str, system: str | None = None, dtype: str | None = None, name: str | None = None
+) -> Path:
     """Write a run's model to a folder that `SpeechLM.from_pretrained` loads, and its `llm/` as a plain causal LM.
 
     The folder appears whole or not at all; an earlier export or speech LM at `target` is replaced.
@@ -80,6 +82,7 @@ def export(run_dir: str, target: str, system: str | None = None, dtype: str | No
         target: a local folder.
         system: stage1, stage2 or control; none takes stage2 if it is finished, else stage1.
         dtype: "bf16" or "fp32"; none keeps that of the run.
+        name: of a run in `run_dir`; none takes the newest.
 
     Raises:
         ConfigError: a system or dtype that there is not, or a target that holds something else.
@@ -88,7 +91,7 @@ def export(run_dir: str, target: str, system: str | None = None, dtype: str | No
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype}: a model can be exported as {' or '.join(DTYPES)}")
-    run = _open(run_dir.rstrip("/"), system)
+    run = _open(run_dir.rstrip("/"), system, name)
     place = _require_replaceable(target, run.places)
     model = _load(f"{run.places.table('', run.system).url}/model", None if dtype is None else DTYPES[dtype])
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -108,8 +111,8 @@ def export(run_dir: str, target: str, system: str | None = None, dtype: str | No
     return place
 
 
-def _open(run_dir: str, system: str | None) -> _Run:
-    places, config = open_places(run_dir)
+def _open(run_dir: str, system: str | None, name: str | None) -> _Run:
+    places, config = open_places(run_dir, name)
     if system is not None and system not in SETS:
         raise ConfigError(f"system={system}: a run's systems are {', '.join(SETS)}")
     if system is None:

@@ -113,6 +113,7 @@ class RunFacts:
     """Everything that the page shows of one run; what was not measured is empty."""
 
     run_dir: str
+    name: str
     config: dict[str, Any]
     config_text: str
     metrics: dict[str, Any]
@@ -148,6 +149,7 @@ def collect(places: Places, clip_bytes: int = 5_500_000) -> RunFacts:
     num_read, rejects = _rejects(places, problems)
     return RunFacts(
         run_dir=places.run_dir,
+        name=places.name,
         config=config,
         config_text=yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
         metrics=metrics,

@@ -53,7 +53,8 @@ def write_page(places: Sequence[Places], target: str) -> None:
 
 def render(runs: Sequence[RunFacts]) -> str:
     """The page as HTML."""
-    names = run_names([run.run_dir for run in runs])
+    dirs = [run.run_dir for run in runs]
+    names = run_names([f"{run.run_dir}/{run.name}" if dirs.count(run.run_dir) > 1 else run.run_dir for run in runs])
     pairs = list(zip(names, runs, strict=True))
     environment = Environment(
         loader=PackageLoader("salad_ray.report", ""),

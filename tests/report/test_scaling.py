@@ -12,7 +12,7 @@ from salad_ray.scaling.sweep import laws
 
 
 def section(result: dict[str, Any]) -> Section:
-    return scaling_section(0, RunFacts("run", {}, "", {}, [], [], [], 0, [], 0, sweeps=[result]))
+    return scaling_section(0, RunFacts("run", "name", {}, "", {}, [], [], [], 0, [], 0, sweeps=[result]))
 
 
 def trained(**values: Any) -> dict[str, Any]:
