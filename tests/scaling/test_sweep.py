@@ -68,23 +68,25 @@ def test_a_failed_training_is_a_row_and_the_others_are_finished(swept: Config) -
         assert [row["trial"] for row in csv.DictReader(file)] == [row["trial"] for row in rows]
 
 
-def test_a_branch_is_what_training_to_its_budget_alone_would_be(swept: Config, tmp_path: Path) -> None:
-    """A run of its own, in another folder, with this budget only: its trunk ends where its decay begins."""
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_a_branch_is_what_training_to_its_budget_alone_would_be(swept: Config, tmp_path: Path, budget: int) -> None:
+    """A run of its own, in another folder, with this budget only: its trunk ends where its decay begins. The sweep's
+    trunk was the run's, to which the smaller budget gave a checkpoint in the middle, and the larger one a longer end."""
     folder = tmp_path / "alone"
     ignored = shutil.ignore_patterns("trunk", "stage1", "plan", "runs", "sweeps")
     shutil.copytree(swept.run_dir, folder, ignore=ignored, symlinks=True)
     (folder / "config.yaml").unlink()
-    changes = {"run_dir": str(folder), "sweeps": {}, "stage2": None, "distill.num_steps": BUDGETS[0]}
+    changes = {"run_dir": str(folder), "sweeps": {}, "stage2": None, "distill.num_steps": budget}
     alone = replaced(swept, changes)
     pipeline.make(alone, "stage1", "natural")
-    branch = places_of(swept, "rate", f"adapter_learning_rate=0.0015,steps={BUDGETS[0]}")
+    branch = places_of(swept, "rate", f"adapter_learning_rate=0.0015,steps={budget}")
     tables = (branch.table("", "stage1"), table_of(alone, "", "stage1"))
     ours, theirs = (SpeechLM.from_pretrained(f"{table.url}/model") for table in tables)
     for (name, one), other in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
         assert one.sub(other).abs().max() < 1e-5, name
     manifests = [table.manifest() or {} for table in tables]
     assert manifests[0]["num_positions"] == manifests[1]["num_positions"]
-    assert [row["step"] for row in manifests[0]["log"]][-1] == BUDGETS[0]
+    assert [row["step"] for row in manifests[0]["log"]][-1] == budget
 
 
 def test_the_trunk_is_shared_and_the_saving_told(swept: Config) -> None:
