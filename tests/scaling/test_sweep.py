@@ -71,7 +71,7 @@ def test_a_failed_training_is_a_row_and_the_others_are_finished(swept: Config) -
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_a_branch_is_what_training_to_its_budget_alone_would_be(swept: Config, tmp_path: Path, budget: int) -> None:
     """A run of its own with this budget only, in another folder: its trunk ends where its decay begins. The sweep's
-    trunk was the run's, to which the smaller budget gave a checkpoint in the middle, and the larger one a longer end."""
+    trunk was the run's, which got a checkpoint in its middle for the smaller budget, a longer end for the larger."""
     folder = tmp_path / "alone"
     ignored = shutil.ignore_patterns("trunk", "stage1", "plan", "runs", "sweeps")
     shutil.copytree(swept.run_dir, folder, ignore=ignored, symlinks=True)
