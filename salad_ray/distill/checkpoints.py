@@ -146,6 +146,11 @@ class Checkpoint:
         return self.state["step"]
 
 
+def keep(checkpoint: Checkpoint) -> None:
+    """Let a checkpoint stay that was written on the way."""
+    write_json(f"{checkpoint.url}/manifest.json", checkpoint.state | {"stays": True})
+
+
 def new_token() -> str:
     return uuid.uuid4().hex[:8]
 

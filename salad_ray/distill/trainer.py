@@ -35,6 +35,7 @@ from salad_ray.distill.checkpoints import (
     Checkpoint,
     CheckpointReader,
     CheckpointWriter,
+    keep,
     latest,
     new_token,
 )
@@ -459,8 +460,8 @@ class Distiller:
         for sentence in not_whole:
             say(f"{self.job.name}: {sentence}")
         checkpoint, token = chosen
-        keep = self.settings.keep_checkpoints
-        self.checkpoints = CheckpointWriter(url, self.rank, self.world_size, token, keep)
+        number = self.settings.keep_checkpoints
+        self.checkpoints = CheckpointWriter(url, self.rank, self.world_size, token, number)
         start = self.job.start
         facts = {"not_whole": not_whole, "begun_from": start and start.url}
         if checkpoint is None:
@@ -468,6 +469,8 @@ class Distiller:
                 self._load(start)
             return facts | {"step": 0, "resumed_from": None}
         self._load(checkpoint)
+        if self.rank == 0 and checkpoint.step in self.job.branch_steps:
+            keep(checkpoint)
         self.progress = Progress(**{name: checkpoint.state[name] for name in asdict(self.progress)})
         self.reader.start_step = self.progress.step
         return facts | {"step": self.progress.step, "resumed_from": checkpoint.url}
