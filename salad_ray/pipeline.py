@@ -136,6 +136,7 @@ def run_steps(run: Run, flow: Sequence[Step], started: float) -> None:
     number = 0
     for batch in batches(run.config, flow):
         number += len(batch)
+        log_facts.update(run=run.config.run_dir, stage=batch[0].stage, set=batch[0].set)
         names = dict.fromkeys(step.stage for step in batch)
         sets = dict.fromkeys(step.set for step in batch if step.set)
         label = f"{' → '.join(names)} {', '.join(sets)}".rstrip()
@@ -148,7 +149,6 @@ def make_steps(run: Run, batch: Sequence[Step]) -> None:
     with ExitStack() as leases:
         for label in (label for step in batch for label in step.writes):
             leases.enter_context(held(run.labelled(label).url))
-        log_facts.update(run=run.config.run_dir, stage=batch[0].stage, set=batch[0].set)
         if batch[0].by_shard:
             from salad_ray.stages.common import begun_works, run_works
 
