@@ -103,6 +103,7 @@ def make(config: Config, stage: str, set_name: str, redo: bool = False, ask: Ask
     if not wanted:
         sets = [step.set for step in steps(config) if step.stage == stage and step.set]
         where = f"works on {', '.join(dict.fromkeys(sets))}, not on set={set_name}" if sets else "has no part"
+        where += "; stage2={} adds Stage II with its defaults" if config.stage2 is None and not sets else ""
         raise ConfigError(f"in this config the stage '{stage}' {where}")
     if not {"trunk", "stage1", "stage2"} & {stage}:
         wanted = _without_later_models(config, wanted)

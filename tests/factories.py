@@ -144,6 +144,7 @@ def untrained_copy(run: Config, folder: Path, **distill: object) -> Config:
 def run_stage(config: Config, stage: str, set_name: str) -> Run:
     """Run this stage alone: what it needs is there, or it says what it lacks."""
     chosen = steps_of(config, stage, set_name)
+    assert chosen, f"no step of this config: {stage} {set_name}"
     run = pipeline.start(config, with_needs(config, chosen, if_there=True))
     pipeline.run_steps(run, chosen, time.monotonic())
     return run

@@ -111,7 +111,7 @@ def test_a_relative_run_dir_lies_at_home_and_not_in_the_jobs_copy(cluster: Head)
 @pytest.mark.parametrize(
     ("job", "sentence"),
     [
-        ("stage2.py", r"^salad: in this config the stage 'stage2' has no part$"),
+        ("stage2.py", r"^salad: in this config the stage 'stage2' has no part; stage2=.*$"),
         pytest.param("sweep.py", r"^salad: the config has no sweeps; .*$", marks=pytest.mark.slow),
     ],
 )

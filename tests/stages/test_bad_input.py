@@ -110,7 +110,7 @@ def test_an_edited_table_is_another_one(tmp_path: Path) -> None:
     table.write_text(table.read_text().replace("audio/gone.wav", "audio/good1.wav"))
     run_stage(config_for(tmp_path), "ingest", "natural")
     assert "corpus/gone" in {row.utt_id for row in _read(config_for(tmp_path), "utterances", Utterance)}
-    with pytest.raises(ConfigError, match="the stage 'ingest' works on web, natural, benchmark, not on set=heldout"):
+    with pytest.raises(ConfigError, match="the stage 'ingest' works on benchmark, web, natural, not on set=heldout"):
         pipeline.make(config_for(tmp_path), "ingest", "heldout")
 
 

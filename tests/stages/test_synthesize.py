@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from factories import rejects_of, run_stage, small_world_config, table_of
+from factories import a_table, rejects_of, run_stage, small_world_config, table_of
 from kokoro_weights import write_random_kokoro
 
 from salad_ray import pipeline
@@ -131,7 +131,8 @@ def test_a_killed_actor_is_replaced_and_each_passage_is_there_once(tmp_path: Pat
 
 def test_a_benchmarks_own_recording_is_of_a_length_that_can_be_heard(tmp_path: Path) -> None:
     config = spoken_config(tmp_path, gates={"max_duration_secs": 2.0})
-    worker = SpeakShard(config, load_synthesizer(config, "cpu").weights)
+    tables = [a_table(tmp_path, "benchmark", name) for name in ("passages", "utterances")]
+    worker = SpeakShard(config, "benchmark", *tables, load_synthesizer(config, config.synthesize.voices, "cpu").weights)
     for secs in (1, 3):
         audio = 0.1 * np.sin(np.arange(secs * 16_000) / 20)
         (tmp_path / f"{secs}.flac").write_bytes(encode_audio(audio, 16_000, "FLAC"))

