@@ -112,7 +112,7 @@ def run(
     resolved = load(config, overrides)
     if dry_run:
         say(dump_config(resolved))
-        say("stages: " + " → ".join(f"{step.stage} {step.set}".strip() for step in steps(resolved)))
+        say("stages: " + " → ".join(dict.fromkeys(step.label for step in steps(resolved))))
         return
     pipeline.run_all(resolved)
 

@@ -42,10 +42,13 @@ def test_the_help_of_a_stage_lists_its_keys(stage: str) -> None:
         (("run", "configs/gone.yaml"), "no such config file"),
         (("run", "memory://bucket/gone.yaml"), "salad: memory://bucket/gone.yaml: no such config file"),
         (("run", "nothing://bucket/a.yaml"), "nothing://bucket/a.yaml: cannot be read as a config file"),
-        (("status", "gone"), "no such config file"),
+        (("status", "gone"), "gone holds no run; name a run_dir that `salad run` has written to"),
         (("teacher", "configs/real.yaml", "model.teacher=./gone", "run_dir={tmp}"), "no such folder"),
         (("pack", "configs/quickstart.yaml", "run_dir={tmp}", "set=heldout"), "works on natural, active, not on set="),
-        (("stage2", "configs/real.yaml", "stage2=null", "run_dir={tmp}"), "stage2: the config has no such section"),
+        (
+            ("stage2", "configs/real.yaml", "stage2=null", "run_dir={tmp}"),
+            "the stage 'stage2' has no part; stage2={} adds Stage II",
+        ),
         (("ingest", "configs/real.yaml", "ingest.corpora=[gone]", "run_dir={tmp}"), "gone"),
     ],
 )
@@ -63,7 +66,7 @@ def test_what_a_user_can_mend_is_one_sentence_and_exit_code_1(
 def test_a_dry_run_of_the_paper_needs_no_weights(name: str) -> None:
     done = salad("run", f"configs/{name}.yaml", "--dry-run")
     assert done.returncode == 0
-    assert "teacher → ingest natural → align natural → encode natural" in done.stdout
+    assert "ingest natural → ingest heldout → align natural → " in done.stdout
     assert "→ select active → synthesize active → encode active → pack active → stage2 →" in done.stdout
 
 
