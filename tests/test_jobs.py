@@ -156,7 +156,9 @@ def test_a_run_that_is_stopped_continues_where_it_was(cluster: Head, config: Pat
     assert ended(cluster, "whole") == "STOPPED", log
     assert not list(run.glob("trunk/*/manifest.json"))
     assert "ingest set=heldout: done already" in log
-    assert re.search(r"^\[\d+/\d+, [\d:]+\] synthesize natural, heldout, benchmark$", log, re.MULTILINE)
+    assert re.search(
+        r"^\[\d+/\d+, [\d:]+\] ingest → synthesize → encode web, natural, heldout, benchmark$", log, re.MULTILINE
+    )
 
     again = submit(cluster, "jobs/stage1.py", "--config", str(config))
     assert again.returncode == 0, again.stdout
