@@ -52,12 +52,12 @@ def make_batch(num_rows: int) -> Batch:
 
 
 def test_warm_up_constant_decay() -> None:
-    factors = [learning_rate_factor(step, 100, 0.1, 0.2) for step in range(100)]
+    factors = [learning_rate_factor(step, 100, 10, 20) for step in range(100)]
     assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert factors[10:80] == [1.0] * 70
     assert all(later < earlier for earlier, later in pairwise(factors[80:]))
     assert 0 < factors[-1] < 0.06
-    assert learning_rate_factor(0, 1, 0.02, 0.0) == 1.0
+    assert learning_rate_factor(0, 1, 0, 0) == 1.0
 
 
 def test_unequal_micro_batches_add_up_to_the_mean_over_all_labels() -> None:
