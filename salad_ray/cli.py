@@ -263,8 +263,9 @@ def listen(
     """Write the text that follows a recording."""
     from salad_ray.model.listen import listen as follow
     from salad_ray.model.listen import load_listener
+    from salad_ray.runs import followed
 
-    speech_lm, own = load_listener(model, encoder)
+    speech_lm, own = load_listener(followed(model), encoder)
     for piece in follow(speech_lm, own, file, None, prompt, max_tokens, temperature, seed):
         sys.stdout.write(piece)
         sys.stdout.flush()

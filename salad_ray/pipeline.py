@@ -320,7 +320,7 @@ CALIBRATION: dict[str, Any] = {
 CALIBRATION_ROWS = {"num_natural": 150, "num_heldout": 12, "num_web": 250}
 """Of each shard: about as many as shards have, since a shard costs something however few rows it holds."""
 CALIBRATION_WAVES = 4
-"""Shards for each actor; fewer do not tell its start from its work."""
+"""Shards for each actor: enough that no single slow shard makes its pace."""
 
 
 def show_plan(config: Config, rates_file: str | None, measured: str | None, calibrate: bool) -> None:

@@ -218,10 +218,10 @@ def _shared(trials: Sequence[Trial], evaluate: bool) -> tuple[list[Sharing], lis
             if step.writes:
                 users.setdefault(trial.labelled(step.writes[0]).url, []).append((trial, step))
     trunks = [sharing for sharing in users.values() if sharing[0][1].stage == "trunk"]
-    others = [sharing for sharing in users.values() if len(sharing) > 1 and sharing not in trunks]
+    others = [sharing for sharing in users.values() if len(sharing) > 1 and sharing[0][1].stage != "trunk"]
     later = set(made_from([step for trial in trials for step in trial.steps(evaluate)], ["trunk"]))
-    before = [sharing for sharing in others if not set(sharing[0][1].writes) & later]
-    return before, trunks, [sharing for sharing in others if sharing not in before]
+    before = [sharing for sharing in others if later.isdisjoint(sharing[0][1].writes)]
+    return before, trunks, [sharing for sharing in others if not later.isdisjoint(sharing[0][1].writes)]
 
 
 def _make_once(sharing: Sharing, flow: Flow, errors: dict[str, str]) -> None:

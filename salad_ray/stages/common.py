@@ -179,7 +179,7 @@ Ahead = Mapping[str, Work]
 
 
 def run_works(run: Run, works: Sequence[Work]) -> None:
-    """Make the tables that are not done, by the same actors, which have one worker at a time: they start once for all.
+    """Make the tables that are not done, by the same actors, a chain of tasks at a time: they start once for all.
 
     Raises:
         StageError: with strict=true at the first bad input; when too large a share is rejected; without items.
