@@ -204,7 +204,9 @@ def test_a_shard_with_fewer_rows_than_planned_is_named(run_dir: str, tmp_path: P
     features = a_table(str(tmp_path), "natural", "features")
     for shard in features.shards():
         features.write(shard, features.read(shard).slice(0, 1))
-    with pytest.raises(TableError, match=r"features/shard-\d\d has 1 rows, and .* refers to row \d+; .*salad pack CONFIG --redo"):
+    with pytest.raises(
+        TableError, match=r"features/shard-\d\d has 1 rows, and .* refers to row \d+; .*salad pack CONFIG --redo"
+    ):
         next(iter(make_reader(str(tmp_path))))
 
 
