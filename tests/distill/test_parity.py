@@ -115,6 +115,8 @@ def work(folder: str) -> None:
         outcome = engine_step(case, folder)
         if torch.distributed.get_rank() == 0:
             torch.save(vars(outcome), f"{folder}/{case}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()  # or its threads may outlive what they use, and abort the process
 
 
 def engine_step(case: Case, folder: str) -> Outcome:

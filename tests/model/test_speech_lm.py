@@ -134,7 +134,8 @@ def set_attention(llm: PreTrainedModel, attention: str, monkeypatch: pytest.Monk
 
     def flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **settings: Any) -> Tensor:
         assert torch.equal(cu_seqlens_q, cu_seqlens_k)
-        return varlen_on_cpu(q, k, v, cu_seqlens_q, scale=settings["softmax_scale"])
+        bounds, longest = (cu_seqlens_q, cu_seqlens_k), int(cu_seqlens_q.diff().max())
+        return varlen_on_cpu(q, k, v, *bounds, longest, longest, window_size=(-1, 0), scale=settings["softmax_scale"])
 
     def process(**settings: Any) -> dict[str, Any]:
         assert settings["is_causal"]
