@@ -42,6 +42,8 @@ from salad_ray.tables import (
 
 NOWHERE = "none"
 """The key of a table that a run does not have; nothing lies there."""
+OWN_MODEL = "model"
+"""`path` in the manifest of a teacher that the run has trained: beside the manifest, wherever that is moved."""
 OPEN = ("run_dir", "set", "strict", "ray", "sweeps")
 """Keys that make no other run of a config."""
 
@@ -88,6 +90,11 @@ class Run:
 
     def labelled(self, label: str) -> Table:
         return self.places.labelled(label)
+
+    def with_path(self, teacher: dict[str, Any]) -> dict[str, Any]:
+        """A teacher's manifest with its `path` as it is now, also where the run has trained it itself."""
+        own = f"{self.table('', 'teacher').url}/{OWN_MODEL}"
+        return teacher | {"path": own} if teacher["path"] == OWN_MODEL else teacher
 
     def facts_of(self, step: Step) -> Mapping[str, Any]:
         return self.facts.get(step.writes[0], {})

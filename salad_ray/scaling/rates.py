@@ -347,9 +347,10 @@ def measured_speech(run: Run, planned: Config) -> dict[str, float]:
 
 def _tokens_per_word(run: Run, texts: list[str]) -> dict[str, float]:
     """By the teacher's tokenizer, where that can be had here."""
-    teacher = run.table("", "teacher").manifest()
-    if teacher is None:
+    manifest = run.table("", "teacher").manifest()
+    if manifest is None:
         return {}
+    teacher = run.with_path(manifest)
     try:
         with local_folder(teacher["path"]) as path:
             tokenizer = load_tokenizer(path, teacher["revision"])

@@ -41,8 +41,6 @@ Row = TypeVar("Row")
 SPEECH = "speech"
 TRAINED_ON = "training hours of domain "
 """How the totals of `encode` begin that say what was heard in training."""
-OWN_MODEL = "model"
-"""The teacher's path, where it was trained into its own table: with the run it can be moved."""
 
 
 @dataclass(frozen=True)
@@ -147,9 +145,7 @@ def finished(run: Run, label: str) -> dict[str, Any]:
 
 def teacher_of(run: Run) -> dict[str, Any]:
     """The manifest of the text LLM; its `path` as it is now, where the run has trained it itself."""
-    manifest = finished(run, "teacher")
-    is_own = manifest["path"] == OWN_MODEL
-    return manifest | ({"path": f"{run.table('', 'teacher').url}/{OWN_MODEL}"} if is_own else {})
+    return run.with_path(finished(run, "teacher"))
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from salad_ray.flow import Step
 from salad_ray.model.loading import hub_commit, load_tokenizer, tokenizer_hash
 from salad_ray.model.speech_lm import load_text_lm
 from salad_ray.model.tiny_lm import train_tiny_lm
-from salad_ray.runs import Run
-from salad_ray.stages.common import OWN_MODEL, Stage
+from salad_ray.runs import OWN_MODEL, Run
+from salad_ray.stages.common import Stage
 from salad_ray.store import scratch_folder
 from salad_ray.tables import Table, local_folder, put_folder, sampled_digest
 
