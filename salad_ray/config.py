@@ -247,6 +247,8 @@ class AlignConfig(Section):
     frames are scored against their best phone; CTC_MIN_SCORE for a CTC model, nats a frame)."""
     batch_secs: float = operational(120.0, gt=0)
     """Audio per batch of the CTC model, padding included."""
+    num_threads: int = operational(1, ge=1)
+    """Threads of each actor that decode and resample ahead of the model; so many CPUs are reserved for it."""
     num_gpus: float = operational(0.0, ge=0)
     """GPUs of each CTC actor."""
 
@@ -358,6 +360,8 @@ class EncodeConfig(Section):
     augment: AugmentConfig = AugmentConfig()
     batch_secs: float = operational(240.0, gt=0)
     """Audio per encoder batch, padding included."""
+    num_threads: int = operational(1, ge=1)
+    """Threads of each actor that decode and resample ahead of the encoder; so many CPUs are reserved for it."""
     num_gpus: float = operational(0.0, ge=0)
     """GPUs of each encoding actor."""
 

@@ -10,6 +10,7 @@ import errno
 import io
 import re
 import struct
+import threading
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,6 +49,7 @@ LASTING_ERRNOS = (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)
 _UNKNOWN_FRAMES = 2**62
 _STREAMED_WAV_BYTES = 0x7FFFF000
 """Programs that write WAV to a pipe leave a data size at or above this."""
+_FETCHING = threading.Lock()
 _OGG_PAGE_BYTES = 65_307
 """The longest page."""
 _MP3_FRAME = 1152
@@ -128,7 +130,10 @@ def referenced(row: Utterance) -> str | bytes | None:
             if len(data) != row.num_bytes:
                 raise BadInput(f"truncated: {row.uri} ends {row.num_bytes - len(data):,} bytes before the audio does")
             return data
-        fetched = None if is_local(filesystem(row.uri)[0]) else _fetched(row.uri)
+        if is_local(filesystem(row.uri)[0]):
+            return row.uri
+        with _FETCHING:  # threads want cuts of the same recording, which is fetched once
+            fetched = _fetched(row.uri)
         return row.uri if fetched is None else fetched
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ from salad_ray.stages.shards import ShardPart, StageError, WindowWorker, keep_or
 from salad_ray.tables import BadInput, Table, Utterance, to_arrow
 
 WINDOW_BATCHES = 4
-"""Batches of audio in memory at once; they are sorted by length within."""
+"""Batches of audio in a window, sorted by length within; three windows are in memory at once."""
 
 
 def sources(config: Config, step: Step) -> dict[str, Any]:
@@ -34,7 +35,8 @@ def work(run: Run, step: Step, ahead: Ahead) -> Work:
     [(label, utterances)] = stage.inputs.items()
     facts = dict(run.facts_of(step))
     worker = partial(AlignShard, run.config, run.labelled(label), facts.get("aligner"))
-    return Work(stage, {name: name for name in utterances["shards"]}, worker, run.config.align.num_gpus, facts)
+    items, settings = {name: name for name in utterances["shards"]}, run.config.align
+    return Work(stage, items, worker, settings.num_gpus, settings.num_threads, facts)
 
 
 def load_ctc(settings: AlignConfig, device: str) -> CTCAligner:
@@ -61,16 +63,17 @@ class AlignShard(WindowWorker):
         if self.has_other_weights:
             raise StageError(f"align: {self.config.align.path} holds other weights here than where the run was started")
         rows = self.utterances.iterate(Utterance, shard)
-        for window in self.windows(
-            rows, lambda row: row.utt_id, WINDOW_BATCHES * self.config.align.batch_secs, lambda row: row.duration_secs
-        ):
-            yield self._align(window)
+        limit = WINDOW_BATCHES * self.config.align.batch_secs
+        windows = self.windows(rows, lambda row: row.utt_id, limit, lambda row: row.duration_secs)
+        yield from self.overlapped(windows, self._load, self._align, self.config.align.num_threads)
 
-    def _align(self, window: list[Utterance]) -> ShardPart:
+    def _align(self, window: list[Utterance], loading: list[Future[np.ndarray | None]]) -> ShardPart:
         """Utterances whose corpus gave word times keep them."""
         strict = self.config.strict
-        unaligned = [row for row in window if row.words is None]
-        heard, unreadable = keep_or_reject("align", unaligned, lambda row: row.utt_id, self._load, strict)
+        unaligned = [(row, audio) for row, audio in zip(window, loading, strict=True) if row.words is None]
+        heard, unreadable = keep_or_reject(
+            "align", unaligned, lambda pair: pair[0].utt_id, lambda pair: (pair[0], pair[1].result()), strict
+        )
         found = self.aligner.align_batch([audio for _, audio in heard], [row.text for row, _ in heard])
         pairs = [(row, alignment) for (row, _), alignment in zip(heard, found, strict=True)]
         aligned, unfit = keep_or_reject("align", pairs, lambda pair: pair[0].utt_id, _with_words, strict)
@@ -78,8 +81,8 @@ class AlignShard(WindowWorker):
         kept = [by_id.get(row.utt_id, row) for row in window if row.words is not None or row.utt_id in by_id]
         return ShardPart(to_arrow(Utterance, kept), len(window), len(kept), unreadable + unfit)
 
-    def _load(self, row: Utterance) -> tuple[Utterance, np.ndarray]:
-        return row, load_utterance(row, self.aligner.sampling_rate)
+    def _load(self, row: Utterance) -> np.ndarray | None:
+        return None if row.words is not None else load_utterance(row, self.aligner.sampling_rate)
 
 
 def _with_words(pair: tuple[Utterance, Alignment | BadInput]) -> Utterance:

@@ -159,6 +159,8 @@ class Work:
     """Builds the worker inside its actor (a `functools.partial` of its class)."""
     num_gpus: float = 0.0
     """Of each actor."""
+    num_cpus: float = 1.0
+    """Of each actor, its threads included."""
     facts: dict[str, Any] = field(default_factory=dict)
     """For the manifest."""
     clean_up: Callable[[], None] = lambda: None
@@ -241,14 +243,15 @@ def _do(run: Run, works: Sequence[Work]) -> tuple[dict[str, float], dict[str, fl
     if not tasks:
         return {}, {}
     config, num_gpus = run.config, works[0].num_gpus
+    num_cpus = max(work.num_cpus for work in works)
     start_ray(config)
     cluster = ray.cluster_resources()
-    room = int(cluster.get("GPU", 0) / num_gpus) if num_gpus else int(cluster.get("CPU", 0))
+    room = int(cluster.get("GPU", 0) / num_gpus) if num_gpus else int(cluster.get("CPU", 0) / num_cpus)
     label = tasks[0].label
     require_gpus(config, label, num_gpus)
     if not room and config.ray.max_actors is None:
         say(f"{label}: this Ray cluster has no CPUs now; one actor waits for one, more if ray.max_actors says how many")
-    return map_shards(config, tasks, room, num_gpus)
+    return map_shards(config, tasks, room, num_gpus, num_cpus)
 
 
 def gather(config: Config, label: str, shards: Sequence[str], work: Callable[[str], pa.Table]) -> pa.Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,10 +19,15 @@ from salad_ray.speech.audio import load_utterance
 from salad_ray.speech.augment import augment, distort
 from salad_ray.stages.common import TRAINED_ON, Ahead, Stage, Work, condition_of
 from salad_ray.stages.shards import ShardPart, StageError, WindowWorker, keep_or_reject
-from salad_ray.tables import Features, Table, Utterance, stable_hash, to_arrow
+from salad_ray.tables import Features, Reject, Table, Utterance, stable_hash, to_arrow
 
 WINDOW_BATCHES = 4
-"""Batches of audio in memory at once; they are sorted by length within."""
+"""Batches of audio in a window, sorted by length within; three windows are in memory at once."""
+
+Heard = tuple[Utterance, np.ndarray]
+"""A row, with the word times that hold in what is heard, and its audio."""
+Encoded = tuple[Utterance, np.ndarray, float]
+"""The row, its frames (S, C), and how many seconds were heard."""
 
 
 def sources(config: Config, step: Step) -> dict[str, Any]:
@@ -38,7 +44,8 @@ def work(run: Run, step: Step, ahead: Ahead) -> Work:
     facts = run.facts_of(step)
     worker = partial(EncodeShard, run.config, step.set, run.labelled(label), facts["weights"])
     items = {name: name for name in utterances["shards"]}
-    return Work(stage, items, worker, run.config.encode.num_gpus, {"encoder": facts["encoder"]})
+    settings = run.config.encode
+    return Work(stage, items, worker, settings.num_gpus, settings.num_threads, {"encoder": facts["encoder"]})
 
 
 class EncodeShard(WindowWorker):
@@ -53,10 +60,10 @@ class EncodeShard(WindowWorker):
                 f"encode: {self.config.encode.path} holds other weights here than where the run was started"
             )
         rows = (heard for row in self.utterances.iterate(Utterance, shard) for heard in self._conditions(row))
-        for window in self.windows(
-            rows, lambda row: row.utt_id, WINDOW_BATCHES * self.config.encode.batch_secs, lambda row: row.duration_secs
-        ):
-            yield self._encode(window)
+        limit = WINDOW_BATCHES * self.config.encode.batch_secs
+        windows = self.windows(rows, lambda row: row.utt_id, limit, lambda row: row.duration_secs)
+        for encoded in self.overlapped(windows, self._load, self._encode, self.config.encode.num_threads):
+            yield self._part(*encoded)
 
     def _conditions(self, row: Utterance) -> Iterator[Utterance]:
         """The utterance, and of a benchmark's also once for every other condition that it is to be heard under."""
@@ -66,13 +73,20 @@ class EncodeShard(WindowWorker):
                 if condition not in ("clean", "voice"):
                     yield replace(row, utt_id=f"{row.utt_id}@{condition}")
 
-    def _encode(self, window: list[Utterance]) -> ShardPart:
-        strict = self.config.strict
-        heard, rejects = keep_or_reject("encode", window, lambda row: row.utt_id, self._load, strict)
+    def _encode(self, window: list[Utterance], loading: list[Future[Heard]]) -> tuple[list[Encoded], list[Reject]]:
+        pairs = list(zip(window, loading, strict=True))
+        heard, rejects = keep_or_reject(
+            "encode", pairs, lambda pair: pair[0].utt_id, lambda pair: pair[1].result(), self.config.strict
+        )
         features = encode_in_batches(self.encoder, [audio for _, audio in heard], self.config.encode.batch_secs)
-        encoded = [(row, frames) for (row, _), frames in zip(heard, features, strict=True)]
-        kept, unusable = keep_or_reject("encode", encoded, lambda pair: pair[0].utt_id, self._to_row, strict)
-        secs = {row.utt_id: len(audio) / self.encoder.sampling_rate for row, audio in heard}
+        rate = self.encoder.sampling_rate
+        encoded = [(row, frames, len(audio) / rate) for (row, audio), frames in zip(heard, features, strict=True)]
+        return encoded, rejects
+
+    def _part(self, encoded: list[Encoded], rejects: list[Reject]) -> ShardPart:
+        strict = self.config.strict
+        kept, unusable = keep_or_reject("encode", encoded, lambda each: each[0].utt_id, self._to_row, strict)
+        secs = {row.utt_id: secs for row, _, secs in encoded}
         hours = {
             "hours": sum(secs[row.utt_id] for row in kept) / 3600,
             "training hours": sum(secs[row.utt_id] for row in kept if row.split != "test") / 3600,
@@ -81,9 +95,10 @@ class EncodeShard(WindowWorker):
             if row.split != "test":
                 name = f"{TRAINED_ON}{row.domain}"
                 hours[name] = hours.get(name, 0.0) + secs[row.utt_id] / 3600
-        return ShardPart(to_arrow(Features, kept), len(window), len(kept), rejects + unusable, hours)
+        num_input = len(encoded) + len(rejects)
+        return ShardPart(to_arrow(Features, kept), num_input, len(kept), rejects + unusable, hours)
 
-    def _load(self, row: Utterance) -> tuple[Utterance, np.ndarray]:
+    def _load(self, row: Utterance) -> Heard:
         """The audio, and the row with the word times that hold in it.
 
         Offset and duration stay those of the cut, by which neighbours are known; how long the audio is that is heard,
@@ -101,8 +116,8 @@ class EncodeShard(WindowWorker):
         audio, words, _ = augment(audio, self.encoder.sampling_rate, row.words, settings, rng)
         return replace(row, words=words), audio
 
-    def _to_row(self, pair: tuple[Utterance, np.ndarray]) -> Features:
-        row, frames = pair
+    def _to_row(self, encoded: Encoded) -> Features:
+        row, frames, _ = encoded
         features, scales = store_frames(frames, self.config.encode.storage)
         return Features(
             utt_id=row.utt_id,

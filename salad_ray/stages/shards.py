@@ -22,6 +22,7 @@ import uuid
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -50,6 +51,7 @@ from salad_ray.tables import (
 )
 
 Row = TypeVar("Row")
+Result = TypeVar("Result")
 
 WHOLE_TRIES = 2
 """Of a shard, before it is done a row at a time."""
@@ -143,6 +145,29 @@ class WindowWorker:
             total += size(row)
         yield window
 
+    def overlapped(
+        self,
+        windows: Iterable[list[Row]],
+        load: Callable[[Row], Any],
+        compute: Callable[[list[Row], list[Future[Any]]], Result],
+        num_threads: int,
+    ) -> Iterator[Result]:
+        """What `compute` makes of each window, in order, so that a device has always its next window at hand.
+
+        Threads load the rows of a window while the one before is computed, in a thread of its own, and the caller
+        writes what was made of the one before that. A careful pass does one thing after the other.
+
+        Args:
+            load: of a row, what takes CPU: decoding, resampling. It should release Python's lock.
+            compute: of a window and its loaded rows, what takes the device.
+        """
+        ahead = 0 if self.careful is not None else 1
+        with ThreadPoolExecutor(num_threads) as threads, ThreadPoolExecutor(1) as device:
+            loading = ((window, [threads.submit(load, row) for row in window]) for window in windows)
+            computing = (device.submit(compute, *loaded) for loaded in look_ahead(loading, ahead))
+            for computed in look_ahead(computing, ahead):
+                yield computed.result()
+
     def _one_at_a_time(self, rows: Iterable[Row], key: Callable[[Row], str], url: str) -> Iterator[list[Row]]:
         self._look_back(read_json(url))
         yield []
@@ -165,6 +190,16 @@ class WindowWorker:
         if len(self.left_out) > MAX_LEFT_OUT:
             row_id, reason = list(self.left_out.items())[-1]
             raise RuntimeError(f"more than {MAX_LEFT_OUT} of its rows fail, the last {row_id}: {reason}")
+
+
+def look_ahead(items: Iterable[Row], number: int) -> Iterator[Row]:
+    """The items in order, each once `number` more were taken from the iterable."""
+    taken: deque[Row] = deque()
+    for item in items:
+        taken.append(item)
+        if len(taken) > number:
+            yield taken.popleft()
+    yield from taken
 
 
 class Machines:
@@ -540,13 +575,13 @@ class Pace:
 
 
 def map_shards(
-    config: Config, tasks: Sequence[Task], room: int, num_gpus: float
+    config: Config, tasks: Sequence[Task], room: int, num_gpus: float, num_cpus: float = 1.0
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Make every item's shard, trying again what fails.
 
     Args:
         room: actors for which the cluster has room now; `ray.max_actors` says how far it may grow.
-        num_gpus: of each actor.
+        num_gpus, num_cpus: of each actor.
 
     Returns:
         What tells the start from the work: actors, items, and seconds until the first item was done; and, by URL of a
@@ -555,7 +590,7 @@ def map_shards(
     Raises:
         StageError: for what the user has to mend; for a systematic error; at the end for shards that cannot be made.
     """
-    passes = Passes(config, tasks, room, num_gpus)
+    passes = Passes(config, tasks, room, num_gpus, num_cpus)
     pace: dict[str, float] = {}
     hopeless: dict[tuple[int, str], Shortfall] = {}
     try:
@@ -585,8 +620,11 @@ def map_shards(
 class Passes:
     """Passes over the shards that are missing; each shard is tried once in a pass."""
 
-    def __init__(self, config: Config, tasks: Sequence[Task], room: int, num_gpus: float) -> None:
-        self.config, self.tasks, self.room, self.num_gpus = config, tasks, room, num_gpus
+    def __init__(
+        self, config: Config, tasks: Sequence[Task], room: int, num_gpus: float, num_cpus: float = 1.0
+    ) -> None:
+        self.config, self.tasks, self.room = config, tasks, room
+        self.num_gpus, self.num_cpus = num_gpus, num_cpus
         self.missing = {(number, shard): Shortfall() for number, task in enumerate(tasks) for shard in task.items}
         self.by = uuid.uuid4().hex
         self.machines = Machines(self.by)
@@ -643,7 +681,7 @@ class Passes:
                 ShardWriter,
                 fn_constructor_args=([replace(task, items={}) for task in self.tasks], self.by),
                 compute=ray.data.ActorPoolStrategy(min_size=max(1, min(self.room, num_actors)), max_size=num_actors),
-                num_cpus=1,
+                num_cpus=self.num_cpus,
                 num_gpus=self.num_gpus or None,
                 max_task_retries=TASK_RETRIES,
             )

@@ -9,10 +9,12 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from logging.handlers import BufferingHandler
@@ -518,3 +520,57 @@ def test_a_chain_of_four_takes_each_shard_through_all_of_them(tmp_path: Path) ->
         Path(table.url, "part-00001.parquet").unlink()
     run_works(run, begun_works(flow(), work_of))
     assert ids(tables[3]) == [row_id for row_id in EVERY_ID if row_id != lost]
+
+
+def overlapped(worker: WindowWorker, windows: list[list[int]], load: Callable[[int], int]) -> Iterator[list[int]]:
+    return worker.overlapped(windows, load, lambda _, loading: [each.result() for each in loading], num_threads=2)
+
+
+def test_windows_are_loaded_ahead_and_come_in_order() -> None:
+    """A window is computed only while the next one is loaded: with one after the other this would wait for ever."""
+    windows = [[0, 1, 2], [3], [], [4, 5]]
+    reached = [threading.Event() for _ in windows]
+
+    def load(row: int) -> int:
+        reached[next(number for number, window in enumerate(windows) if row in window)].set()
+        return row * row
+
+    def compute(window: list[int], loading: list[Future[int]]) -> list[int]:
+        number = windows.index(window)
+        if number == 0:
+            assert reached[1].wait(10), "the second window is not loaded while the first is computed"
+        return [each.result() for each in loading]
+
+    made = list(WindowWorker().overlapped(windows, load, compute, num_threads=2))
+    assert made == [[row * row for row in window] for window in windows]
+
+
+def test_a_careful_pass_has_nothing_ahead() -> None:
+    """Else the row that is noted would not be the one that fails."""
+    worker, seen = WindowWorker(), list[str]()
+    worker.careful = "somewhere"
+
+    def windows() -> Iterator[list[int]]:
+        for row in range(3):
+            seen.append(f"noted {row}")
+            yield [row]
+
+    def load(row: int) -> int:
+        seen.append(f"loaded {row}")
+        return row
+
+    for [row] in worker.overlapped(windows(), load, lambda _, loading: [each.result() for each in loading], 2):
+        seen.append(f"written {row}")
+    assert seen == [f"{what} {row}" for row in range(3) for what in ("noted", "loaded", "written")]
+
+
+def test_what_fails_ahead_fails_where_it_belongs() -> None:
+    def load(row: int) -> int:
+        if row == 3:
+            raise RuntimeError("three")
+        return row
+
+    made = overlapped(WindowWorker(), [[0], [1, 2], [3, 4], [5]], load)
+    assert [next(made), next(made)] == [[0], [1, 2]]
+    with pytest.raises(RuntimeError, match="three"):
+        next(made)
