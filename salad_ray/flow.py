@@ -249,17 +249,17 @@ def merged(flow: Iterable[Step]) -> list[Step]:
 
 def batches(config: Config, flow: Iterable[Step]) -> list[list[Step]]:
     """Neighbouring steps that the same processes make: trainings, one after the other; shards of one stage; and, where
-    none of them needs a GPU, stages that go along with the shards of those before, so that one actor takes a shard
-    through all of them."""
+    none of them needs a GPU, of others: stages that go along with the shards of those before, so that one actor takes
+    a shard through all of them, and stages that read nothing of those before."""
     found: list[list[Step]] = []
     for step in flow:
         last = found[-1] if found else []
-        trained = bool(last) and last[-1].trains and step.trains
-        same = bool(last) and last[-1].by_shard and step.by_shard and last[-1].stage == step.stage
         written = {label for each in last for label in each.writes}
-        follows = bool(last) and last[0].by_shard and step.by_shard and step.along in written
-        follows = follows and not any(gpus(config, each) for each in (*last, step))
-        if trained or same or follows:
+        trained = bool(last) and last[-1].trains and step.trains
+        sharded = bool(last) and last[-1].by_shard and step.by_shard
+        same = sharded and last[-1].stage == step.stage
+        on_cpus = sharded and not any(gpus(config, each) for each in (*last, step))
+        if trained or same or (on_cpus and (step.along in written or written.isdisjoint(step.reads))):
             last.append(step)
         else:
             found.append([step])
