@@ -43,7 +43,7 @@ from salad_ray.distill.checkpoints import (
     latest,
     new_token,
 )
-from salad_ray.distill.engine import compile_layers, forward_backward, make_engine
+from salad_ray.distill.engine import compile_layers, destroy, forward_backward, make_engine
 from salad_ray.distill.logger import Logger
 from salad_ray.distill.step import DTYPES, learning_rate_factor, peak_flops, training_flops
 from salad_ray.distill.worker import work
@@ -310,7 +310,7 @@ class Distiller:
         self.checkpoints.close()
         if self.logger is not None:
             self.logger.close()
-        self.engine.destroy()
+        destroy(self.engine)
 
     def _load_teacher(self, path: str) -> torch.nn.Module:
         teacher = load_text_lm(path, self.job.teacher["revision"], self.dtype, self.config.model.attention)
