@@ -97,7 +97,7 @@ def job_of(config: Config, name: str) -> Job:
 def ours(config: Config, pair: int) -> tuple[Rows, float]:
     """The trainer's log, and the seconds that it took around its steps."""
     started = time.monotonic()
-    facts = train(job_of(config, f"training-{pair}"))
+    [facts] = train([job_of(config, f"training-{pair}")])
     return facts["log"], time.monotonic() - started - facts["train_seconds"]
 
 

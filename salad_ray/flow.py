@@ -68,7 +68,9 @@ class Step:
     grows: bool = False
     """Its table may be lengthened later; what was made of the shorter one stays valid."""
     by_shard: bool = False
-    """Whether the stage's `work` makes it shard by shard, in actors; else its `make` does, in its own way."""
+    """Whether the stage's `work` makes it shard by shard, in actors."""
+    trains: bool = False
+    """Whether the stage's `training` makes it, on the workers of a Train job. Else its `make` does, in its own way."""
     along: str = ""
     """The input whose shards it goes along with: it can make one as soon as that one is there."""
 
@@ -176,8 +178,8 @@ def _stage1() -> list[Step]:
     keys = ("distill", "model.adapter", "pack.rows_per_lane", "seed")
     return [
         _pack("natural"),
-        Step("trunk", "", ("trunk",), read, keys, LENGTHS, grows=True),
-        Step("stage1", "", ("stage1",), ("trunk", *read), LENGTHS),
+        Step("trunk", "", ("trunk",), read, keys, LENGTHS, grows=True, trains=True),
+        Step("stage1", "", ("stage1",), ("trunk", *read), LENGTHS, trains=True),
     ]
 
 
@@ -199,12 +201,13 @@ def _data_engine(config: Config) -> list[Step]:
              ("web/passages", *clusters, *probed, "natural/features"), ("select",)),
         *_speech(config, ["active"]),
         _pack("active", "active/selection", "natural/plan"),
-        Step("stage2", "", ("stage2",), (*trunk, *active), ("stage2", *LENGTHS)),
+        Step("stage2", "", ("stage2",), (*trunk, *active), ("stage2", *LENGTHS), trains=True),
     ]  # fmt: skip
     assert config.stage2 is not None
     if config.stage2.control:
         keys = ("stage2", *LENGTHS)
-        found.append(Step("stage2", "", ("control",), trunk, keys, without=("stage2.active_weight",)))
+        without = ("stage2.active_weight",)
+        found.append(Step("stage2", "", ("control",), trunk, keys, without, trains=True))
     return found
 
 
@@ -245,16 +248,18 @@ def merged(flow: Iterable[Step]) -> list[Step]:
 
 
 def batches(config: Config, flow: Iterable[Step]) -> list[list[Step]]:
-    """Neighbouring steps that the same actors make: of one stage; and, where none of them needs a GPU, stages that go
-    along with the shards of those before, so that one actor takes a shard through all of them."""
+    """Neighbouring steps that the same processes make: trainings, one after the other; shards of one stage; and, where
+    none of them needs a GPU, of others: stages that go along with the shards of those before, so that one actor takes
+    a shard through all of them, and stages that read nothing of those before."""
     found: list[list[Step]] = []
     for step in flow:
         last = found[-1] if found else []
-        same = bool(last) and last[-1].by_shard and step.by_shard and last[-1].stage == step.stage
         written = {label for each in last for label in each.writes}
-        follows = bool(last) and last[0].by_shard and step.by_shard and step.along in written
-        follows = follows and not any(gpus(config, each) for each in (*last, step))
-        if same or follows:
+        trained = bool(last) and last[-1].trains and step.trains
+        sharded = bool(last) and last[-1].by_shard and step.by_shard
+        same = sharded and last[-1].stage == step.stage
+        on_cpus = sharded and not any(gpus(config, each) for each in (*last, step))
+        if trained or same or (on_cpus and (step.along in written or written.isdisjoint(step.reads))):
             last.append(step)
         else:
             found.append([step])

@@ -45,8 +45,9 @@ Ask = Callable[[str], bool]
 def stage_module(stage: str) -> ModuleType:
     """The stage's module; imported late, since `salad --help` should not wait for torch.
 
-    It has `work(run, step, ahead) -> Work` for steps that go shard by shard, `make(run, step)` for others; and perhaps
-    `sources(config, step)`, the facts of what it reads from outside.
+    It has `work(run, step, ahead) -> Work` for steps that go shard by shard, `training(run, step, ahead) -> Training`
+    for those that train, `make(run, step)` for others; and perhaps `sources(config, step)`, the facts of what it reads
+    from outside.
     """
     return importlib.import_module(f"salad_ray.stages.{stage}")
 
@@ -133,7 +134,7 @@ def start(config: Config, flow: Sequence[Step]) -> Run:
 
 
 def run_steps(run: Run, flow: Sequence[Step], started: float) -> None:
-    """Make what is missing of these steps, in batches that share their actors."""
+    """Make what is missing of these steps, in batches that share their processes."""
     number = 0
     for batch in batches(run.config, flow):
         number += len(batch)
@@ -154,6 +155,11 @@ def make_steps(run: Run, batch: Sequence[Step]) -> None:
             from salad_ray.stages.common import begun_works, run_works
 
             run_works(run, begun_works(batch, lambda step, ahead: stage_module(step.stage).work(run, step, ahead)))
+        elif batch[0].trains:
+            from salad_ray.stages.training import begun_trainings, run_trainings
+
+            trainings = begun_trainings(batch, lambda step, ahead: stage_module(step.stage).training(run, step, ahead))
+            run_trainings(run.config, trainings)
         else:
             for step in batch:
                 stage_module(step.stage).make(run, step)

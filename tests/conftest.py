@@ -45,8 +45,8 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 @pytest.fixture(scope="session")
 def undisturbed(finished_run: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """Two workers, ZeRO 2, fp32, long enough to be killed, with all its checkpoints."""
-    settings = {"num_steps": 30, "checkpoint_every": 5, "keep_checkpoints": 20}
+    """Two workers, ZeRO 2, fp32, long enough to be killed, with all its checkpoints; each training in its own job."""
+    settings = {"num_steps": 40, "checkpoint_every": 5, "keep_checkpoints": 20}
     config = untrained_copy(finished_run, tmp_path_factory.mktemp("undisturbed") / "run", **settings)
     for stage in ("pack", "trunk", "stage1"):
         run = run_stage(config, stage, "natural")

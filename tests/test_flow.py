@@ -11,7 +11,7 @@ from factories import small_world_config, table_of, untrained_copy
 from salad_ray import pipeline
 from salad_ray.config import Config, ConfigError
 from salad_ray.configfile import load_config, parse_config, replaced
-from salad_ray.flow import STAGES, steps, steps_of, with_needs
+from salad_ray.flow import STAGES, batches, steps, steps_of, with_needs
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
@@ -40,7 +40,7 @@ def test_every_step_has_readers_or_is_an_end(name: str) -> None:
 
 
 def test_every_declared_stage_has_its_module_and_the_other_way_round() -> None:
-    helpers = {"common", "shards", "ray_cluster", "__init__"}
+    helpers = {"common", "shards", "ray_cluster", "training", "__init__"}
     modules = {path.stem for path in (ROOT / "salad_ray" / "stages").glob("*.py")} - helpers
     assert modules == set(STAGES)
 
@@ -58,6 +58,25 @@ def test_a_stage_needs_what_leads_to_it_and_nothing_else() -> None:
     assert needed("embed") == ["ingest web", "embed web"]
     assert needed("encode", "heldout") == ["ingest heldout", "synthesize heldout", "encode heldout"]
     assert "select active" in needed("stage2")
+
+
+def test_trainings_that_follow_each_other_share_a_train_job() -> None:
+    config = load("quickstart")
+    jobs = [[step.tables[0] for step in batch] for batch in batches(config, steps(config)) if batch[0].trains]
+    assert jobs == [["trunk", "stage1"], ["stage2", "control"]]
+    alone = steps_of(config, "trunk", "natural")
+    assert batches(config, alone) == [alone]
+
+
+def test_on_cpus_measuring_and_evaluating_share_actors_and_on_gpus_they_do_not() -> None:
+    config = load("quickstart")
+    on_gpus = replaced(config, {"evaluate.num_gpus": 1.0})
+
+    def shared(config: Config) -> list[set[str]]:
+        return [{step.stage for step in batch} for batch in batches(config, steps(config)) if batch[0].by_shard]
+
+    assert shared(config)[-1] == {"measure", "evaluate"}
+    assert shared(on_gpus)[-2:] == [{"measure"}, {"evaluate"}]
 
 
 def test_looking_at_stage_one_trains_no_second_stage(tmp_path: Path) -> None:

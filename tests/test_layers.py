@@ -64,7 +64,7 @@ def test_no_module_imports_from_a_higher_layer(module: str) -> None:
 
 @pytest.mark.parametrize("module", [name for name in modules() if name.startswith("stages.")])
 def test_stages_meet_only_through_tables(module: str) -> None:
-    shared = {"stages.common", "stages.shards", "stages.ray_cluster"}
+    shared = {"stages.common", "stages.shards", "stages.ray_cluster", "stages.training"}
     others = {name for name in own_imports(module) if name.startswith("stages.")} - shared
     assert not others, f"{module} imports the stages {others}"
 

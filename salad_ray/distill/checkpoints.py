@@ -100,6 +100,10 @@ class CheckpointWriter:
             self._pending.result()
             self._pending = None
 
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown()
+
     def _write(self, folder: str, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         write_tensors(f"{folder}/{_file_name(self.rank)}", tensors)
         if self.rank == 0:

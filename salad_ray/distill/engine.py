@@ -21,6 +21,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 from deepspeed.runtime.zero import GatheredParameters
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
 from salad_ray.config import DistillConfig
 from salad_ray.distill.losses import DistillationLoss
@@ -56,6 +57,12 @@ def make_engine(student: SpeechLM, settings: DistillConfig, num_micro_batches: i
         dist_init_required=False,
     )
     return engine
+
+
+def destroy(engine: Any) -> None:
+    """Let an engine go, so that its models and optimizer can leave the memory."""
+    engine.destroy()
+    FWD_MODULE_STACK.clear()  # where ZeRO 3 leaves the model
 
 
 def compile_layers(llm: PreTrainedModel, backend: str = "inductor") -> None:

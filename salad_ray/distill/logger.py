@@ -7,8 +7,6 @@ import time
 from contextlib import suppress
 from types import ModuleType
 
-from torch.utils.tensorboard import SummaryWriter
-
 from salad_ray.config import Config, ConfigError
 from salad_ray.console import clock, say
 from salad_ray.tables import Table, write_json
@@ -19,7 +17,11 @@ class Logger:
 
     def __init__(self, config: Config, table: Table, num_steps: int) -> None:
         self.url, self.name, self.num_steps = table.url, table.name, num_steps
-        self.tensorboard = SummaryWriter(f"{self.url}/tensorboard") if keeps_tensorboard(self.url) else None
+        self.tensorboard = None
+        if keeps_tensorboard(self.url):
+            from torch.utils.tensorboard import SummaryWriter  # a second, which only the first worker needs
+
+            self.tensorboard = SummaryWriter(f"{self.url}/tensorboard")
         self.wandb = self.mlflow = None
         if config.distill.wandb_project:
             self.wandb = optional("wandb", "distill.wandb_project").init(
@@ -55,6 +57,15 @@ class Logger:
             stage=self.name,
             **row,
         )
+
+    def close(self) -> None:
+        """End the curves; the next training of this process has its own."""
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+        if self.mlflow is not None:
+            self.mlflow.end_run()
 
     def _eta(self, step: int) -> float:
         now = time.monotonic()

@@ -3,17 +3,20 @@
 Step s trains on rows s·b … of every lane of the plan, whatever the number of workers. Its gradient is that of the mean
 loss over all labels of the step, over workers and accumulation. A step whose loss is not finite never updates the
 weights. A worker group that Ray Train starts again, after a failure or with another number of workers, and a rerun
-after the driver's death, all continue from the last whole checkpoint (`checkpoints.py`).
+after the driver's death, all continue from the last whole checkpoint (`checkpoints.py`). Trainings that follow each
+other share a worker group, as it takes longer to start than a small training takes.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
 import resource
 import time
 import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -23,7 +26,7 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchTrainer
 from ray.util.metrics import Gauge
 from torch import Tensor
@@ -35,11 +38,12 @@ from salad_ray.distill.checkpoints import (
     Checkpoint,
     CheckpointReader,
     CheckpointWriter,
+    checkpoint_at,
     keep,
     latest,
     new_token,
 )
-from salad_ray.distill.engine import compile_layers, forward_backward, make_engine
+from salad_ray.distill.engine import compile_layers, destroy, forward_backward, make_engine
 from salad_ray.distill.logger import Logger
 from salad_ray.distill.step import DTYPES, learning_rate_factor, peak_flops, training_flops
 from salad_ray.distill.worker import work
@@ -96,8 +100,9 @@ class Job:
     """Of those, at the end, in which the learning rate falls."""
     card: str = ""
     """Text of the model card."""
-    start: Checkpoint | None = None
-    """Of another stage: training begins with its weights and optimizer; without, with the teacher's weights."""
+    start: tuple[str, int] | None = None
+    """Another training's folder of checkpoints, and the step of the one with whose weights and optimizer this training
+    begins; without, it begins with the teacher's weights."""
     first_row: int = 0
     """Row of every lane of the natural plan at which step 0 begins."""
     active: tuple[Table, Table] | None = None
@@ -115,41 +120,53 @@ class Job:
         return self.table.name
 
 
-def train(job: Job) -> dict[str, Any]:
-    """Distil on the plan of the natural speech, and perhaps the active one's, from the last checkpoint if there is one,
-    and write the model.
+def train(jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
+    """Distil, one training after the other on the same workers: on the plan of the natural speech, and perhaps the
+    active one's, from the last checkpoint if there is one; and write the models.
 
-    Returns:
-        The facts of the run: steps, positions, seconds, skipped steps and the training curve.
+    Args:
+        jobs: of one table each. The settings of the first say which workers there are. A later one may begin with a
+            checkpoint of an earlier one.
+
+    Yields:
+        The facts of each training, when all have ended: steps, positions, skipped steps, the training curve, and
+        `seconds`; the start of the workers counts to the first. Those before one that failed are told, too.
 
     Raises:
         TrainingStopped: the loss became infinite or NaN, or an input is missing or damaged.
+        TrainingFailedError: the workers failed too often.
     """
-    settings = job.settings
+    settings, started = jobs[0].settings, time.monotonic()
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
     trainer = TorchTrainer(
         work,
-        train_loop_config={"job": as_json(job)},
+        train_loop_config={"jobs": [as_json(job) for job in jobs]},
         scaling_config=ScalingConfig(
             num_workers=settings.num_workers, use_gpu=settings.use_gpu, resources_per_worker=worker_resources(settings)
         ),
         run_config=RunConfig(
             name="ray_train",
-            **for_ray(job.table.url),
+            **for_ray(jobs[0].table.url),
             failure_config=FailureConfig(max_failures=settings.max_failures),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    delete_file(_result_url(job))
+    for job in jobs:
+        delete_file(_result_url(job))
+    failure: TrainingFailedError | None = None
     try:
         trainer.fit()
-    except WorkerGroupError as error:
-        raise _first_cause(error) from error
-    facts = read_json(_result_url(job))
-    if facts is None or "stopped" in facts:
-        reason = facts["stopped"] if facts else "the workers ended without a result"
-        raise TrainingStopped(f"{job.name}: {reason}")
-    return facts
+    except TrainingFailedError as error:
+        failure = error
+    results = [read_json(_result_url(job)) or {} for job in jobs]
+    starting = time.monotonic() - started - sum(facts.get("seconds", 0.0) for facts in results)
+    for job, facts in zip(jobs, results, strict=True):
+        if "seconds" not in facts:
+            if failure is not None:
+                raise _first_cause(failure) from failure
+            raise TrainingStopped(f"{job.name}: {facts.get('stopped', 'the workers ended without a result')}")
+        yield facts | {"seconds": facts["seconds"] + starting}
+        starting = 0.0
 
 
 def worker_resources(settings: DistillConfig) -> dict[str, float]:
@@ -162,7 +179,7 @@ def as_json(job: Job) -> str:
     """A job as text, for its workers."""
     content = {each.name: getattr(job, each.name) for each in fields(job)}
     content |= {name: content[name].model_dump(mode="json") for name in ("config", "settings")}
-    content |= {name: asdict(content[name]) for name in ("encoder", "start", "table") if content[name]}
+    content |= {name: asdict(content[name]) for name in ("encoder", "table")}
     content |= {name: [asdict(table) for table in content[name] or ()] for name in ("natural", "active")}
     return json.dumps(content)
 
@@ -177,7 +194,7 @@ def job_of(text: str) -> Job:
             "config": parse_config(content["config"]),
             "settings": DistillConfig.model_validate_json(json.dumps(content["settings"]), strict=True),
             "encoder": EncoderSpec(**content["encoder"]),
-            "start": None if start is None else Checkpoint(**start),
+            "start": None if start is None else tuple(start),
             "table": Table(**content["table"]),
             "natural": tuple(Table(**each) for each in content["natural"]),
             "active": tuple(Table(**each) for each in content["active"]) or None,
@@ -190,29 +207,61 @@ def _result_url(job: Job) -> str:
     return f"{job.table.url}/result.json"
 
 
-def _first_cause(error: WorkerGroupError) -> Exception:
+def _first_cause(error: TrainingFailedError) -> Exception:
     """What a user can mend, if any worker failed for that; else the error as it is."""
+    if not isinstance(error, WorkerGroupError):
+        return error
     causes = (getattr(failure, "cause", None) or failure for failure in error.worker_failures.values())
     return next((cause for cause in causes if isinstance(cause, (*MENDABLE, StoreError))), error)
 
 
-def train_worker(job: Job) -> None:
-    """What every Ray Train worker does."""
+def train_worker(jobs: Sequence[Job]) -> None:
+    """What every Ray Train worker does: the trainings that have no result yet, up to the first that is stopped."""
     # It announces every report, metrics and all.
     logging.getLogger("ray.train.v2._internal.execution.context").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    log_facts.update(run=job.config.run_dir, stage=job.name)
-    if "stopped" in (read_json(_result_url(job)) or {}):
-        return
-    try:
-        facts = Distiller(job).run()
-    except TrainingStopped as error:  # in all workers at once; raised, it would only be tried again
-        facts = {"stopped": str(error)}
-    except MENDABLE as error:  # perhaps in this worker alone; the group starts again, and ends at once
-        write_json(_result_url(job), {"stopped": str(error)})
-        raise
+    for job in jobs[_num_ended(jobs) :]:
+        log_facts.update(run=job.config.run_dir, stage=job.name)
+        try:
+            facts = _distil(job)
+        except TrainingStopped as error:  # in all workers at once; raised, it would only be tried again
+            facts = {"stopped": str(error)}
+        except MENDABLE as error:  # perhaps in this worker alone; the group starts again, and ends at once
+            write_json(_result_url(job), {"stopped": str(error)})
+            raise
+        if dist.get_rank() == 0:
+            write_json(_result_url(job), facts)
+        if "stopped" in facts:
+            return
+
+
+def _num_ended(jobs: Sequence[Job]) -> int:
+    """Trainings that an earlier worker group has ended; all of them, where one was stopped.
+
+    Rank 0 looks and tells the others: to them, a store or network disk may show an older state.
+    """
+    number = torch.zeros(1, dtype=torch.int64)
     if dist.get_rank() == 0:
-        write_json(_result_url(job), facts)
+        results = [read_json(_result_url(job)) for job in jobs]
+        stopped = any("stopped" in facts for facts in results if facts)
+        number += len(jobs) if stopped else sum(facts is not None for facts in results)
+    number = number.to(ray.train.torch.get_device())
+    dist.broadcast(number, 0)
+    return int(number)
+
+
+def _distil(job: Job) -> dict[str, Any]:
+    """One training; returns its facts, and leaves no memory in use."""
+    started = time.monotonic()
+    distiller = Distiller(job)
+    facts = distiller.run()
+    distiller.close()
+    del distiller
+    gc.collect()  # engine and hooks refer to each other
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return facts | {"seconds": time.monotonic() - started}
 
 
 class Distiller:
@@ -253,7 +302,15 @@ class Distiller:
         if self.job.exports:
             self._export()
         self.checkpoints.wait()
-        return asdict(self.progress) | {"skipped_steps": self._skipped_steps(), "num_workers": self.world_size}
+        begun = {"begun_from": self.begun_from} if self.begun_from else {}
+        return asdict(self.progress) | begun | {"skipped_steps": self._skipped_steps(), "num_workers": self.world_size}
+
+    def close(self) -> None:
+        """End what would outlive the training: threads, trackers, and the engine's hold on the models."""
+        self.checkpoints.close()
+        if self.logger is not None:
+            self.logger.close()
+        destroy(self.engine)
 
     def _load_teacher(self, path: str) -> torch.nn.Module:
         teacher = load_text_lm(path, self.job.teacher["revision"], self.dtype, self.config.model.attention)
@@ -333,8 +390,8 @@ class Distiller:
         )
         if resumed["resumed_from"]:
             say(f"{self.job.name}: continuing after step {resumed['step']}, from {resumed['resumed_from']}")
-        elif self.job.start:
-            say(f"{self.job.name}: beginning with weights and optimizer of {self.job.start.url}")
+        elif self.begun_from:
+            say(f"{self.job.name}: beginning with weights and optimizer of {self.begun_from}")
 
     def _require_everywhere(self, good: bool, what: str) -> None:
         """Stops all workers where any of them sees something wrong."""
@@ -453,17 +510,18 @@ class Distiller:
         """
         url = checkpoints_url(self.job.table)
         not_whole: list[str] = []
-        chosen: list[Any] = [None, None]
+        chosen: list[Any] = [None, None, None]
         if self.rank == 0:
-            chosen = [latest(url, not_whole.append, self.job.num_steps), new_token()]
+            start = self.job.start and checkpoint_at(*self.job.start)
+            chosen = [latest(url, not_whole.append, self.job.num_steps), new_token(), start]
         dist.broadcast_object_list(chosen)
         for sentence in not_whole:
             say(f"{self.job.name}: {sentence}")
-        checkpoint, token = chosen
+        checkpoint, token, start = chosen
         number = self.settings.keep_checkpoints
         self.checkpoints = CheckpointWriter(url, self.rank, self.world_size, token, number)
-        start = self.job.start
-        facts = {"not_whole": not_whole, "begun_from": start and start.url}
+        self.begun_from = start and start.url
+        facts = {"not_whole": not_whole, "begun_from": self.begun_from}
         if checkpoint is None:
             if start is not None:
                 self._load(start)

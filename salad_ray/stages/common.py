@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar, get_args
+from typing import Any, Protocol, TypeVar, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -43,6 +43,13 @@ TRAINED_ON = "training hours of domain "
 """How the totals of `encode` begin that say what was heard in training."""
 
 
+class Begun(Protocol):
+    """The making of a table, of which something is known before it is there."""
+
+    def promise(self) -> dict[str, Any]:
+        """What is known of its manifest."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """The making of one table, as its manifest describes it."""
@@ -55,12 +62,17 @@ class Stage:
 
     @classmethod
     def of(
-        cls, run: Run, step: Step, name: str | None = None, ahead: Ahead | None = None, **others: dict[str, Any]
+        cls,
+        run: Run,
+        step: Step,
+        name: str | None = None,
+        ahead: Mapping[str, Begun] | None = None,
+        **others: dict[str, Any],
     ) -> Stage:
         """Of a step's table, by default its first.
 
         Args:
-            ahead: what the same actors make before it.
+            ahead: what the same processes make before it.
             others: manifests of tables of the same step that it is made from.
 
         Raises:

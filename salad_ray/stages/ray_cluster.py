@@ -20,6 +20,10 @@ from salad_ray.store import aws_settings
 RECORDS_ERRORS = ("ray.data._internal.execution.streaming_executor_state", "ray.data.exceptions")
 """Loggers of Ray Data that are given errors whole."""
 
+LOCAL_TRAIN = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
+"""For Ray Train where Ray is this machine's alone: no process that waits for notice of machines to be taken away, each
+of which takes seconds of CPU to start, and the end of a training is seen at once."""
+
 
 def start_ray(config: Config) -> None:
     """Start or join Ray once per process; all servers of a local one listen on loopback, and ask for Ray's token."""
@@ -39,6 +43,8 @@ def start_ray(config: Config) -> None:
 
 def _local_settings(config: Config) -> dict[str, Any]:
     _stay_on_loopback()
+    for name, value in LOCAL_TRAIN.items():
+        os.environ.setdefault(name, value)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

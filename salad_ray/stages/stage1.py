@@ -2,64 +2,35 @@
 
 from __future__ import annotations
 
-import time
+from dataclasses import replace
+from typing import Any
 
-from salad_ray.console import clock, say
 from salad_ray.distill.budget import budget_of
 from salad_ray.distill.checkpoints import checkpoint_at
-from salad_ray.distill.logger import where_curves_are
-from salad_ray.distill.trainer import Job, checkpoints_url, train
+from salad_ray.distill.trainer import Job
 from salad_ray.flow import Step
-from salad_ray.model.speech_lm import EncoderSpec
-from salad_ray.report.card import model_card, speech_data
 from salad_ray.runs import Run
-from salad_ray.stages.common import Stage, teacher_of
-from salad_ray.stages.ray_cluster import start_ray
-from salad_ray.tables import read_json
+from salad_ray.stages.training import AheadTrainings, Training, branch_job, missing
 
 
-def make(run: Run, step: Step) -> None:
-    """Write `stage1/model` and its manifest, with the training curve from the trunk's first step on."""
-    config, stage = run.config, Stage.of(run, step)
-    if stage.is_done():
-        say(f"stage1: done already, {stage.table.url}")
-        return
-    started = time.monotonic()
-    stage.begin()
-    start_ray(config)
-    plan = run.table("natural", "plan")
-    budget = budget_of(config, plan)
-    start = checkpoint_at(checkpoints_url(run.table("", "trunk")), budget.branch_step)
+def training(run: Run, step: Step, ahead: AheadTrainings) -> Training | None:
+    """To `stage1/model`, with the training curve from the trunk's first step on."""
+    stage = missing(run, step, ahead)
+    if stage is None:
+        return None
+    budget = budget_of(run.config, run.table("natural", "plan"))
     num_steps = budget.num_steps - budget.branch_step
-    teacher, encoder = teacher_of(run), stage.inputs["natural/features"]["encoder"]
-    say(f"stage1: training {num_steps:,} steps more; curves: {where_curves_are(stage.table.url)}")
-    job = Job(
-        config,
-        stage.table,
-        (plan, run.table("natural", "features")),
-        teacher,
-        EncoderSpec(**encoder),
-        config.distill,
-        num_steps,
-        decay_steps=num_steps,
-        card=model_card("stage1", teacher, encoder, speech_data(run, ("natural",)), config.distill.alpha),
-        start=start,
-        first_row=budget.branch_step * config.pack.rows_per_lane,
-    )
-    facts = train(job)
-    own = facts["num_positions"]
-    for name in ("num_positions", "train_seconds", "skipped_steps"):
-        facts[name] += start.state[name]
-    facts["log"] = [*start.state["log"], *(row | {"step": row["step"] + start.step} for row in facts["log"])]
-    starts = read_json(f"{stage.table.url}/starts.json") or {"starts": []}
-    stage.finish(
-        **facts | {"step": budget.num_steps},
-        own_positions=own,
-        begun_from=start.url,
-        seconds=round(time.monotonic() - started, 2),
-        starts=starts["starts"],
-    )
-    say(
-        f"stage1: {facts['num_positions']:,} positions in {clock(facts['train_seconds'])}, "
-        f"{facts['skipped_steps']} optimizer steps skipped → {stage.table.url}/model"
-    )
+    job = branch_job(run, stage, num_steps, ("natural",), run.config.distill.alpha, ahead)
+    job = replace(job, decay_steps=num_steps)
+    return Training(stage, job, f"training {num_steps:,} steps more", lambda facts: _with_trunk(job, facts))
+
+
+def _with_trunk(job: Job, facts: dict[str, Any]) -> dict[str, Any]:
+    """The decay's facts, continued backwards by those of the trunk."""
+    assert job.start is not None
+    trunk = checkpoint_at(*job.start)
+    log = [*trunk.state["log"], *(row | {"step": row["step"] + trunk.step} for row in facts["log"])]
+    sums = {
+        name: facts[name] + trunk.state[name] for name in ("step", "num_positions", "train_seconds", "skipped_steps")
+    }
+    return facts | sums | {"log": log, "own_positions": facts["num_positions"]}

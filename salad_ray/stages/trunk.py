@@ -6,26 +6,24 @@ was made of the shorter one stays valid.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from salad_ray.console import clock, say
+from salad_ray.console import say
 from salad_ray.distill.budget import budget_of
-from salad_ray.distill.logger import where_curves_are
-from salad_ray.distill.trainer import Job, train
+from salad_ray.distill.trainer import train
 from salad_ray.flow import Step
-from salad_ray.model.speech_lm import EncoderSpec
 from salad_ray.runs import Run
-from salad_ray.stages.common import Stage, teacher_of
+from salad_ray.stages.common import Stage
 from salad_ray.stages.ray_cluster import start_ray
 from salad_ray.stages.shards import StageError
-from salad_ray.tables import read_json
+from salad_ray.stages.training import AheadTrainings, Training, begun_trainings, natural_job, run_trainings
 
 
-def make(run: Run, step: Step) -> None:
-    """Write the trunk's checkpoint where this run's decay begins."""
-    lengthen(run, step, [budget_of(run.config, run.table("natural", "plan")).branch_step])
+def training(run: Run, step: Step, ahead: AheadTrainings) -> Training | None:
+    """To the checkpoint where this run's decay begins."""
+    return _training_to(run, step, [budget_of(run.config, run.table("natural", "plan")).branch_step])
 
 
 def lengthen(run: Run, step: Step, branch_steps: Sequence[int]) -> None:
@@ -35,6 +33,12 @@ def lengthen(run: Run, step: Step, branch_steps: Sequence[int]) -> None:
         StageError: a decay would begin before the warm-up has ended.
         TrainingStopped: as `train`.
     """
+    run_trainings(run.config, begun_trainings([step], lambda step, ahead: _training_to(run, step, branch_steps)))
+
+
+def _training_to(run: Run, step: Step, branch_steps: Sequence[int]) -> Training | None:
+    """What trains to the last of these steps that is missing. Steps before the trunk's end are trained to at once, each
+    from the checkpoint before it and in a job of its own, which only a sweep with new budgets asks for."""
     config, stage = run.config, Stage.of(run, step)
     warmup = config.distill.warmup_steps
     if min(branch_steps) < max(warmup, 1):
@@ -47,35 +51,20 @@ def lengthen(run: Run, step: Step, branch_steps: Sequence[int]) -> None:
     missing = sorted(set(branch_steps) - there)
     if not missing:
         say(f"trunk: done already, {stage.table.url}")
-        return
-    started = time.monotonic()
-    stage.begin()
-    start_ray(config)
-    longest = max(there, default=0)
-    inner = [point for point in missing if point < longest]  # each is trained to from the checkpoint before it
-    facts: dict[str, Any] = {}
-    for last in [*inner, *missing[-1:]] if missing[-1] > longest else inner:
-        say(f"trunk: training to step {last:,}; curves: {where_curves_are(stage.table.url)}")
-        job = Job(
-            config,
-            stage.table,
-            (run.table("natural", "plan"), run.table("natural", "features")),
-            teacher_of(run),
-            EncoderSpec(**stage.inputs["natural/features"]["encoder"]),
-            config.distill,
-            last,
-            warmup_steps=warmup,
-            branch_steps=tuple(missing),
-            exports=False,
-        )
-        facts = train(job)
-    if missing[-1] < longest:  # what is told of the trunk is told of all of it
-        facts = {name: done[name] for name in facts}
-    starts = read_json(f"{stage.table.url}/starts.json") or {"starts": []}
-    stage.finish(
-        **facts,
-        branch_steps=sorted(there | set(missing)),
-        seconds=round(done.get("seconds", 0.0) + time.monotonic() - started, 2),
-        starts=starts["starts"],
-    )
-    say(f"trunk: {facts['num_positions']:,} positions in {clock(facts['train_seconds'])} → {stage.table.url}")
+        return None
+    job = replace(natural_job(run, stage, missing[-1]), warmup_steps=warmup, branch_steps=tuple(missing), exports=False)
+    seconds = done.get("seconds", 0.0)
+    for last in missing[:-1]:
+        if last < max(there, default=0):
+            start_ray(config)
+            say(f"trunk: training to step {last:,}")
+            [result] = train([replace(job, num_steps=last)])
+            seconds += result["seconds"]
+
+    def facts(result: dict[str, Any]) -> dict[str, Any]:
+        own = result | {"seconds": result["seconds"] + seconds}
+        if missing[-1] < max(there, default=0):  # what is told of the trunk is told of all of it
+            own |= {name: done[name] for name in result if name != "seconds"}
+        return own | {"branch_steps": sorted(there | set(missing))}
+
+    return Training(stage, job, f"training to step {missing[-1]:,}", facts)

@@ -12,12 +12,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from factories import run_stage, table_of, untrained_copy
+from ray.train import WorkerGroupError
 
+from salad_ray import pipeline
 from salad_ray.config import Config
 from salad_ray.configfile import dump_config, parse_config
-from salad_ray.distill.checkpoints import Checkpoint
 from salad_ray.distill.trainer import Job, TrainingStopped, as_json, job_of
+from salad_ray.flow import steps_of, with_needs
 from salad_ray.model.speech_lm import EncoderSpec, SpeechLM
 from salad_ray.tables import Table
 
@@ -36,11 +39,44 @@ def half_trained_copy(run: Config, folder: Path, last_step: int, **distill: obje
 
 
 def trunk_of(config: Config) -> Path:
-    return Path(table_of(config, "", "trunk").url)
+    return folder_of(config, "trunk")
+
+
+def folder_of(config: Config, name: str) -> Path:
+    return Path(table_of(config, "", name).url)
+
+
+def train_to_stage1(config: Config) -> None:
+    """Trunk and Stage I in one Train job."""
+    wanted = [*steps_of(config, "trunk", "natural"), *steps_of(config, "stage1", "natural")]
+    pipeline.run_steps(pipeline.start(config, with_needs(config, wanted)), wanted, time.monotonic())
+
+
+def weights(config: Config) -> dict[str, torch.Tensor]:
+    return SpeechLM.from_pretrained(str(folder_of(config, "stage1") / "model")).state_dict()
+
+
+def assert_same_model(config: Config, reference: Config) -> None:
+    found, expected = weights(config), weights(reference)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    manifests = [table_of(each, "", "stage1").manifest() or {} for each in (config, reference)]
+    for fact in ("step", "num_positions", "own_positions", "skipped_steps"):
+        assert manifests[0][fact] == manifests[1][fact]
+    logs = [[(row["step"], row["loss"]) for row in manifest["log"]] for manifest in manifests]
+    assert logs[0] == logs[1]
 
 
 def training_log(config: Config) -> list[dict[str, float]]:
     return json.loads((trunk_of(config) / "result.json").read_text())["log"]
+
+
+def training_workers() -> list[psutil.Process]:
+    """Of this process' Ray."""
+    children = psutil.Process().children(recursive=True)
+    return [
+        each for each in children if "RayTrainWorker" in each.name() or "RayTrainWorker" in " ".join(each.cmdline())
+    ]
 
 
 def losses(config: Config) -> list[tuple[float, float]]:
@@ -110,11 +146,9 @@ def test_a_killed_worker_is_replaced_and_the_losses_are_the_same(undisturbed: Co
     def kill_one_after_the_first_checkpoint() -> None:
         while not manifests(config):
             time.sleep(0.05)
-        for process in psutil.Process().children(recursive=True):
-            if "RayTrainWorker" in process.name() or "RayTrainWorker" in " ".join(process.cmdline()):
-                process.kill()
-                killed.append(process.pid)
-                return
+        process = training_workers()[0]
+        process.kill()
+        killed.append(process.pid)
 
     killer = threading.Thread(target=kill_one_after_the_first_checkpoint, daemon=True)
     killer.start()
@@ -124,6 +158,47 @@ def test_a_killed_worker_is_replaced_and_the_losses_are_the_same(undisturbed: Co
     assert first["step"] == 0
     assert second["step"] >= 5
     assert losses(config) == losses(undisturbed)
+
+
+def test_trunk_and_stage1_in_one_job_make_the_same_model_as_two_jobs(undisturbed: Config, tmp_path: Path) -> None:
+    config = untrained_copy(undisturbed, tmp_path / "run")
+    train_to_stage1(config)
+    assert_same_model(config, undisturbed)
+    assert losses(config) == losses(undisturbed)
+    begun = [
+        json.loads((folder_of(each, "stage1") / "starts.json").read_text())["starts"] for each in (config, undisturbed)
+    ]
+    assert [[Path(start["begun_from"]).name.split("-")[1] for start in own] for own in begun] == [["00000032"]] * 2
+
+
+@pytest.mark.parametrize("max_failures", [0, 1])
+def test_a_job_that_is_killed_in_stage1_continues_there_and_leaves_the_trunk_done(
+    undisturbed: Config, tmp_path: Path, max_failures: int
+) -> None:
+    """With retries in the same job, whose new workers skip the trunk; without, by the next command."""
+    config = untrained_copy(undisturbed, tmp_path / "run", max_failures=max_failures)
+    killed: list[int] = []
+
+    def kill_in_stage1() -> None:
+        while not list(Path(config.run_dir, "stage1").glob("*/checkpoints/step-*/manifest.json")):
+            time.sleep(0.01)
+        process = training_workers()[0]
+        process.kill()
+        killed.append(process.pid)
+
+    threading.Thread(target=kill_in_stage1, daemon=True).start()
+    if max_failures == 0:
+        with pytest.raises(WorkerGroupError):
+            train_to_stage1(config)
+        assert table_of(config, "", "trunk").manifest() is not None
+        assert table_of(config, "", "stage1").manifest() is None
+    train_to_stage1(config)
+    assert killed
+    assert len(starts(config)) == 1, "the trunk was trained again"
+    first, second = (table_of(config, "", "stage1").manifest() or {})["starts"]
+    assert (first["step"], first["resumed_from"]) == (0, None)
+    assert second["step"] >= 5
+    assert_same_model(config, undisturbed)
 
 
 @pytest.mark.slow
@@ -168,14 +243,13 @@ def test_elastic_training_starts_with_the_workers_there_is_room_for(undisturbed:
 def test_the_zero_stages_agree(finished_run: Config, tmp_path: Path, stage: int) -> None:
     """ZeRO 3 shards the head and the tied embedding; the loss gathers them. The reference is ZeRO 2."""
     config = untrained_copy(finished_run, tmp_path / "run", zero_stage=stage)
-    run_stage(config, "trunk", "natural")
+    train_to_stage1(config)
     for (step, loss), (reference_step, reference) in zip(losses(config), losses(finished_run), strict=True):
         assert step == reference_step
         assert loss == pytest.approx(reference, rel=1e-4)
-    run_stage(config, "stage1", "natural")
-    weights = SpeechLM.from_pretrained(f"{table_of(config, '', 'stage1').url}/model").state_dict()
-    for name, tensor in SpeechLM.from_pretrained(f"{finished_run.run_dir}/stage1/model").state_dict().items():
-        assert weights[name].numpy() == pytest.approx(tensor.numpy(), abs=2e-4), name
+    found = weights(config)
+    for name, tensor in weights(finished_run).items():
+        assert found[name].numpy() == pytest.approx(tensor.numpy(), abs=2e-4), name
 
 
 def test_bf16_with_accumulation_checkpointing_and_all_losses(finished_run: Config, tmp_path: Path) -> None:
@@ -192,11 +266,10 @@ def test_bf16_with_accumulation_checkpointing_and_all_losses(finished_run: Confi
 def test_a_job_travels_as_text_and_comes_back_as_it_was() -> None:
     config = parse_config({"run_dir": "r", "distill": {"num_workers": [2, 8]}, "stage2": {}})
     encoder = EncoderSpec("log_mel", None, None, 16_000, 12.5, 640)
-    start = Checkpoint("url", {"step": 3, "stays": True, "log": [{"loss": 0.5}]})
     speech = Table("p", "natural", "plan"), Table("f", "natural", "features")
     job = Job(
         config, Table("u", "", "stage2"), speech, {"path": "p", "revision": None}, encoder, config.distill, 10,
-        warmup_steps=1, decay_steps=2, card="c", start=start, first_row=3, active=speech, active_share=0.4,
+        warmup_steps=1, decay_steps=2, card="c", start=("url", 3), first_row=3, active=speech, active_share=0.4,
         branch_steps=(1, 2), exports=False,
     )  # fmt: skip
     assert job_of(as_json(job)) == job
