@@ -136,6 +136,7 @@ run_works(run, [Work(Stage.of(run, step), {f"part-{item:05d}": item for item in 
 """A stage with nothing to do, as it would run on GPUs if there were any."""
 
 
+@pytest.mark.slow
 def test_a_pool_grows_under_load_as_far_as_it_is_told(grown: Head, tmp_path: Path) -> None:
     before = {node["node_id"] for node in nodes(grown)}
     run_job(grown, "-c", STAGE, str(tmp_path), "0", "2", "2")

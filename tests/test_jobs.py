@@ -98,6 +98,7 @@ def test_only_who_has_the_token_is_served(cluster: Head, tmp_path: Path) -> None
         assert "Running entrypoint" not in refused.stdout
 
 
+@pytest.mark.slow
 def test_a_relative_run_dir_lies_at_home_and_not_in_the_jobs_copy(cluster: Head) -> None:
     done = submit(cluster, "jobs/run.py", "--dry-run", "seed=3")
     assert done.returncode == 0, done.stdout
@@ -171,6 +172,7 @@ def test_a_run_that_is_stopped_continues_where_it_was(cluster: Head, config: Pat
     assert starts[1]["step"] > 0
 
 
+@pytest.mark.slow
 def test_a_log_of_json_has_the_lines_of_workers_as_they_are() -> None:
     """Ray would put a prefix in colour before them, and leave out those that differ in numbers only."""
     done = subprocess.run(

@@ -84,6 +84,7 @@ def test_a_tokenizer_that_changed_since_planning_stops_the_start(finished_run: C
         run_stage(config, "trunk", "natural")
 
 
+@pytest.mark.slow
 def test_a_killed_driver_continues_from_its_checkpoint_with_the_same_losses(
     undisturbed: Config, tmp_path: Path
 ) -> None:
@@ -165,6 +166,7 @@ def test_elastic_training_starts_with_the_workers_there_is_room_for(undisturbed:
 
 
 @pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.slow
 def test_the_zero_stages_agree(finished_run: Config, tmp_path: Path, stage: int) -> None:
     """ZeRO 3 shards the head and the tied embedding; the loss gathers them. The reference is ZeRO 2."""
     config = untrained_copy(finished_run, tmp_path / "run", zero_stage=stage)
@@ -178,6 +180,7 @@ def test_the_zero_stages_agree(finished_run: Config, tmp_path: Path, stage: int)
         assert weights[name].numpy() == pytest.approx(tensor.numpy(), abs=2e-4), name
 
 
+@pytest.mark.slow
 def test_bf16_with_accumulation_checkpointing_and_all_losses(finished_run: Config, tmp_path: Path) -> None:
     switches = {"precision": "bf16", "num_workers": 1, "activation_checkpointing": True, "alpha": 0.5}
     config = untrained_copy(finished_run, tmp_path / "run", **switches)
