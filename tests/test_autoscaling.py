@@ -94,6 +94,7 @@ def pools_of(cluster: Head, kind: str) -> set[str]:
     return {by_id[actor["node_id"]] for actor in actors if actor["node_id"]}  # some have waited in vain
 
 
+@pytest.mark.slow
 def test_a_stage_begins_on_no_cpu_at_all_and_its_node_goes_when_it_is_idle(grown: Head, tmp_path: Path) -> None:
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump(small_world_config(tmp_path)))

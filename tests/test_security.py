@@ -18,6 +18,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -657,7 +658,9 @@ def test_ray_listens_on_loopback_asks_for_its_token_and_keeps_the_environments_s
         try:
             found = json.loads(lines[-1])
             refused = [http_status(found["dashboard"], token) for token in (None, "f" * 32)]
-            clients = [joins(found["gcs"], outside | mode) for mode in ({"RAY_AUTH_MODE": "token"}, *WITHOUT_ITS_TOKEN)]
+            modes = [{"RAY_AUTH_MODE": "token"}, *WITHOUT_ITS_TOKEN]
+            with ThreadPoolExecutor() as threads:
+                clients = list(threads.map(lambda mode: joins(found["gcs"], outside | mode), modes))
         finally:
             process.communicate("\n")
     assert len(found["listening"]) > 5

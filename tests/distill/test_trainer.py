@@ -25,7 +25,6 @@ from salad_ray.tables import Table
 def half_trained_copy(run: Config, folder: Path, last_step: int, **distill: object) -> Config:
     """A copy of a finished run as a kill after `last_step` would have left it."""
     shutil.copytree(run.run_dir, folder)
-    shutil.rmtree(folder / "stage1")
     trunk = Path(table_of(folder, "", "trunk").url)
     for name in ("manifest.json", "result.json", "starts.json"):
         (trunk / name).unlink()
@@ -64,17 +63,20 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(finished_run: Config,
     assert not (trunk_of(config) / "manifest.json").exists()
 
 
-def test_every_start_says_what_was_loaded_and_that_the_student_is_its_teacher(undisturbed: Config) -> None:
+def test_every_start_says_what_was_loaded_and_that_the_student_is_its_teacher(
+    undisturbed: Config, finished_run: Config
+) -> None:
     [start] = starts(undisturbed)
     assert start["student_weights"] == start["teacher_weights"] != ""
     teacher = table_of(undisturbed, "", "teacher").manifest() or {}
     assert start["tokenizer_hash"] == teacher["tokenizer_hash"]
     assert start["llm_parameters"] == teacher["num_parameters"]
     assert (start["resumed_from"], start["num_workers"]) == (None, 2)
-    card = Path(undisturbed.run_dir, "stage1", "model", "README.md").read_text()
+    card = Path(finished_run.run_dir, "stage1", "model", "README.md").read_text()
     assert teacher["tokenizer_hash"] in card
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_changed_since_planning_stops_the_start(finished_run: Config, tmp_path: Path) -> None:
     config = untrained_copy(finished_run, tmp_path / "run")
     manifest = Path(table_of(config, "", "teacher").url, "manifest.json")

@@ -189,7 +189,11 @@ def test_poisoned_rows_of_several_shards_are_rejects_and_a_rerun_knows_it_too(tm
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, "No space left on device"), StoreError("s3://bucket cannot be reached")]
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        pytest.param(StoreError("s3://bucket cannot be reached"), marks=pytest.mark.slow),
+    ],
 )
 def test_an_error_of_the_disk_or_the_store_is_no_rows_fault(tmp_path: Path, error: OSError) -> None:
     (tmp_path / "tries").mkdir()

@@ -47,6 +47,7 @@ def rows_of(config: Config, name: str, row_type: type) -> list[Any]:
     return [row for shard in table.shards() for row in table.read_rows(row_type, shard)]
 
 
+@pytest.mark.slow
 def test_kokoro_speaks_through_the_stage_with_words_and_disjoint_voices(weights: Path, tmp_path: Path) -> None:
     gates = {"min_chars_per_sec": 0.5, "max_chars_per_sec": 100.0, "min_level_dbfs": -120.0, "max_pause_secs": 60.0}
     voices = {"voices": list(VOICES[:2]), "evaluation_voices": [VOICES[2]]}

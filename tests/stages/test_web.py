@@ -151,7 +151,7 @@ def test_shards_do_not_depend_on_the_order_of_the_files(web_run: Config, tmp_pat
     [
         ({"path": "nowhere"}, ConfigError, "nowhere"),
         ({"text_column": "body"}, ConfigError, "body"),
-        ({"languages": ["de"]}, StageError, "language 'en' is not among de"),
+        pytest.param({"languages": ["de"]}, StageError, "language 'en' is not among de", marks=pytest.mark.slow),
     ],
 )
 def test_a_wrong_source_is_one_sentence(tmp_path: Path, changes: dict[str, Any], error: type, words: str) -> None:
