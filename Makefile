@@ -6,6 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := .venv/installed-$(EXTRA)
 MOSHI := .venv/installed-moshi
 HARNESS := .venv/harness
+PARALLEL ?= -n 2 --dist loadgroup  # tests/conftest.py says which tests stay together; PARALLEL= for one process
 
 WHEELS ?= wheels
 WHEELS_PYTHON ?= 3.12
@@ -57,10 +58,10 @@ quickstart: $(INSTALLED)
 	$(BIN)/salad run configs/quickstart.yaml
 
 test: $(INSTALLED) $(MOSHI)
-	$(BIN)/pytest -m 'not slow'
+	$(BIN)/pytest -m 'not slow' $(PARALLEL)
 
 test-all: $(INSTALLED) $(MOSHI)
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 
 check: $(INSTALLED) $(MOSHI)
 	$(BIN)/ruff format --check .
