@@ -112,9 +112,10 @@ def test_a_relative_run_dir_lies_at_home_and_not_in_the_jobs_copy(cluster: Head)
     ("job", "sentence"),
     [
         ("stage2.py", r"^salad: in this config the stage 'stage2' has no part; stage2=.*$"),
-        pytest.param("sweep.py", r"^salad: the config has no sweeps; .*$", marks=pytest.mark.slow),
+        ("sweep.py", r"^salad: the config has no sweeps; .*$"),
     ],
 )
+@pytest.mark.slow
 def test_a_failing_job_says_why_in_a_sentence_and_exits_1(cluster: Head, config: Path, job: str, sentence: str) -> None:
     done = submit(cluster, f"jobs/{job}", "--config", str(config))
     assert done.returncode == 1

@@ -91,6 +91,7 @@ def test_what_changes_nothing_of_a_table_leaves_it_where_it_is(finished_run: Con
     assert not set(seed.keys.values()) & set(before.keys.values())
 
 
+@pytest.mark.slow
 def test_an_interrupted_stage_continues_where_its_shards_end(finished_run: Config, tmp_path: Path) -> None:
     run_dir = tmp_path / "copy"
     shutil.copytree(finished_run.run_dir, run_dir, symlinks=True)

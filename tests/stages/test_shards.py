@@ -391,6 +391,7 @@ def scraped(name: str, run_dir: str) -> str:
 
 
 @pytest.mark.usefixtures("interruptible")
+@pytest.mark.slow
 def test_waiting_for_a_machine_that_no_cluster_has_is_told_and_can_be_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
