@@ -2,15 +2,27 @@
 PYTHON ?= python3
 EXTRA ?= cpu
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := .venv/installed-$(EXTRA)
 MOSHI := .venv/installed-moshi
 HARNESS := .venv/harness
+PARALLEL ?= -n 2 --dist loadgroup  # tests/conftest.py says which tests stay together; PARALLEL= for one process
 
 WHEELS ?= wheels
 WHEELS_PYTHON ?= 3.12
 # What benchmarks.gpu takes beyond torch, sentence-transformers, numpy, pyarrow, fsspec, rich and pyyaml.
 WHEELS_OF := annotated-types cffi hjson kokoro liger-kernel loguru msgpack py-cpuinfo pycparser pydantic pydantic-core \
 	soundfile soxr transformers typing-inspection
+
+# uv takes a quarter of pip's time. It reads none of pip's settings, so it is given those that say where packages come
+# from. Where it cannot be had or fails, pip does the work.
+define INSTALL
+@places=$$($(PIP) config list | sed -nE "s/\\\\n/ /g; s/^.*\.(index-url|extra-index-url|find-links)='(.*)'/\1 \2/p" | \
+	while read -r option values; do printf -- "--$$option=%s\n" $$values; done); \
+{ test -x $(BIN)/uv || $(PIP) install --quiet uv; } && \
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --index-strategy unsafe-best-match $$places $(1) || \
+	$(PIP) install --quiet $(1)
+endef
 
 .PHONY: install moshi harness quickstart test test-all check bench gpu-wheels lock clean
 
@@ -21,10 +33,10 @@ $(INSTALLED): locks/$(EXTRA).txt pyproject.toml
 		{ echo 'salad_ray needs Python 3.11 or 3.12; choose one with make PYTHON=python3.11'; exit 1; }
 	@echo 'Installing the pinned packages into .venv (a few minutes the first time) …'
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r locks/$(EXTRA).txt
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(call INSTALL,-r locks/$(EXTRA).txt)
+	$(call INSTALL,--no-deps -e .)
 ifeq ($(EXTRA),gpu)  # this lock is the clusters', without what tests need; that comes at the other one's versions
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint locks/cpu.txt -e '.[dev]'
+	$(call INSTALL,--constraint locks/cpu.txt -e '.[dev]')
 endif
 	@touch $@
 
@@ -32,7 +44,7 @@ endif
 moshi: $(MOSHI)
 
 $(MOSHI): $(INSTALLED) locks/moshi.txt
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r locks/moshi.txt
+	$(call INSTALL,--no-deps -r locks/moshi.txt)
 	@touch $@
 
 # Text accuracy beside lm-evaluation-harness, item by item. Apart and without its dependencies, of which some would
@@ -46,10 +58,10 @@ quickstart: $(INSTALLED)
 	$(BIN)/salad run configs/quickstart.yaml
 
 test: $(INSTALLED) $(MOSHI)
-	$(BIN)/pytest -m 'not slow'
+	$(BIN)/pytest -m 'not slow' $(PARALLEL)
 
 test-all: $(INSTALLED) $(MOSHI)
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 
 check: $(INSTALLED) $(MOSHI)
 	$(BIN)/ruff format --check .

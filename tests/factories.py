@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 import shutil
+import subprocess
+import sys
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ from salad_ray.flow import steps_of, with_needs
 from salad_ray.runs import Places, Run, open_places
 from salad_ray.tables import Features, Reject, Table, Word, write_bytes, write_json
 
+ROOT = Path(__file__).resolve().parents[1]
 TRAINING_TEXT = (
     "She said, (\"word and dash—another) 12 345 times. The café opened…\n\nA new line: don't stop! 😀 was there. ",
     "we the people of the united states in order to form a more perfect union, establish justice 1787 — and so on.",
@@ -186,3 +191,21 @@ def hand_table(run_dir: object, label: str) -> Table:
 def a_table(folder: object, set_name: str, name: str) -> Table:
     """A table of no run."""
     return Table("/".join(filter(None, (str(folder), set_name, name))), set_name, name)
+
+
+def commanded(entry: Callable[[], object], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """What a command prints and returns, run as Python runs it, but without the seconds of imports of a new process."""
+    argv, hook, told, complaints = sys.argv, sys.excepthook, io.StringIO(), io.StringIO()
+    sys.argv = ["salad", *arguments]
+    with contextlib.chdir(ROOT), contextlib.redirect_stdout(told), contextlib.redirect_stderr(complaints):
+        try:
+            entry()
+            code = 0
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        except BaseException as error:  # noqa: BLE001 - as the interpreter does
+            sys.excepthook(type(error), error, error.__traceback__)
+            code = 1
+        finally:
+            sys.argv, sys.excepthook = argv, hook
+    return subprocess.CompletedProcess(arguments, code, told.getvalue(), complaints.getvalue())

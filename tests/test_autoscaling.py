@@ -94,6 +94,7 @@ def pools_of(cluster: Head, kind: str) -> set[str]:
     return {by_id[actor["node_id"]] for actor in actors if actor["node_id"]}  # some have waited in vain
 
 
+@pytest.mark.slow
 def test_a_stage_begins_on_no_cpu_at_all_and_its_node_goes_when_it_is_idle(grown: Head, tmp_path: Path) -> None:
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump(small_world_config(tmp_path)))
@@ -136,6 +137,7 @@ run_works(run, [Work(Stage.of(run, step), {f"part-{item:05d}": item for item in 
 """A stage with nothing to do, as it would run on GPUs if there were any."""
 
 
+@pytest.mark.slow
 def test_a_pool_grows_under_load_as_far_as_it_is_told(grown: Head, tmp_path: Path) -> None:
     before = {node["node_id"] for node in nodes(grown)}
     run_job(grown, "-c", STAGE, str(tmp_path), "0", "2", "2")

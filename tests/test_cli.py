@@ -1,14 +1,17 @@
-"""The command line, as a user meets it: in a process of its own."""
+"""The command line: what it says, to whom, and how it exits."""
 
 from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+from factories import commanded
 
 from salad_ray import cli
 from salad_ray.config import ConfigError
@@ -17,16 +20,21 @@ from salad_ray.flow import STAGES
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def salad(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "salad_ray.cli", *arguments], cwd=cwd, capture_output=True, text=True, timeout=120
-    )
+salad = partial(commanded, cli.main)
+
+
+def job(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return commanded(lambda: runpy.run_path(f"jobs/{name}", run_name="__main__"), *arguments)
 
 
 def test_help_names_every_command() -> None:
-    shown = salad("--help").stdout
+    """In a process of its own, as all that follows would be."""
+    done = subprocess.run(
+        [sys.executable, "-m", "salad_ray.cli", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
     for name in ("run", "status", *STAGES):
-        assert name in shown
+        assert name in done.stdout
 
 
 @pytest.mark.parametrize("stage", ["encode", "stage1"])
@@ -71,20 +79,16 @@ def test_a_dry_run_of_the_paper_needs_no_weights(name: str) -> None:
 
 
 def test_jobs_take_the_same_arguments_and_default_to_the_quickstart() -> None:
-    for job, extra in (("run.py", ["--dry-run"]), ("stage.py", ["encode", "--help"])):
-        done = subprocess.run(
-            [sys.executable, f"jobs/{job}", *extra], cwd=ROOT, capture_output=True, text=True, timeout=120
-        )
+    for name, extra in (("run.py", ["--dry-run"]), ("stage.py", ["encode", "--help"])):
+        done = job(name, *extra)
         assert done.returncode == 0, done.stderr
-    done = subprocess.run(
-        [sys.executable, "jobs/stage1.py", "--config", "gone.yaml"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = job("stage1.py", "--config", "gone.yaml")
     assert done.returncode == 1
     assert "gone.yaml: no such config file" in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("job", "words"),
+    ("called", "words"),
     [
         (("stage.py",), "usage: jobs/stage.py NAME [--config C] [key=value …], where NAME is one of ingest, embed,"),
         (("stage.py", "ingest", "--config"), "--config stands without the path or URL of a config"),
@@ -92,11 +96,8 @@ def test_jobs_take_the_same_arguments_and_default_to_the_quickstart() -> None:
         (("run.py", "--config", "--dry-run"), "--config stands without the path or URL of a config"),
     ],
 )
-def test_a_job_that_is_called_wrongly_exits_with_2(job: tuple[str, ...], words: str) -> None:
-    script, *arguments = job
-    done = subprocess.run(
-        [sys.executable, f"jobs/{script}", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+def test_a_job_that_is_called_wrongly_exits_with_2(called: tuple[str, ...], words: str) -> None:
+    done = job(*called)
     assert done.returncode == 2
     assert words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -666,6 +666,7 @@ def test_ray_hears_of_the_notice_that_a_spot_machine_gets(rays_head: Head, metad
         assert f"AWS: terminate at {soon}" in message(rays_head, own), machine.log()
 
 
+@pytest.mark.slow
 def test_a_node_whose_pod_is_told_to_end_drains_first(rays_head: Head) -> None:
     with node(rays_head, "--num-cpus=1") as own:
         own.process.terminate()

@@ -55,10 +55,20 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def salad(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """What the copy's command does."""
+ONE_AFTER_THE_OTHER = """
+import contextlib, sys
+from salad_ray.cli import main
+for command in sys.argv[1:]:
+    sys.argv[1:] = command.split()
+    with contextlib.suppress(SystemExit):
+        main()
+"""
+
+
+def salad(checkout: Path, *commands: str) -> subprocess.CompletedProcess[str]:
+    """What the copy's commands do, in one process."""
     return subprocess.run(
-        [sys.executable, "-m", "salad_ray.cli", *arguments],
+        [sys.executable, "-c", ONE_AFTER_THE_OTHER, *commands],
         cwd=checkout,
         env=os.environ | {"PYTHONPATH": str(checkout), "COLUMNS": "200"},
         capture_output=True,
@@ -69,7 +79,7 @@ def salad(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_example_makes_its_table(checkout: Path) -> None:
-    done = salad(checkout, "durations", "tiny.yaml")
+    done = salad(checkout, "durations tiny.yaml")
     assert done.returncode == 0, done.stdout + done.stderr
     run = open_places(str(checkout / "run"))[0]
     table = run.table("natural", "durations")
@@ -91,8 +101,8 @@ def rows_of(table: Table) -> list[dict[str, Any]]:
 
 
 def test_the_example_is_listed_and_in_its_place(checkout: Path) -> None:
-    assert "Say how long each utterance is" in salad(checkout, "--help").stdout
-    told = " ".join(salad(checkout, "run", "tiny.yaml", "--dry-run").stdout.split())
+    told = " ".join(salad(checkout, "--help", "run tiny.yaml --dry-run").stdout.split())
+    assert "Say how long each utterance is" in told
     assert "stage1 → durations natural → embed web" in told
 
 
@@ -100,6 +110,6 @@ def test_the_planner_takes_the_line_that_the_guide_gives(checkout: Path) -> None
     [line] = re.findall(r"`(durations: \{.*?\})`", GUIDE)
     rates = checkout / "salad_ray/scaling/rates.yaml"
     rates.write_text(applied(rates.read_text(encoding="utf-8"), f"+  {line}\n   report: {{start"), encoding="utf-8")
-    planned = salad(checkout, "plan", "tiny.yaml")
+    planned = salad(checkout, "plan tiny.yaml")
     assert planned.returncode == 0, planned.stderr
     assert re.search(rf"durations natural\W+{NUM_DOCUMENTS} passage", planned.stdout)

@@ -108,6 +108,7 @@ def test_a_stage_that_is_no_step_is_refused(tmp_path: Path) -> None:
         pipeline.make(config, "stage2", "natural")
 
 
+@pytest.mark.slow
 def test_asking_for_a_stage_makes_what_it_needs_that_is_missing(finished_run: Config, tmp_path: Path) -> None:
     """From a run without features, plan and held-out speech; what `stage1` does not need stays away."""
     config = untrained_copy(finished_run, tmp_path / "run", num_steps=3)

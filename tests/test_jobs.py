@@ -52,15 +52,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         yield each
 
 
-@pytest.fixture(scope="module")
-def config(finished_run: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def config(finished_run: Config, tmp_path: Path) -> Path:
     """A run without its training, which takes long enough to be stopped in the middle, and without held-out speech."""
-    folder = tmp_path_factory.mktemp("jobs")
-    config = untrained_copy(finished_run, folder / "run", num_steps=120)
+    config = untrained_copy(finished_run, tmp_path / "run", num_steps=120)
     for gone in ("heldout", "natural/plan"):
-        shutil.rmtree(folder / "run" / gone)
-    (folder / "run" / "report").unlink(missing_ok=True)
-    file = folder / "tiny.yaml"
+        shutil.rmtree(tmp_path / "run" / gone)
+    (tmp_path / "run" / "report").unlink(missing_ok=True)
+    file = tmp_path / "tiny.yaml"
     file.write_text(dump_config(config.model_copy(update={"stage2": None})))
     return file
 
@@ -98,6 +97,7 @@ def test_only_who_has_the_token_is_served(cluster: Head, tmp_path: Path) -> None
         assert "Running entrypoint" not in refused.stdout
 
 
+@pytest.mark.slow
 def test_a_relative_run_dir_lies_at_home_and_not_in_the_jobs_copy(cluster: Head) -> None:
     done = submit(cluster, "jobs/run.py", "--dry-run", "seed=3")
     assert done.returncode == 0, done.stdout
@@ -112,9 +112,10 @@ def test_a_relative_run_dir_lies_at_home_and_not_in_the_jobs_copy(cluster: Head)
     ("job", "sentence"),
     [
         ("stage2.py", r"^salad: in this config the stage 'stage2' has no part; stage2=.*$"),
-        pytest.param("sweep.py", r"^salad: the config has no sweeps; .*$", marks=pytest.mark.slow),
+        ("sweep.py", r"^salad: the config has no sweeps; .*$"),
     ],
 )
+@pytest.mark.slow
 def test_a_failing_job_says_why_in_a_sentence_and_exits_1(cluster: Head, config: Path, job: str, sentence: str) -> None:
     done = submit(cluster, f"jobs/{job}", "--config", str(config))
     assert done.returncode == 1
@@ -138,27 +139,37 @@ def test_a_whole_run_is_gone_through_and_stage_two_trained(cluster: Head, finish
     assert (tmp_path / "run/stage2/model/config.json").is_file()
 
 
-def test_a_run_that_is_stopped_continues_where_it_was(cluster: Head, config: Path) -> None:
-    run = config.parent / "run"
+@pytest.mark.slow
+def test_a_whole_run_goes_on_from_a_stage_and_is_stopped(cluster: Head, config: Path) -> None:
     first = submit(cluster, "jobs/stage.py", "ingest", "--config", str(config), "set=heldout")
     assert first.returncode == 0, first.stdout
     assert re.search(r"^ingest set=heldout: \d+ kept in \S+ s → ", first.stdout, re.MULTILINE)
-
-    started = cluster.ray(
-        "job", "submit", "--no-wait", "--submission-id=whole", "--working-dir", ".", "--",
-        *("python", "jobs/run.py", "--config", str(config)),
-    )  # fmt: skip
-    assert started.returncode == 0, started.stdout
-    wait_for(lambda: list(run.glob("trunk/*/checkpoints/*/manifest.json")) or ended(cluster, "whole"), "a checkpoint")
-    cluster.request("jobs/whole/stop", "POST")  # what `ray job stop` does, at once
-    wait_for(lambda: ended(cluster, "whole"), "the job's end")
-    log = cluster.request("jobs/whole/logs")["logs"]
-    assert ended(cluster, "whole") == "STOPPED", log
-    assert not list(run.glob("trunk/*/manifest.json"))
+    log = stopped_in_training(cluster, config, "whole", "jobs/run.py")
     assert "ingest set=heldout: done already" in log
     assert re.search(
         r"^\[\d+/\d+, [\d:]+\] ingest → synthesize → encode web, natural, heldout, benchmark$", log, re.MULTILINE
     )
+
+
+def stopped_in_training(cluster: Head, config: Path, name: str, job: str) -> str:
+    """Submit a job and stop it when the trunk has a checkpoint; returns its log."""
+    run = config.parent / "run"
+    started = cluster.ray(
+        "job", "submit", "--no-wait", f"--submission-id={name}", "--working-dir", ".", "--",
+        *("python", job, "--config", str(config)),
+    )  # fmt: skip
+    assert started.returncode == 0, started.stdout
+    wait_for(lambda: list(run.glob("trunk/*/checkpoints/*/manifest.json")) or ended(cluster, name), "a checkpoint")
+    cluster.request(f"jobs/{name}/stop", "POST")  # what `ray job stop` does, at once
+    wait_for(lambda: ended(cluster, name), "the job's end")
+    log: str = cluster.request(f"jobs/{name}/logs")["logs"]
+    assert ended(cluster, name) == "STOPPED", log
+    assert not list(run.glob("trunk/*/manifest.json"))
+    return log
+
+
+def test_a_training_that_is_stopped_continues_where_it_was(cluster: Head, config: Path) -> None:
+    stopped_in_training(cluster, config, "training", "jobs/stage1.py")
 
     again = submit(cluster, "jobs/stage1.py", "--config", str(config))
     assert again.returncode == 0, again.stdout
@@ -166,11 +177,12 @@ def test_a_run_that_is_stopped_continues_where_it_was(cluster: Head, config: Pat
     assert re.search(r"trunk: continuing after step \d+, from ", log), log
     assert "Traceback" not in log
     assert not {"━", "\r", "…"} & set(log)  # lines; no bars, nothing cut off
-    starts = (table_of(run, "", "trunk").manifest() or {})["starts"]
+    starts = (table_of(config.parent / "run", "", "trunk").manifest() or {})["starts"]
     assert len(starts) == 2
     assert starts[1]["step"] > 0
 
 
+@pytest.mark.slow
 def test_a_log_of_json_has_the_lines_of_workers_as_they_are() -> None:
     """Ray would put a prefix in colour before them, and leave out those that differ in numbers only."""
     done = subprocess.run(

@@ -272,6 +272,7 @@ def test_the_index_is_plain_data(config: Config) -> None:
     assert open_places(config.run_dir)[0].keys == dict(run.places.keys) | {"teacher": "t"}
 
 
+@pytest.mark.slow
 def test_two_drivers_that_want_the_same_table_make_it_once(tmp_path: Path) -> None:
     data = small_world_config(tmp_path) | {"ray": {"num_cpus": 1}}
     file = tmp_path / "config.yaml"

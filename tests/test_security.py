@@ -18,6 +18,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,12 @@ import pytest
 import soundfile
 import torch
 import yaml
-from factories import make_tokenizer, small_world_config
+from factories import commanded, make_tokenizer, small_world_config
 from kokoro_weights import write_random_kokoro
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from salad_ray import configfile as config_module
-from salad_ray.cli import _explain
+from salad_ray.cli import _explain, main
 from salad_ray.config import ConfigError, CorpusConfig, WebTextConfig
 from salad_ray.configfile import load_config, parse_config
 from salad_ray.console import say
@@ -599,13 +600,12 @@ def test_every_config_of_ours_is_taken() -> None:
 @pytest.mark.parametrize(
     "command", [["run", "{config}", "run_dir={leak}"], ["status", "{leak}"], ["compare", "{leak}"]]
 )
-def test_the_command_line_repeats_no_credential(command: list[str], tmp_path: Path) -> None:
+def test_the_command_line_repeats_no_credential(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     leak = LEAKS[0]
-    filled = [each.format(config=ROOT / "configs/quickstart.yaml", leak=leak) for each in command]
-    environment = os.environ | {"TMPDIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-m", "salad_ray.cli", *filled], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    done = commanded(main, *(each.format(config=ROOT / "configs/quickstart.yaml", leak=leak) for each in command))
     assert done.returncode != 0
     assert "holds a credential" in done.stderr
     assert SECRET not in done.stdout + done.stderr
@@ -658,7 +658,9 @@ def test_ray_listens_on_loopback_asks_for_its_token_and_keeps_the_environments_s
         try:
             found = json.loads(lines[-1])
             refused = [http_status(found["dashboard"], token) for token in (None, "f" * 32)]
-            clients = [joins(found["gcs"], outside | mode) for mode in ({"RAY_AUTH_MODE": "token"}, *WITHOUT_ITS_TOKEN)]
+            modes = [{"RAY_AUTH_MODE": "token"}, *WITHOUT_ITS_TOKEN]
+            with ThreadPoolExecutor() as threads:
+                clients = list(threads.map(lambda mode: joins(found["gcs"], outside | mode), modes))
         finally:
             process.communicate("\n")
     assert len(found["listening"]) > 5

@@ -28,7 +28,6 @@ from salad_ray.tables import Table
 def half_trained_copy(run: Config, folder: Path, last_step: int, **distill: object) -> Config:
     """A copy of a finished run as a kill after `last_step` would have left it."""
     shutil.copytree(run.run_dir, folder)
-    shutil.rmtree(folder / "stage1")
     trunk = Path(table_of(folder, "", "trunk").url)
     for name in ("manifest.json", "result.json", "starts.json"):
         (trunk / name).unlink()
@@ -100,17 +99,20 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(finished_run: Config,
     assert not (trunk_of(config) / "manifest.json").exists()
 
 
-def test_every_start_says_what_was_loaded_and_that_the_student_is_its_teacher(undisturbed: Config) -> None:
+def test_every_start_says_what_was_loaded_and_that_the_student_is_its_teacher(
+    undisturbed: Config, finished_run: Config
+) -> None:
     [start] = starts(undisturbed)
     assert start["student_weights"] == start["teacher_weights"] != ""
     teacher = table_of(undisturbed, "", "teacher").manifest() or {}
     assert start["tokenizer_hash"] == teacher["tokenizer_hash"]
     assert start["llm_parameters"] == teacher["num_parameters"]
     assert (start["resumed_from"], start["num_workers"]) == (None, 2)
-    card = Path(undisturbed.run_dir, "stage1", "model", "README.md").read_text()
+    card = Path(finished_run.run_dir, "stage1", "model", "README.md").read_text()
     assert teacher["tokenizer_hash"] in card
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_changed_since_planning_stops_the_start(finished_run: Config, tmp_path: Path) -> None:
     config = untrained_copy(finished_run, tmp_path / "run")
     manifest = Path(table_of(config, "", "teacher").url, "manifest.json")
@@ -120,6 +122,7 @@ def test_a_tokenizer_that_changed_since_planning_stops_the_start(finished_run: C
         run_stage(config, "trunk", "natural")
 
 
+@pytest.mark.slow
 def test_a_killed_driver_continues_from_its_checkpoint_with_the_same_losses(
     undisturbed: Config, tmp_path: Path
 ) -> None:
@@ -240,6 +243,7 @@ def test_elastic_training_starts_with_the_workers_there_is_room_for(undisturbed:
 
 
 @pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.slow
 def test_the_zero_stages_agree(finished_run: Config, tmp_path: Path, stage: int) -> None:
     """ZeRO 3 shards the head and the tied embedding; the loss gathers them. The reference is ZeRO 2."""
     config = untrained_copy(finished_run, tmp_path / "run", zero_stage=stage)
@@ -252,6 +256,7 @@ def test_the_zero_stages_agree(finished_run: Config, tmp_path: Path, stage: int)
         assert found[name].numpy() == pytest.approx(tensor.numpy(), abs=2e-4), name
 
 
+@pytest.mark.slow
 def test_bf16_with_accumulation_checkpointing_and_all_losses(finished_run: Config, tmp_path: Path) -> None:
     switches = {"precision": "bf16", "num_workers": 1, "activation_checkpointing": True, "alpha": 0.5}
     config = untrained_copy(finished_run, tmp_path / "run", **switches)

@@ -51,6 +51,7 @@ def fitted(values: NDArray[np.float64]) -> MisalignmentLaw | None:
         return None
 
 
+@pytest.mark.slow
 def test_error_and_coverage_on_two_hundred_draws() -> None:
     errors, covered, theirs = [], [], []
     for irreducible, values in draws(200, seed=1):
@@ -64,6 +65,7 @@ def test_error_and_coverage_on_two_hundred_draws() -> None:
     assert np.median(errors) <= 1.05 * np.median(theirs)
 
 
+@pytest.mark.slow
 def test_one_outlier_hurts_less_than_in_least_squares() -> None:
     errors = []
     for irreducible, values in draws(60, seed=2, outlier=0.25):
@@ -98,6 +100,7 @@ def test_points_on_a_law_give_it_back(irreducible: float, share: float, exponent
     assert law.predict(within) == pytest.approx(1.05 * law.irreducible, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_intervals_hold_what_they_say() -> None:
     law_of = {"irreducible": 0.13, "exponent": 0.7}
     truth = 0.13 + 0.3 * (BUDGETS / BUDGETS[0]) ** -0.7
@@ -129,6 +132,7 @@ def test_a_power_law_without_rest_has_no_irreducible_misalignment() -> None:
 
 
 @pytest.mark.parametrize("noise", [0.002, 0.02])
+@pytest.mark.slow
 def test_the_test_of_zero_is_right_five_times_in_a_hundred(noise: float) -> None:
     rng = np.random.default_rng(1)
     truth = 0.5 * (BUDGETS / BUDGETS[0]) ** -0.5
@@ -177,6 +181,7 @@ def test_what_has_no_answer_gets_a_sentence(positions: list[float], values: list
         fit_misalignment_law(positions, values)
 
 
+@pytest.mark.slow
 def test_a_law_is_seldom_taken_for_one_that_grows() -> None:
     rng = np.random.default_rng(7)
     laws = [(0.1 + 0.1 * (BUDGETS / BUDGETS[0]) ** -1.2) * (1 + 0.05 * rng.standard_normal(6)) for _ in range(60)]

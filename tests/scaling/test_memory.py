@@ -22,7 +22,9 @@ QWEN_3B = Qwen2Config(
 )
 
 
-@pytest.mark.parametrize("case", ["weights, bf16", "activations, fp32", "ZeRO 3"])
+@pytest.mark.parametrize(
+    "case", [*(pytest.param(case, marks=pytest.mark.slow) for case in ("weights, bf16", "activations, fp32")), "ZeRO 3"]
+)
 def test_the_plan_is_within_fifteen_percent_of_a_real_step(case: str) -> None:
     planned, measured = measure_case(case)
     assert planned == pytest.approx(measured, rel=0.15)

@@ -35,6 +35,35 @@ SWEEPS = {
 }
 
 
+def test_a_small_sweep_shares_the_trunk_and_tells_of_what_failed(
+    finished_run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One branch off the run's own trunk, lengthened for it, and a combination that cannot be prepared."""
+    shutil.copytree(finished_run.run_dir, tmp_path / "run", symlinks=True)
+    [largest] = BUDGETS[1:]
+    rate = {"grid": {"distill.adapter_learning_rate": [1.5e-3]}, "num_steps": [largest]}
+    sweeps = {"rate": rate, "nothing": SWEEPS["nothing"]}
+    config = replaced(finished_run, {"run_dir": str(tmp_path / "run"), "sweeps": sweeps})
+    with pytest.raises(ConfigError, match=r"1 trainings failed, first .*too little for a single passage"):
+        pipeline.run_sweeps(config)
+    [row] = results(config, "rate")["rows"]
+    assert (row["budget"], row["error"]) == (largest, "")
+    assert row["misalignment"] > 0
+    assert row["forgetting"] > 0
+    branch = places_of(config, "rate", row["trial"])
+    assert branch.table("", "trunk").url == table_of(finished_run.run_dir, "", "trunk").url.replace(
+        finished_run.run_dir, config.run_dir
+    )
+    trunk = branch.table("", "trunk").manifest() or {}
+    steps = (finished_run.distill.num_steps, largest)
+    assert trunk["branch_steps"] == [decay_start(number, finished_run.distill.decay_share) for number in steps]
+    assert (branch.table("", "stage1").manifest() or {})["log"][-1]["step"] == largest
+    assert "All trainings of sweep rate" in Path(config.run_dir, "report/page.html").read_text()
+    capsys.readouterr()
+    pipeline.run_sweeps(config, "rate")
+    assert "0 of 1 trainings to run" in capsys.readouterr().out
+
+
 @pytest.fixture(scope="module")
 def swept(finished_run: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A finished run with two sweeps; one of the four trainings with budgets and their trunk cannot succeed."""
@@ -55,6 +84,7 @@ def places_of(config: Config, name: str, trial: str) -> Places:
     return open_places(config.run_dir, f"{name}/{trial}")[0]
 
 
+@pytest.mark.slow
 def test_a_failed_training_is_a_row_and_the_others_are_finished(swept: Config) -> None:
     rows = results(swept, "rate")["rows"]
     assert [(row["distill.adapter_learning_rate"], row["budget"]) for row in rows] == [
@@ -69,6 +99,7 @@ def test_a_failed_training_is_a_row_and_the_others_are_finished(swept: Config) -
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.slow
 def test_a_branch_is_what_training_to_its_budget_alone_would_be(swept: Config, tmp_path: Path, budget: int) -> None:
     """A run of its own with this budget only, in another folder: its trunk ends where its decay begins. The sweep's
     trunk was the run's, which got a checkpoint in its middle for the smaller budget, a longer end for the larger."""
@@ -89,6 +120,7 @@ def test_a_branch_is_what_training_to_its_budget_alone_would_be(swept: Config, t
     assert [row["step"] for row in manifests[0]["log"]][-1] == budget
 
 
+@pytest.mark.slow
 def test_the_trunk_is_shared_and_the_saving_told(swept: Config) -> None:
     saving = results(swept, "rate")["saving"]
     trials = [f"adapter_learning_rate=0.0015,steps={budget}" for budget in BUDGETS]
@@ -104,6 +136,7 @@ def test_the_trunk_is_shared_and_the_saving_told(swept: Config) -> None:
     assert saving["separate_positions"] == sum(row["num_positions"] for row in rows)
 
 
+@pytest.mark.slow
 def test_selections_share_what_comes_before_them(swept: Config) -> None:
     own, *others = (places_of(swept, "gamma", f"gamma={gamma}") for gamma in (5, 0))
     assert own.keys == {label: key for label, key in open_places(swept.run_dir)[0].keys.items() if label in own.keys}
@@ -117,6 +150,7 @@ def test_selections_share_what_comes_before_them(swept: Config) -> None:
     assert all(row["system"] == "stage2" and row["synthetic_hours"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_the_run_itself_is_left_as_it_was(swept: Config, finished_run: Config) -> None:
     for label in ("natural/features", "stage1", "active/selection", "stage2"):
         before, after = (open_places(config.run_dir)[0].labelled(label).manifest() for config in (finished_run, swept))
@@ -125,6 +159,7 @@ def test_the_run_itself_is_left_as_it_was(swept: Config, finished_run: Config) -
     assert report == Path(finished_run.run_dir, "report", "metrics.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_second_sweep_of_what_is_done_runs_nothing(swept: Config, capsys: pytest.CaptureFixture[str]) -> None:
     only_good = replaced(swept, {"sweeps": {"gamma": SWEEPS["gamma"]}})
     before = results(swept, "gamma")
@@ -152,6 +187,7 @@ def test_a_sweep_grows_by_a_budget_and_a_value_and_tries_again_what_failed(
     assert [row["error"] for row in results(config, "gamma")["rows"]] == [""] * 3
 
 
+@pytest.mark.slow
 def test_a_sweep_begun_anew_deletes_what_it_alone_has(swept: Config, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(swept.run_dir, folder, symlinks=True)
@@ -164,6 +200,7 @@ def test_a_sweep_begun_anew_deletes_what_it_alone_has(swept: Config, tmp_path: P
     assert all(not places.name.startswith("gamma/") for places in kept_runs(str(folder)))
 
 
+@pytest.mark.slow
 def test_the_report_shows_the_sweeps(swept: Config) -> None:
     page = Path(swept.run_dir, "report/page.html").read_text()
     assert "What more data would buy" in page
@@ -172,6 +209,7 @@ def test_the_report_shows_the_sweeps(swept: Config) -> None:
     assert "no law" in page  # two budgets
 
 
+@pytest.mark.slow
 def test_a_combination_that_cannot_even_be_prepared_is_a_row(swept: Config) -> None:
     [row] = results(swept, "nothing")["rows"]
     assert row["select.budget_percent"] == 1e-9
@@ -223,6 +261,7 @@ assert {result.metrics["node"] for result in tuner.fit()} == {ray.get_runtime_co
 """
 
 
+@pytest.mark.slow
 def test_trials_run_where_the_driver_does(tmp_path: Path) -> None:
     """Although the head has no core for work, and another machine has."""
     with head("--num-cpus=0") as cluster, node(cluster, "--num-cpus=4"):

@@ -88,6 +88,7 @@ def test_every_bad_row_is_rejected_with_its_reason_and_counted(tmp_path: Path) -
     assert catalog["num_rejected"] + checked["num_rejected"] == len(rejects)
 
 
+@pytest.mark.slow
 def test_strict_stops_at_the_first_with_the_same_words(tmp_path: Path) -> None:
     make_corpus(tmp_path / "corpus")
     config = config_for(tmp_path).model_copy(update={"strict": True})
@@ -96,6 +97,7 @@ def test_strict_stops_at_the_first_with_the_same_words(tmp_path: Path) -> None:
     assert table_of(config, "natural", "utterances").manifest() is None
 
 
+@pytest.mark.slow
 def test_a_stage_that_rejects_too_much_stops_with_the_first_reason(tmp_path: Path) -> None:
     make_corpus(tmp_path / "corpus")
     config = config_for(tmp_path, max_rejected_share=0.1)
@@ -103,6 +105,7 @@ def test_a_stage_that_rejects_too_much_stops_with_the_first_reason(tmp_path: Pat
         run_stage(config, "ingest", "natural")
 
 
+@pytest.mark.slow
 def test_an_edited_table_is_another_one(tmp_path: Path) -> None:
     make_corpus(tmp_path / "corpus")
     run_stage(config_for(tmp_path), "ingest", "natural")

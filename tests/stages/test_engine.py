@@ -114,6 +114,7 @@ def test_what_was_selected_is_spoken_by_training_voices_with_cluster_and_words(f
     assert not Path(table_of(finished_run, "active", "utterances").url, "pieces").exists()
 
 
+@pytest.mark.slow
 def test_a_larger_budget_contains_the_smaller_one_and_changes_nothing_before_it(
     finished_run: Config, tmp_path: Path
 ) -> None:
@@ -168,6 +169,7 @@ def sign(piece: Path) -> str:
     return str(utt_id)
 
 
+@pytest.mark.slow
 def test_a_killed_synthesis_continues_with_each_passage_once(finished_run: Config, tmp_path: Path) -> None:
     """The driver dies in the middle of a shard; its finished pieces are not spoken again."""
     config = copy_of(finished_run, tmp_path)

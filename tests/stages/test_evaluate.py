@@ -54,6 +54,7 @@ def test_speech_is_in_voices_that_training_never_used(finished_run: Config) -> N
     assert speakers == {f"espeak:{voice}" for voice in finished_run.synthesize.evaluation_voices}
 
 
+@pytest.mark.slow
 def test_scores_are_the_same_when_repeated_and_go_on_where_they_stood(finished_run: Config, tmp_path: Path) -> None:
     config = copy_of(finished_run, tmp_path)
     folder = Path(table_of(config, "benchmark", "scores_stage1").url)
@@ -80,6 +81,7 @@ def test_the_report_tells_accuracies_and_gaps(finished_run: Config) -> None:
     assert "data:audio" in page
 
 
+@pytest.mark.slow
 def test_conditions_and_cascade(finished_run: Config, tmp_path: Path) -> None:
     config = copy_of(finished_run, tmp_path, ("stage2",), conditions=CONDITIONS, cascade="pocketsphinx")
     world = config.world.model_copy(update={"num_questions": 2})
@@ -107,6 +109,7 @@ def test_conditions_and_cascade(finished_run: Config, tmp_path: Path) -> None:
     assert {row["condition"] for row in told} == set(CONDITIONS) - {"clean"}
 
 
+@pytest.mark.slow
 def test_an_item_without_speech_is_missed_nowhere(finished_run: Config, tmp_path: Path) -> None:
     """As after a gate of synthesis: the rejects say so, and the gap counts the items that both answered."""
     config = copy_of(finished_run, tmp_path, ("stage1",))

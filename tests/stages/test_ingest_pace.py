@@ -40,6 +40,7 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_ingest_tells_how_far_it_is_and_max_actors_changes_no_row(web: Path, tmp_path: Path) -> None:
     tables = []
     for name, settings in (("all", {}), ("one", {"max_actors": 1})):

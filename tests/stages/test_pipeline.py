@@ -91,6 +91,7 @@ def test_what_changes_nothing_of_a_table_leaves_it_where_it_is(finished_run: Con
     assert not set(seed.keys.values()) & set(before.keys.values())
 
 
+@pytest.mark.slow
 def test_an_interrupted_stage_continues_where_its_shards_end(finished_run: Config, tmp_path: Path) -> None:
     run_dir = tmp_path / "copy"
     shutil.copytree(finished_run.run_dir, run_dir, symlinks=True)
@@ -106,6 +107,7 @@ def test_an_interrupted_stage_continues_where_its_shards_end(finished_run: Confi
     assert json.loads((table / "manifest.json").read_text())["num_kept"] == config.world.num_natural
 
 
+@pytest.mark.slow
 def test_a_longer_training_adds_epochs_and_leaves_the_first_alone(finished_run: Config, tmp_path: Path) -> None:
     run_dir = tmp_path / "copy"
     shutil.copytree(finished_run.run_dir, run_dir, symlinks=True)
@@ -129,6 +131,7 @@ def test_status_tells_how_far_each_table_is(finished_run: Config) -> None:
     assert {row["state"] for row in pipeline.status(empty)} == {"not begun"}
 
 
+@pytest.mark.slow
 def test_measurements_are_the_same_when_repeated(finished_run: Config, tmp_path: Path) -> None:
     run_dir = tmp_path / "copy"
     shutil.copytree(finished_run.run_dir, run_dir, symlinks=True)

@@ -125,6 +125,7 @@ def test_the_manifest_counts_hours_by_corpus_and_licence(recorded_run: Config) -
     assert sum(source["hours"] for source in speech) == pytest.approx(hours, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_catalog_is_the_same_whatever_the_order_in_which_it_was_read(recorded_run: Config, tmp_path: Path) -> None:
     backwards = tuple(reversed(recorded_run.ingest.corpora))
     config = recorded_run.model_copy(
@@ -138,6 +139,7 @@ def test_the_catalog_is_the_same_whatever_the_order_in_which_it_was_read(recorde
     assert rows == [row for row in rows_of(recorded_run, "utterances", Utterance) if row.corpus != "raw"]
 
 
+@pytest.mark.slow
 def test_neighbours_are_joined_into_passages_that_fill_the_context(recorded_run: Config, tmp_path: Path) -> None:
     config = copy_of(recorded_run, tmp_path / "run")
     for stage, name in (("ingest", "web"), ("teacher", "natural"), ("pack", "natural")):
@@ -164,6 +166,7 @@ def _shards(config: Config) -> list[str]:
     return table_of(config, "natural", "features").shards()
 
 
+@pytest.mark.slow
 def test_languages_dnsmos_and_speakers_are_switches(shared_data: Path, tmp_path: Path) -> None:
     settings = {"languages": ["de"]}
     config = corpora_config(tmp_path / "de", shared_data, ingest=settings)
@@ -187,6 +190,7 @@ def test_two_corpora_of_one_name_are_refused(shared_data: Path, tmp_path: Path) 
         corpora_config(tmp_path, shared_data, ingest={"corpora": [path, path.replace("Emilia/EN", "Emilia-YODAS/EN")]})
 
 
+@pytest.mark.slow
 def test_utterances_that_are_read_twice_are_there_once(shared_data: Path, tmp_path: Path) -> None:
     """Two archives of a corpus with the same keys: the second finds its ids taken."""
     corpus = tmp_path / "corpus"
@@ -203,6 +207,7 @@ def test_utterances_that_are_read_twice_are_there_once(shared_data: Path, tmp_pa
     )
 
 
+@pytest.mark.slow
 def test_another_config_makes_another_catalog_beside_the_first(recorded_run: Config, tmp_path: Path) -> None:
     config = copy_of(recorded_run, tmp_path / "run")
     ingest = config.ingest.model_copy(update={"heldout_share": 0.5})
@@ -232,6 +237,7 @@ def test_a_run_goes_out_as_a_lhotse_manifest(recorded_run: Config, tmp_path: Pat
         pipeline.export_cuts(recorded_run.run_dir, "web", str(path))
 
 
+@pytest.mark.slow
 def test_a_lost_shard_is_made_again_and_the_others_are_left_alone(recorded_run: Config, tmp_path: Path) -> None:
     config = copy_of(recorded_run, tmp_path / "run")
     table = table_of(config, "natural", "features")
@@ -284,6 +290,7 @@ def ctc_model(folder: Path, seed: int) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_other_weights_of_the_aligner_make_another_table(recorded_run: Config, tmp_path: Path) -> None:
     align = AlignConfig(aligner="ctc", path=str(ctc_model(tmp_path / "ctc", 0)), min_score=-100.0)
     config = copy_of(recorded_run, tmp_path / "run").model_copy(update={"align": align})
@@ -301,6 +308,7 @@ def test_other_weights_of_the_aligner_make_another_table(recorded_run: Config, t
         next(AlignShard(config, utterances, manifest["aligner"])("part-00000"))
 
 
+@pytest.mark.slow
 def test_features_as_int8_and_augmented_training_speech(recorded_run: Config, tmp_path: Path) -> None:
     plain = {row.utt_id: row for row in rows_of(recorded_run, "features", Features)}
     config = copy_of(recorded_run, tmp_path / "int8")

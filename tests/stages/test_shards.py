@@ -176,6 +176,7 @@ def test_poisoned_rows_become_rejects_and_broken_processes_are_replaced(
         assert 'set="web"' in rows
 
 
+@pytest.mark.slow
 def test_poisoned_rows_of_several_shards_are_rejects_and_a_rerun_knows_it_too(tmp_path: Path) -> None:
     bad = ("part-00001/2", "part-00004/0", "part-00006/9", "part-00009/4")
     config = config_in(tmp_path)
@@ -190,7 +191,11 @@ def test_poisoned_rows_of_several_shards_are_rejects_and_a_rerun_knows_it_too(tm
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, "No space left on device"), StoreError("s3://bucket cannot be reached")]
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        pytest.param(StoreError("s3://bucket cannot be reached"), marks=pytest.mark.slow),
+    ],
 )
 def test_an_error_of_the_disk_or_the_store_is_no_rows_fault(tmp_path: Path, error: OSError) -> None:
     (tmp_path / "tries").mkdir()
@@ -325,6 +330,7 @@ def no_worker() -> CopyShard:
     os._exit(1)
 
 
+@pytest.mark.slow
 def test_processes_that_cannot_start_end_a_stage_of_which_most_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -365,6 +371,7 @@ def test_a_machine_that_does_not_see_the_run_is_told_before_it_works_for_nothing
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_processes_that_all_die_end_the_stage_early(tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"copy set=web: \d+ shards failed and 0 went well.*(died|unavailable)"):
         make(config_in(tmp_path), segfault_everywhere)
@@ -386,6 +393,7 @@ def scraped(name: str, run_dir: str) -> str:
 
 
 @pytest.mark.usefixtures("interruptible")
+@pytest.mark.slow
 def test_waiting_for_a_machine_that_no_cluster_has_is_told_and_can_be_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -409,6 +417,7 @@ def test_a_systematic_error_ends_the_stage_early_with_its_reason(tmp_path: Path)
         make(config_in(tmp_path), partial(fail_in, "part"))
 
 
+@pytest.mark.slow
 def test_a_shard_that_cannot_be_made_is_named_when_the_others_are_done(tmp_path: Path) -> None:
     config = config_in(tmp_path)
     with pytest.raises(StageError, match=r"1 of 12 shards cannot be made, part-00001 first.*nothing works"):
@@ -417,6 +426,7 @@ def test_a_shard_that_cannot_be_made_is_named_when_the_others_are_done(tmp_path:
     assert ids(table) == EVERY_ID
 
 
+@pytest.mark.slow
 def test_strict_tries_again_what_a_disk_did(tmp_path: Path) -> None:
     (tmp_path / "tries").mkdir()
     error = OSError(errno.ENOSPC, "No space left on device")
@@ -429,6 +439,7 @@ def test_strict_leaves_no_row_out(tmp_path: Path) -> None:
         make(config_in(tmp_path, strict=True), partial(fail_at, "part-00003/5"))
 
 
+@pytest.mark.slow
 def test_a_stage_that_keeps_nothing_ends_before_the_rest_is_begun(tmp_path: Path) -> None:
     changes = {"synthesize": {"gates": {"max_chars_per_sec": 8.0}}}
     config = config_in(tmp_path, **changes)

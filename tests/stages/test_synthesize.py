@@ -47,6 +47,7 @@ def rows_of(config: Config, name: str, row_type: type) -> list[Any]:
     return [row for shard in table.shards() for row in table.read_rows(row_type, shard)]
 
 
+@pytest.mark.slow
 def test_kokoro_speaks_through_the_stage_with_words_and_disjoint_voices(weights: Path, tmp_path: Path) -> None:
     gates = {"min_chars_per_sec": 0.5, "max_chars_per_sec": 100.0, "min_level_dbfs": -120.0, "max_pause_secs": 60.0}
     voices = {"voices": list(VOICES[:2]), "evaluation_voices": [VOICES[2]]}
@@ -63,6 +64,7 @@ def test_kokoro_speaks_through_the_stage_with_words_and_disjoint_voices(weights:
         assert 0 <= row.words[0].start_secs < row.words[-1].end_secs <= row.duration_secs + 1e-6
 
 
+@pytest.mark.slow
 def test_a_voice_that_is_not_there_is_one_sentence(weights: Path, tmp_path: Path) -> None:
     config = spoken_config(
         tmp_path, synthesizer="kokoro", path=str(weights), voices=["af_none"], evaluation_voices=["af_one"]
@@ -99,7 +101,7 @@ def test_another_batch_size_finds_other_pieces(tmp_path: Path) -> None:
 
 
 def test_a_killed_actor_is_replaced_and_each_passage_is_there_once(tmp_path: Path) -> None:
-    config = spoken_config(tmp_path, 240, batch_size=1)
+    config = spoken_config(tmp_path, 96, batch_size=1)
     config = config.model_copy(update={"ray": config.ray.model_copy(update={"max_actors": 1})})
     run_stage(config, "ingest", "natural")
     pieces = Path(pipeline.resolve(config).table("natural", "utterances").url, "pieces")
@@ -125,7 +127,7 @@ def test_a_killed_actor_is_replaced_and_each_passage_is_there_once(tmp_path: Pat
     assert sorted(row.passage_id for row in spoken) == sorted(row.passage_id for row in passages)
     manifest = table_of(config, "natural", "utterances").manifest()
     assert manifest is not None
-    assert manifest["num_kept"] == len(passages) == 240
+    assert manifest["num_kept"] == len(passages) == 96
     assert not pieces.exists()
 
 

@@ -300,6 +300,7 @@ def test_a_voice_that_was_not_loaded_is_named_with_those_that_were(kokoro: Kokor
         kokoro.synthesize_each(["Yes."], ["am_adam"])
 
 
+@pytest.mark.slow
 def test_the_true_shape(tmp_path: Path) -> None:
     write_random_kokoro(tmp_path / "true", small=False, voices=(AMERICAN,))
     kokoro = KokoroSynthesizer(str(tmp_path / "true"), [AMERICAN], batch_frames=BATCH)
