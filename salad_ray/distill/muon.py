@@ -105,15 +105,16 @@ class MuonAdamW(torch.optim.AdamW):
         return state["momentum"]
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """One update of the shards that have a gradient."""
         groups = self.param_groups
         self.param_groups = [group for group in groups if "momentum" not in group]
-        super().step(closure)
+        loss = super().step(closure)
         self.param_groups = groups
         for group in groups:
             for flat in group["params"] if "momentum" in group else ():
                 self._step_matrices(flat, group)
+        return loss
 
     def _step_matrices(self, flat: Tensor, group: dict[str, Any]) -> None:
         momentum, update = self.momentum_of(flat), flat.grad

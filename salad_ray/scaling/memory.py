@@ -82,7 +82,7 @@ def training_memory(
     static = {
         "teacher": float(width * shape.num_llm),
         "student": width * num / (num_workers if stage == 3 else 1),
-        "fp32 weights and optimizer": (12.0 * num - 4.0 * with_one_moment) / num_workers,
+        "optimizer": (12.0 * num - 4.0 * with_one_moment) / num_workers,  # fp32 weights, two moments of most
     }
     if stage == 3:
         head = shape.llm.vocab_size * shape.llm.hidden_size

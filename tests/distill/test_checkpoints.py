@@ -217,7 +217,9 @@ def test_a_checkpoint_of_another_optimizer_is_refused_before_anything_is_overwri
     checkpoint = latest(str(tmp_path))
     assert isinstance(checkpoint, Checkpoint)
     of_muon = Partition(torch.zeros(37), [Piece("embed", 0, 37, 0)], {"momentum": torch.zeros(37)})
-    with pytest.raises(TableError, match=r"step-00000001-abcd is of another optimizer: of embed it holds exp_avg, exp_"):
+    with pytest.raises(
+        TableError, match=r"step-00000001-abcd is of another optimizer: of embed it holds exp_avg, exp_"
+    ):
         CheckpointReader(checkpoint).fill(of_muon)
     assert not of_muon.weight.any()
     writer = CheckpointWriter(str(tmp_path), 0, 1, "muon", 9)
@@ -226,5 +228,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused_before_anything_is_overwri
     checkpoint = latest(str(tmp_path))
     assert isinstance(checkpoint, Checkpoint)
     adam = {part: torch.zeros(37) for part in PARTS[1:]}
-    with pytest.raises(TableError, match=r"it holds momentum, weight, and exp_avg, exp_avg_sq, weight is needed; set d"):
+    with pytest.raises(
+        TableError, match=r"it holds momentum, weight, and exp_avg, exp_avg_sq, weight is needed; set d"
+    ):
         CheckpointReader(checkpoint).fill(Partition(torch.zeros(37), of_muon.pieces, adam))

@@ -56,7 +56,8 @@ class Case:
 
 CASES = [Case(stage, precision) for precision in DTYPES for stage in (1, 2, 3)]
 CASES += [Case(stage, "bf16", recompute=True) for stage in (2, 3)]
-CASES += [Case(stage, precision, optimizer="muon") for precision in DTYPES for stage in (1, 2, 3)]
+CASES += [Case(stage, "fp32", optimizer="muon") for stage in (1, 2, 3)]
+CASES += [Case(stage, "bf16", optimizer="muon") for stage in (2, 3)]
 
 
 @dataclass(frozen=True)
@@ -218,25 +219,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def outcomes(folder: str) -> dict[Case, Outcome]:
     """Every case, from one launch of two processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    workers = [start_worker(folder, rank, port) for rank in range(NUM_WORKERS)]
-    try:
-        output = [worker.communicate(timeout=120)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0] * NUM_WORKERS, "\n".join(output)[-3000:]
+    launch(Path(__file__), folder, NUM_WORKERS)
     return {case: Outcome(**torch.load(f"{folder}/{case}.pt")) for case in CASES}
 
 
-def start_worker(folder: str, rank: int, port: int) -> subprocess.Popen[str]:
+def launch(script: Path, folder: str, num_workers: int) -> None:
+    """Run a script in so many processes, with the variables of torch.distributed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    workers = [start_worker(script, folder, rank, num_workers, port) for rank in range(num_workers)]
+    try:
+        output = [worker.communicate(timeout=240)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [worker.returncode for worker in workers] == [0] * num_workers, "\n".join(output)[-3000:]
+
+
+def start_worker(script: Path, folder: str, rank: int, num_workers: int, port: int) -> subprocess.Popen[str]:
     here = Path(__file__).resolve()
-    env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(NUM_WORKERS)}
+    env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_workers)}
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     env |= {"PYTHONPATH": os.pathsep.join([str(here.parents[1]), str(here.parents[2])])}
-    command = [sys.executable, str(here), folder]
+    command = [sys.executable, str(script.resolve()), folder]
     return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -315,11 +321,13 @@ def test_the_step_makes_of_its_gradients_what_the_optimizer_does(
     outcomes: dict[Case, Outcome], references: dict[str, References], folder: str, case: Case
 ) -> None:
     """Clipping, groups and fp32 copies of the weights too. Adam divides each gradient by its own size, so weights are
-    compared from the same gradients: at the first step, noise in the smallest of them turns into whole updates.
+    compared from the same gradients: at the first step, noise in the smallest of them turns into whole updates. Muon
+    makes small singular values up to 3.4⁵ times larger, and their rounding with them.
     """
     outcome, start = outcomes[case], references[case.precision].start
     expected = optimizer_step(folder, DTYPES[case.precision], outcome.grads, case.settings)
-    assert max(errors(updates(outcome.weights, start), updates(expected.weights, start)).values()) <= 1e-4
+    found = errors(updates(outcome.weights, start), updates(expected.weights, start))
+    assert max(found.values()) <= (1e-3 if case.optimizer == "muon" else 1e-4)
     for name, weight in outcome.weights.items():
         assert torch.equal(outcome.used[name], weight.to(DTYPES[case.precision])), name
 

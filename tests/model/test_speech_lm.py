@@ -507,7 +507,10 @@ def test_muon_takes_the_matrices_inside_the_layers_and_nothing_else(tied: bool, 
     found = {names[id(p)]: group for group in groups if "momentum" in group for p in group["params"]}
     projections = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     assert found.keys() == {n for n in names.values() if n.endswith(tuple(f".{p}.weight" for p in projections))}
-    assert {(name.partition(".")[0], group["lr"]) for name, group in found.items()} == {("llm", 7e-3), ("adapter", 0.02)}
+    assert {(name.partition(".")[0], group["lr"]) for name, group in found.items()} == {
+        ("llm", 7e-3),
+        ("adapter", 0.02),
+    }
     assert {(group["momentum"], group["weight_decay"]) for group in found.values()} == {(0.95, 0.01)}
     assert {group["rate"]: group["lr"] for group in groups} == {
         "learning_rate": 5e-5,
@@ -522,7 +525,7 @@ def test_muon_is_refused_for_an_llm_whose_layers_it_does_not_know(teacher: str) 
     decoder = student.llm.get_decoder()
     decoder.blocks = decoder.layers
     del decoder.layers
-    with pytest.raises(ModelError, match="not known to Muon; set distill.optimizer=adamw"):
+    with pytest.raises(ModelError, match=r"not known to Muon; set distill\.optimizer=adamw"):
         parameter_groups(student, DistillConfig(optimizer="muon"))
 
 
