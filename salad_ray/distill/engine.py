@@ -21,6 +21,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 from deepspeed.runtime.zero import GatheredParameters
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
 from salad_ray.config import DistillConfig
 from salad_ray.distill.losses import DistillationLoss
@@ -32,6 +33,7 @@ from salad_ray.sequences.batch import Batch
 
 # DeepSpeed would compile a shared-memory all-reduce for CPUs, which needs a C++ compiler; gloo needs nothing.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+ZERO_SUPPORTED_OPTIMIZERS.append(MuonAdamW)  # else it warns of an untested one; tests/distill/test_muon.py is the test
 
 
 def make_engine(student: SpeechLM, settings: DistillConfig, num_micro_batches: int, device: torch.device) -> Any:
