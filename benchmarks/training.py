@@ -75,6 +75,7 @@ def prepare(folder: str, num_steps: int, num_documents: int) -> Config:
         f"distill.num_steps={num_steps}",
         f"distill.log_every={LOG_EVERY}",
         "distill.checkpoint_every=1000000",
+        "distill.optimizer=adamw",
         "distill.num_workers=1",
         "distill.micro_batch_rows=4",
     )
@@ -112,8 +113,7 @@ def bare_loop(job: Job) -> Rows:
     """What one would write without Ray and DeepSpeed; rows as in the trainer's log."""
     settings = job.config.distill
     teacher, student = models(job)
-    groups = parameter_groups(student, settings.learning_rate, settings.adapter_learning_rate, settings.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=settings.betas)
+    optimizer = torch.optim.AdamW(parameter_groups(student, settings), betas=settings.betas)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: learning_rate_factor(step, job.num_steps, job.warmup_steps, job.decay_steps),

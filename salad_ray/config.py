@@ -507,6 +507,16 @@ class DistillConfig(Section):
     learning_rate: float = Field(5e-5, gt=0)
     """Peak learning rate of the LLM."""
     adapter_learning_rate: float = Field(3e-4, gt=0)
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW for all weights, as the paper; or Muon for the matrices inside the decoder layers of LLM and adapter, and
+    AdamW for the rest (ours)."""
+    muon_learning_rate: float = Field(0.007, gt=0)
+    """Peak learning rate of the matrices in the LLM's layers under Muon: the spectral norm of an update, about."""
+    adapter_muon_learning_rate: float = Field(0.02, gt=0)
+    muon_momentum: float = Field(0.95, ge=0, lt=1)
+    """Nesterov's."""
+    muon_weight_decay: float = Field(0.01, ge=0)
+    """Of these matrices, times their learning rate; `weight_decay` is AdamW's."""
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(0.1, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)

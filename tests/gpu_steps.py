@@ -34,7 +34,7 @@ def make_engine_that_freezes(student: SpeechLM, context: Context) -> Any:
     """It updates nothing but the adapter."""
     engine = make_step_engine(student, context)
     for group in engine.optimizer.param_groups:
-        if group["name"] == "llm":
+        if group["rate"] == "learning_rate":
             group["lr"] = 0.0
     return engine
 

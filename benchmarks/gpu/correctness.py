@@ -226,9 +226,8 @@ class PlainStep:
     def updates(self) -> dict[str, Tensor]:
         """What the optimizer adds to each weight; takes the step."""
         before = {name: p.detach().clone() for name, p in self.student.named_parameters()}
-        rates = (SETTINGS.learning_rate, SETTINGS.adapter_learning_rate, SETTINGS.weight_decay)
         nn.utils.clip_grad_norm_(self.student.parameters(), SETTINGS.max_grad_norm)
-        torch.optim.AdamW(parameter_groups(self.student, *rates), betas=SETTINGS.betas).step()
+        torch.optim.AdamW(parameter_groups(self.student, SETTINGS), betas=SETTINGS.betas).step()
         return {name: p.detach() - before[name] for name, p in self.student.named_parameters()}
 
 

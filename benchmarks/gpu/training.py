@@ -177,9 +177,7 @@ class BareStep:
 
     def __init__(self, student: SpeechLM, teacher: nn.Module, settings: DistillConfig, context: Context) -> None:
         self.student, self.teacher, self.settings, self.context = student, teacher, settings, context
-        groups = parameter_groups(
-            student, settings.learning_rate, settings.adapter_learning_rate, settings.weight_decay
-        )
+        groups = parameter_groups(student, settings)
         self.weights = [parameter for group in groups for parameter in group["params"]]
         masters = [parameter.detach().float() for parameter in self.weights]
         self.masters = masters

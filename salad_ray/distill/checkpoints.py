@@ -26,8 +26,6 @@ from torch import Tensor
 from salad_ray.store import list_folder, read_range
 from salad_ray.tables import TableError, atomic_file, delete_file, delete_folder, read_json, write_json
 
-PARTS = ("weight", "exp_avg", "exp_avg_sq")
-"""Of every element: the fp32 weight and Adam's two moments."""
 POLL_SECS = 0.5
 WRITE_BYTES = 16 * 2**20
 """Handed on at once: an object store's client keeps what it was handed until a part is full."""
@@ -53,7 +51,11 @@ class Partition:
     """fp32 (numel,)."""
     pieces: list[Piece]
     moments: dict[str, Tensor] = field(default_factory=dict)
-    """`exp_avg`, `exp_avg_sq`, like `weight`."""
+    """Adam's `exp_avg` and `exp_avg_sq`, or Muon's `momentum`; like `weight`."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return ("weight", *self.moments)
 
     def part(self, name: str) -> Tensor:
         return self.weight if name == "weight" else self.moments[name]
@@ -89,7 +91,7 @@ class CheckpointWriter:
             f"{part}/{piece.start}/{piece.name}": _to_host(partition.part(part), piece)
             for partition in partitions
             for piece in partition.pieces
-            for part in PARTS
+            for part in partition.parts
         }
         self._pending = self._thread.submit(self._write, folder, tensors, dict(state) | {"stays": stays})
         self.stalled_secs += time.perf_counter() - started
@@ -237,6 +239,7 @@ class CheckpointReader:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._saved: dict[str, list[tuple[int, int, str, int]]] = {}
         """Part and parameter → first element, number, file and place in it of every piece."""
+        self._url, self._parts = checkpoint.url, dict[str, set[str]]()
         for file in checkpoint.state["files"]:
             url = f"{checkpoint.url}/{file}"
             for name, tensor in read_header(url).items():
@@ -244,13 +247,24 @@ class CheckpointReader:
                 begin, end = tensor["data_offsets"]
                 saved = (int(start), (end - begin) // 4, url, begin)
                 self._saved.setdefault(f"{part}/{parameter}", []).append(saved)
+                self._parts.setdefault(parameter, set()).add(part)
 
     def fill(self, partition: Partition) -> None:
         """Overwrite weights and moments; raises `TableError` where the checkpoint has no such elements."""
-        for part in PARTS:
+        for piece in partition.pieces:
+            self._require_same_optimizer(partition, piece.name)
+        for part in partition.parts:
             values = partition.part(part)
             for piece in partition.pieces:
                 values.narrow(0, piece.offset, piece.numel).copy_(self._read(part, piece))
+
+    def _require_same_optimizer(self, partition: Partition, name: str) -> None:
+        saved = self._parts.get(name)
+        if saved and saved != set(partition.parts):
+            raise TableError(
+                f"the checkpoint {self._url} is of another optimizer: of {name} it holds {', '.join(sorted(saved))}, "
+                f"and {', '.join(sorted(partition.parts))} is needed; set distill.optimizer as it was, or train anew"
+            )
 
     def _read(self, part: str, piece: Piece) -> Tensor:
         values = torch.empty(piece.numel)

@@ -22,33 +22,42 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
 from salad_ray.config import DistillConfig
 from salad_ray.distill.losses import DistillationLoss
+from salad_ray.distill.muon import MuonAdamW
 from salad_ray.distill.step import BUCKET, batch_loss, global_scale
+from salad_ray.distill.zero import owned
 from salad_ray.model.speech_lm import ModelError, SpeechLM, parameter_groups
 from salad_ray.sequences.batch import Batch
 
 # DeepSpeed would compile a shared-memory all-reduce for CPUs, which needs a C++ compiler; gloo needs nothing.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+ZERO_SUPPORTED_OPTIMIZERS.append(MuonAdamW)  # else it warns of an untested one; tests/distill/test_muon.py is the test
 
 
 def make_engine(student: SpeechLM, settings: DistillConfig, num_micro_batches: int, device: torch.device) -> Any:
-    """The student under DeepSpeed, on its device, with AdamW over the groups of `parameter_groups`.
+    """The student under DeepSpeed, on its device, with AdamW, or Muon and AdamW, over the groups of `parameter_groups`.
 
     torch.distributed must be running. Each group keeps its peak learning rate as `peak_lr`.
 
     Args:
         num_micro_batches: forward and backward passes of one optimizer step.
+
+    Raises:
+        ModelError: the LLM keeps its layers where `distill.compile` or Muon do not find them.
     """
     if settings.activation_checkpointing:
         student.gradient_checkpointing()
     if settings.compile:
         compile_layers(student.llm)
-    groups = parameter_groups(student, settings.learning_rate, settings.adapter_learning_rate, settings.weight_decay)
+    groups = parameter_groups(student, settings)
     for group in groups:
         group["peak_lr"] = group["lr"]
-    optimizer = torch.optim.AdamW(groups, betas=settings.betas, fused=device.type == "cuda")
+    fused = device.type == "cuda"
+    muon = MuonAdamW(student, groups, settings.betas, fused) if settings.optimizer == "muon" else None
+    optimizer = muon or torch.optim.AdamW(groups, betas=settings.betas, fused=fused)
     num_parameters = sum(parameter.numel() for parameter in student.parameters())
     engine, *_ = deepspeed.initialize(
         model=student.to(device),
@@ -56,6 +65,8 @@ def make_engine(student: SpeechLM, settings: DistillConfig, num_micro_batches: i
         config=deepspeed_config(settings, num_micro_batches, num_parameters),
         dist_init_required=False,
     )
+    if muon is not None:
+        muon.locate(owned(engine))
     return engine
 
 

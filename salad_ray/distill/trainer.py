@@ -439,7 +439,8 @@ class Distiller:
         if not torch.isfinite(sums).all():
             raise TrainingStopped(
                 f"the loss of step {self.progress.step + 1} is not finite; the weights were not updated. Lower "
-                "distill.learning_rate and distill.adapter_learning_rate, or look at this step's rows in natural/plan"
+                "distill.learning_rate and distill.adapter_learning_rate (or Muon's, distill.muon_learning_rate and "
+                "distill.adapter_muon_learning_rate), or look at this step's rows in natural/plan"
             )
 
     def _after_step(self) -> None:
@@ -474,7 +475,7 @@ class Distiller:
         row = {name: sums[name] / max(sums["num_labels"], 1) for name in ("loss", "kl", "nll")} | {
             "step": self.progress.step,
             "num_positions": self.progress.num_positions,
-            "learning_rate": self.engine.optimizer.param_groups[0]["lr"],
+            **{group["rate"]: group["lr"] for group in self.engine.optimizer.param_groups},
             "grad_norm": float(self.engine.get_global_grad_norm() or 0.0),
             "skipped_steps": self._skipped_steps(),
             "positions_per_sec": sums["num_positions"] / secs,

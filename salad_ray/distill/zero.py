@@ -1,6 +1,7 @@
 """Which parts of weights and optimizer a DeepSpeed engine keeps on this worker, and how to put them back.
 
-ZeRO keeps the parameters of a group as one flat fp32 tensor per worker, under whose key the optimizer has its moments.
+ZeRO keeps the parameters of a group as one flat fp32 tensor per worker, under whose key the optimizer has its moments:
+Adam's two, or Muon's momentum.
 Stages 1 and 2 cut the flat group anywhere; stage 3 cuts every parameter into one part per worker, the last one padded.
 """
 
@@ -12,16 +13,23 @@ import torch
 from torch import Tensor
 
 from salad_ray.distill.checkpoints import Partition, Piece
+from salad_ray.distill.muon import MuonAdamW
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's."""
+
+
+def owned(engine: Any) -> list[tuple[Tensor, list[Piece]]]:
+    """The flat tensors of this worker, as many on every worker, and what lies in them."""
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    optimizer = engine.optimizer
+    return _groups_stage3(optimizer, names) if _is_stage3(optimizer) else _groups_stage12(optimizer, names)
 
 
 def partitions(engine: Any) -> list[Partition]:
     """What this worker owns, as views of the engine's own tensors; moments that are not there yet are made, zero."""
-    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
-    optimizer = engine.optimizer
-    groups = _groups_stage3(optimizer, names) if _is_stage3(optimizer) else _groups_stage12(optimizer, names)
-    return [Partition(flat.data, pieces, _moments(optimizer.optimizer, flat)) for flat, pieces in groups]
+    optimizer = engine.optimizer.optimizer
+    return [Partition(flat.data, pieces, _moments(optimizer, flat)) for flat, pieces in owned(engine)]
 
 
 def optimizer_step(engine: Any) -> int:
@@ -34,7 +42,8 @@ def restored(engine: Any, step: int) -> None:
     """Tell the engine that its partitions were overwritten: Adam's count, and the weights that the model uses."""
     optimizer = engine.optimizer
     for state in optimizer.optimizer.state.values():
-        state["step"].fill_(step)
+        if "step" in state:
+            state["step"].fill_(step)
     if _is_stage3(optimizer):
         _refresh_stage3(optimizer)
     else:
@@ -46,6 +55,8 @@ def _is_stage3(optimizer: Any) -> bool:
 
 
 def _moments(adam: torch.optim.AdamW, flat: Tensor) -> dict[str, Tensor]:
+    if isinstance(adam, MuonAdamW) and (momentum := adam.momentum_of(flat)) is not None:
+        return {"momentum": momentum}
     state = adam.state[flat]
     if not state:
         on_device = adam.defaults.get("fused") or adam.defaults.get("capturable")

@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from salad_ray.config import AdapterConfig
+from salad_ray.config import AdapterConfig, DistillConfig
 from salad_ray.model.adapter import Adapter, ExactBuffers, checkpoint_layers
 from salad_ray.model.loading import ModelError as ModelError  # also had from here, as part of loading a speech LM
 from salad_ray.model.loading import (
@@ -290,22 +290,43 @@ def load_text_lm(
     return llm.eval()
 
 
-def parameter_groups(
-    model: SpeechLM, learning_rate: float, adapter_learning_rate: float, weight_decay: float
-) -> list[dict[str, Any]]:
-    """Optimizer groups "llm" and "adapter", each with and without weight decay.
+def parameter_groups(model: SpeechLM, settings: DistillConfig) -> list[dict[str, Any]]:
+    """Optimizer groups of LLM and adapter: with and without weight decay, and under Muon the matrices of the layers.
 
     Norms and biases do not decay, nor do embeddings and head: decay would wear away the tokens that speech never shows.
+
+    Returns:
+        Groups with `rate`, the setting that `lr` was taken from; those of Muon, and only those, have `momentum`.
+
+    Raises:
+        ModelError: Muon is set, and the LLM keeps its layers elsewhere.
     """
     tables = {id(model.llm.get_input_embeddings().weight), id(model.head)}
-    groups = []
-    for name, module, rate in (("llm", model.llm, learning_rate), ("adapter", model.adapter, adapter_learning_rate)):
+    matrices = _layer_matrices(model) if settings.optimizer == "muon" else set()
+    groups: list[dict[str, Any]] = []
+    for module, prefix in ((model.llm, ""), (model.adapter, "adapter_")):
+        rate, muon_rate = f"{prefix}learning_rate", f"{prefix}muon_learning_rate"
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        fixed = [parameter for parameter in trained if parameter.ndim < 2 or id(parameter) in tables]
-        decayed = [parameter for parameter in trained if parameter.ndim >= 2 and id(parameter) not in tables]
-        for parameters, decay in ((decayed, weight_decay), (fixed, 0.0)):
-            groups.append({"name": name, "params": parameters, "lr": rate, "weight_decay": decay})
-    return [group for group in groups if group["params"]]
+        for_muon = [parameter for parameter in trained if id(parameter) in matrices]
+        others = [parameter for parameter in trained if id(parameter) not in matrices]
+        fixed = [parameter for parameter in others if parameter.ndim < 2 or id(parameter) in tables]
+        decayed = [parameter for parameter in others if parameter.ndim >= 2 and id(parameter) not in tables]
+        groups += [
+            {"rate": rate, "params": decayed, "weight_decay": settings.weight_decay},
+            {"rate": rate, "params": fixed, "weight_decay": 0.0},
+            {"rate": muon_rate, "params": for_muon, "weight_decay": settings.muon_weight_decay}
+            | {"momentum": settings.muon_momentum},
+        ]
+    return [group | {"lr": getattr(settings, group["rate"])} for group in groups if group["params"]]
+
+
+def _layer_matrices(model: SpeechLM) -> set[int]:
+    """Ids of the two-dimensional weights inside the decoder layers of LLM and adapter."""
+    layers = getattr(model.llm.get_decoder(), "layers", None)
+    if layers is None:
+        raise ModelError(f"the layers of {type(model.llm).__name__} are not known to Muon; set distill.optimizer=adamw")
+    inside = (parameter for each in (layers, model.adapter.layers) for parameter in each.parameters())
+    return {id(parameter) for parameter in inside if parameter.ndim == 2}
 
 
 def _embedding_rms(llm: PreTrainedModel) -> float:

@@ -370,6 +370,7 @@ CURVES = (
     ("loss", "Loss, nats per label"),
     ("nll", "NLL of the text, nats per label"),
     ("learning_rate", "Learning rate of the LLM"),
+    ("muon_learning_rate", "Learning rate of the matrices in the LLM's layers (Muon)"),
     ("positions_per_sec", "Positions per second, all workers together"),
 )
 

@@ -48,6 +48,18 @@ class Shape:
         ends = (self.encoder_dim + 1) * width + (width + 1) * self.llm.hidden_size
         return self.adapter.num_layers * layer + width + ends
 
+    @cached_property
+    def num_matrices(self) -> int:
+        """Elements of the matrices inside the layers of LLM and adapter, which Muon may update."""
+        with torch.device("meta"):
+            layers = AutoModelForCausalLM.from_config(self.llm).get_decoder().layers
+            own = LlamaDecoderLayer(adapter_llama(self.adapter), 0)
+        return _num_in_matrices(layers) + self.adapter.num_layers * _num_in_matrices(own)
+
+
+def _num_in_matrices(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim == 2)
+
 
 def num_parameters(llm: PreTrainedConfig) -> int:
     """Of a causal LM of this config, tied weights once; nothing is allocated."""
@@ -66,10 +78,11 @@ def training_memory(
     """
     width, num = BYTES[settings.precision], shape.num_llm + shape.num_adapter
     rows, context, stage = settings.micro_batch_rows, pack.context, settings.zero_stage
+    with_one_moment = shape.num_matrices if settings.optimizer == "muon" else 0
     static = {
         "teacher": float(width * shape.num_llm),
         "student": width * num / (num_workers if stage == 3 else 1),
-        "fp32 weights and Adam": 12.0 * num / num_workers,
+        "optimizer": (12.0 * num - 4.0 * with_one_moment) / num_workers,  # fp32 weights, two moments of most
     }
     if stage == 3:
         head = shape.llm.vocab_size * shape.llm.hidden_size

@@ -653,7 +653,7 @@ def _memory(plan: Plan) -> RichTable:
     for row in plan.memory:
         parts = {name: size / 2**30 for name, size in row.parts.items()}
         weights = parts["teacher"] + parts["student"] + parts.get("gathered parameters", 0.0)
-        numbers = (weights, parts["gradients"], parts["fp32 weights and Adam"], parts["activations"], parts["loss"])
+        numbers = (weights, parts["gradients"], parts["optimizer"], parts["activations"], parts["loss"])
         fits = {None: "", True: "yes", False: "no"}[row.fits]
         cells = [str(row.zero_stage), str(row.micro_batch_rows), f"{parts['peak']:.2f}", fits]
         grid.add_row(*cells, *(f"{number:.2f}" for number in numbers))

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from salad_ray.distill.checkpoints import (
-    PARTS,
     Checkpoint,
     CheckpointReader,
     CheckpointWriter,
@@ -21,6 +20,7 @@ from salad_ray.distill.checkpoints import (
 )
 from salad_ray.tables import TableError
 
+PARTS = ("weight", "exp_avg", "exp_avg_sq")
 SIZES = {"embed": 37, "layer.0.weight": 64, "layer.1/bias": 5, "head": 101}
 
 
@@ -210,3 +210,25 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     wider = Partition(torch.zeros(40), [Piece("embed", 0, 40, 0)], {part: torch.zeros(40) for part in PARTS[1:]})
     with pytest.raises(TableError, match="holds 37 of the 40 elements of weight embed"):
         CheckpointReader(checkpoint).fill(wider)
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused_before_anything_is_overwritten(tmp_path: Path) -> None:
+    save(str(tmp_path), 1)
+    checkpoint = latest(str(tmp_path))
+    assert isinstance(checkpoint, Checkpoint)
+    of_muon = Partition(torch.zeros(37), [Piece("embed", 0, 37, 0)], {"momentum": torch.zeros(37)})
+    with pytest.raises(
+        TableError, match=r"step-00000001-abcd is of another optimizer: of embed it holds exp_avg, exp_"
+    ):
+        CheckpointReader(checkpoint).fill(of_muon)
+    assert not of_muon.weight.any()
+    writer = CheckpointWriter(str(tmp_path), 0, 1, "muon", 9)
+    writer.save([of_muon], {"step": 2})
+    writer.wait()
+    checkpoint = latest(str(tmp_path))
+    assert isinstance(checkpoint, Checkpoint)
+    adam = {part: torch.zeros(37) for part in PARTS[1:]}
+    with pytest.raises(
+        TableError, match=r"it holds momentum, weight, and exp_avg, exp_avg_sq, weight is needed; set d"
+    ):
+        CheckpointReader(checkpoint).fill(Partition(torch.zeros(37), of_muon.pieces, adam))

@@ -100,8 +100,7 @@ def load(folder: str, dtype: torch.dtype) -> tuple[nn.Module, SpeechLM]:
 
 
 def make_optimizer(student: SpeechLM) -> torch.optim.AdamW:
-    groups = parameter_groups(student, SETTINGS.learning_rate, SETTINGS.adapter_learning_rate, SETTINGS.weight_decay)
-    return torch.optim.AdamW(groups, betas=SETTINGS.betas)
+    return torch.optim.AdamW(parameter_groups(student, SETTINGS), betas=SETTINGS.betas)
 
 
 # The workers.

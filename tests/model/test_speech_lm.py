@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.gpu.shapes import varlen_on_cpu
-from salad_ray.config import AdapterConfig
+from salad_ray.config import AdapterConfig, DistillConfig
 from salad_ray.model import speech_lm
 from salad_ray.model.loading import load_tokenizer
 from salad_ray.model.speech_lm import (
@@ -485,10 +485,11 @@ def test_a_damaged_speech_lm_ends_in_one_sentence(damage: str, teacher: str, tmp
 @pytest.mark.parametrize("tied", [False, True])
 def test_parameter_groups_hold_every_weight_once(tied: bool, tmp_path: Path) -> None:
     student = make_student(save_teacher(tmp_path, tie_word_embeddings=tied))
-    groups = parameter_groups(student, 5e-5, 3e-4, 0.1)
+    groups = parameter_groups(student, DistillConfig())
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     assert sorted(grouped) == sorted(id(parameter) for parameter in student.parameters())
-    assert {(group["name"], group["lr"]) for group in groups} == {("llm", 5e-5), ("adapter", 3e-4)}
+    rates = {(group["rate"], group["lr"]) for group in groups}
+    assert rates == {("learning_rate", 5e-5), ("adapter_learning_rate", 3e-4)}
     names = {id(parameter): name for name, parameter in student.named_parameters()}
     decayed = {names[id(p)] for group in groups if group["weight_decay"] for p in group["params"]}
     assert all(".layers." in name or name in ("adapter.input.weight", "adapter.output.weight") for name in decayed)
@@ -496,10 +497,42 @@ def test_parameter_groups_hold_every_weight_once(tied: bool, tmp_path: Path) -> 
     assert "llm.model.layers.0.mlp.up_proj.weight" in decayed
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_muon_takes_the_matrices_inside_the_layers_and_nothing_else(tied: bool, tmp_path: Path) -> None:
+    student = make_student(save_teacher(tmp_path, tie_word_embeddings=tied))
+    groups = parameter_groups(student, DistillConfig(optimizer="muon"))
+    names = {id(parameter): name for name, parameter in student.named_parameters()}
+    grouped = [names[id(parameter)] for group in groups for parameter in group["params"]]
+    assert sorted(grouped) == sorted(names.values())
+    found = {names[id(p)]: group for group in groups if "momentum" in group for p in group["params"]}
+    projections = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert found.keys() == {n for n in names.values() if n.endswith(tuple(f".{p}.weight" for p in projections))}
+    assert {(name.partition(".")[0], group["lr"]) for name, group in found.items()} == {
+        ("llm", 7e-3),
+        ("adapter", 0.02),
+    }
+    assert {(group["momentum"], group["weight_decay"]) for group in found.values()} == {(0.95, 0.01)}
+    assert {group["rate"]: group["lr"] for group in groups} == {
+        "learning_rate": 5e-5,
+        "adapter_learning_rate": 3e-4,
+        "muon_learning_rate": 7e-3,
+        "adapter_muon_learning_rate": 0.02,
+    }
+
+
+def test_muon_is_refused_for_an_llm_whose_layers_it_does_not_know(teacher: str) -> None:
+    student = make_student(teacher)
+    decoder = student.llm.get_decoder()
+    decoder.blocks = decoder.layers
+    del decoder.layers
+    with pytest.raises(ModelError, match=r"not known to Muon; set distill\.optimizer=adamw"):
+        parameter_groups(student, DistillConfig(optimizer="muon"))
+
+
 def test_frozen_weights_are_in_no_group(teacher: str) -> None:
     student = make_student(teacher)
     student.llm.requires_grad_(False)
-    assert {group["name"] for group in parameter_groups(student, 5e-5, 3e-4, 0.1)} == {"adapter"}
+    assert {group["rate"] for group in parameter_groups(student, DistillConfig())} == {"adapter_learning_rate"}
 
 
 def test_gradient_checkpointing_gives_the_same_gradient_and_runs_layers_twice(teacher: str) -> None:

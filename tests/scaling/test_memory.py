@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import Qwen2Config
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.memory import measure_case
 from salad_ray.config import AdapterConfig, DistillConfig, PackConfig
@@ -36,6 +36,18 @@ def test_parameters_are_those_of_the_true_shapes() -> None:
         adapter = Adapter(AdapterConfig(), 512, 2048)
     assert shape.num_llm == 3_085_938_688  # as published
     assert shape.num_adapter == sum(parameter.numel() for parameter in adapter.parameters())
+
+
+def test_muon_keeps_one_moment_of_the_matrices_instead_of_two() -> None:
+    shape, pack = Shape(QWEN_3B, AdapterConfig(), 512), PackConfig()
+    adam, muon = (training_memory(shape, DistillConfig(optimizer=name), pack, 8) for name in ("adamw", "muon"))
+    with torch.device("meta"):
+        layer = Qwen2ForCausalLM(QWEN_3B).model.layers[0]
+        own = Adapter(AdapterConfig(), 512, 2048).layers
+    matrices = 36 * sum(p.numel() for p in layer.parameters() if p.ndim == 2)
+    matrices += sum(p.numel() for p in own.parameters() if p.ndim == 2)
+    assert shape.num_matrices == matrices
+    assert adam["peak"] - muon["peak"] == 4 * matrices / 8
 
 
 def test_recomputing_zero_and_smaller_batches_save_memory() -> None:
