@@ -367,6 +367,7 @@ def _changed(row: dict[str, Any], first: dict[str, Any], quantity: str) -> str:
 
 CURVES = (
     ("kl", "KL to the teacher, nats per label"),
+    ("word_end_kl", "KL to the teacher at the ends of spoken words, nats"),
     ("loss", "Loss, nats per label"),
     ("nll", "NLL of the text, nats per label"),
     ("learning_rate", "Learning rate of the LLM"),
@@ -385,7 +386,7 @@ def training_section(pairs: Sequence[tuple[str, RunFacts]]) -> Section:
             continue  # α = 1: the loss is the KL
         lines = [line for place, (_, run) in enumerate(pairs) for line in _lines(run, key, place)]
         if lines:
-            log = key in ("kl", "loss", "nll") and is_wide([y for line in lines for y in line.y])
+            log = key in ("kl", "word_end_kl", "loss", "nll") and is_wide([y for line in lines for y in line.y])
             alt = f"{title} by training step; " + "; ".join(_line_words(line) for line in lines) + "."
             svg = line_plot(f"curve-{key}", alt, lines, "step", log)
             plots.append(
