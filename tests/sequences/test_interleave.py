@@ -283,7 +283,8 @@ def passages(draw: st.DrawFn, least: int = 1) -> tuple[Units, list[Span]]:
     units = Units(ids, prefix, tokens + prefix, frames, pauses, by_utterance)
     cuts = sorted({0, len(sizes)} | set(draw(st.lists(st.integers(1, len(sizes)), max_size=6))))
     first = draw(st.booleans())
-    return units, [Span(a, b, (i % 2 == 0) == first) for i, (a, b) in enumerate(pairwise(cuts))]
+    spoken = [(i % 2 == 0) == first and bool(frames[b] > frames[a]) for i, (a, b) in enumerate(pairwise(cuts))]
+    return units, [Span(a, b, is_speech) for (a, b), is_speech in zip(pairwise(cuts), spoken, strict=True)]
 
 
 def walk(units: Units, spans: list[Span], stride: int) -> tuple[list[list[int]], list[tuple[int, int]]]:
