@@ -8,8 +8,9 @@ Where an item is heard, frames stand in the place of what is spoken. The prompt 
 with any character of what is spoken, and a token of nothing but spaces in front of it, is heard and not read, as in
 training. So of "?\\n" at the end of a question, one token to many tokenizers, the line break goes with the question.
 
-Shapes: B items, T positions of a row, C encoder width times the frames at a position, D model width, V vocabulary, P scored positions (those from
-which something is predicted), L scored tokens; P < L, since all choices of an item begin at one position.
+Shapes: B items, T positions of a row, C encoder width times the frames at a position, D model width, V vocabulary,
+P scored positions (those from which something is predicted), L scored tokens; P < L, since all choices of an item begin
+at one position.
 """
 
 from __future__ import annotations

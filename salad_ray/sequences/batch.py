@@ -1,7 +1,8 @@
 """Batches: rows of packed segments as tensors.
 
 Shapes: B rows, T student positions, U teacher positions, F speech positions, P speech spans, S longest speech span,
-C encoder width times the frames at a position, L scored labels, E word ends. All segments of a row share it block-diagonally: positions restart at each of them.
+C encoder width times the frames at a position, L scored labels, E word ends. All segments of a row share it
+block-diagonally: positions restart at each of them.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ class Segment:
     labels: (L,) the token that follows both.
     distance: (L,) text tokens since the last speech frame: 0 predicted from the frame itself, -1 before any speech.
     word_end_student, word_end_teacher: (E,) positions at the ends of spoken words: the student's last one of the word,
-        and the teacher's last token of it. Only training with `distill.word_ends` compares them; no label is among them.
+        and the teacher's last token of it. Only training with `distill.word_ends` compares them.
     """
 
     token_ids: IntArray
@@ -420,7 +420,7 @@ def build_segment(units: Units, spans: Sequence[Span], stride: int = 1) -> Segme
         if span.is_speech:
             frames.append(frame_groups(units.frame_starts[span.start : span.end + 1], stride))
             students.append(np.full(len(frames[-1]), -1))
-            ends.append(_word_ends(units, span, speech) + [[position - speech[span.start]], [0]])
+            ends.append(_word_ends(units, span, speech, position))
         else:
             since = np.arange(position == 0, end - start)  # nothing predicts the first element
             students.append(ids[start:end])
@@ -444,17 +444,18 @@ def build_segment(units: Units, spans: Sequence[Span], stride: int = 1) -> Segme
     )
 
 
-def _word_ends(units: Units, span: Span, speech: IntArray) -> IntArray:
-    """(2, E) last speech position and last token of each unit of a speech span that has a label of its own.
+def _word_ends(units: Units, span: Span, speech: IntArray, position: int) -> IntArray:
+    """(2, E) the student's last position and the teacher's last token of each unit that ends inside a speech span.
 
     Left out are units without a position, and whatever ends with the span: there the text label stands. Units that are
     utterances have none, since nobody knows where their words end.
 
     Args:
         speech: (U + 1,) `units.speech_starts`.
+        position: the student's, where the span begins.
     """
     if units.by_utterance:
         return np.zeros((2, 0), np.int64)
     unit = np.arange(span.start, span.end)
     unit = unit[(speech[unit + 1] > speech[unit]) & (speech[unit + 1] < speech[span.end])]
-    return np.stack([speech[unit + 1] - 1, units.token_starts[unit + 1] - 1])
+    return np.stack([position + speech[unit + 1] - speech[span.start] - 1, units.token_starts[unit + 1] - 1])

@@ -277,7 +277,7 @@ def _draft(
 ) -> Draft | None:
     """A passage with its spans drawn, or None when it is too long but can be halved.
 
-    A single utterance that does not fit when it is spoken whole gets the usual spans, so that none is lost for its draw.
+    A single utterance that does not fit when it is spoken whole gets the usual spans, so that none is lost by its draw.
     """
     utterances = [clip.utterance for clip in passage]
     units = assemble_units(utterances, [clip.timing for clip in passage], tokens, prefix)

@@ -347,7 +347,7 @@ def test_what_stands_at_a_words_end_or_a_cut_has_heard_nothing_behind_it(
 
 
 def test_word_ends_by_hand() -> None:
-    """Words of 3, 0, 2 and 5 frames in a span, between "a" and "b": the empty one has no end, the last one its label."""
+    """Words of 3, 0, 2 and 5 frames in a span: the empty one has no end, the last one a text label."""
     starts = np.arange(7)
     units = Units(np.arange(10, 16), 0, starts, np.array([0, 4, 7, 7, 9, 14, 16]), np.zeros(7), False)
     spans = [Span(0, 1, False), Span(1, 5, True), Span(5, 6, False)]
