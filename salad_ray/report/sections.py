@@ -202,7 +202,10 @@ def encoder_name(run: RunFacts) -> str:
     if not encoder:
         return str((run.config.get("encode") or {}).get("encoder") or "–")
     where = f", {encoder['path']}" if encoder.get("path") else ""
-    return f"{encoder.get('name')}{where} ({encoder.get('frame_rate', 0):g} frames/s, {encoder.get('dim')} wide)"
+    stride = ((run.config.get("model") or {}).get("adapter") or {}).get("stride") or 1
+    rate = encoder.get("frame_rate", 0)
+    grouped = f", {stride} side by side: {rate / stride:g} positions/s" if stride > 1 else ""
+    return f"{encoder.get('name')}{where} ({rate:g} frames/s, {encoder.get('dim')} wide{grouped})"
 
 
 def misalignment_section(pairs: Sequence[tuple[str, RunFacts]]) -> Section:

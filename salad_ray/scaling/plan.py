@@ -6,7 +6,7 @@ Ray.
 
 Words are spoken or written by the spans of `pack`: with text spans of t words and speech spans of s words on average,
 s / (s + t) of the words are heard; of a sample that is spoken whole, all but its last (1 + longest text span) / 2. With
-n frames side by side a word takes the n-th part of its frames and (1 − 1/n) / 2 more, for its last group is seldom full.
+n frames side by side a word takes the n-th part of its frames and (1 − 1/n) / 2 more: its last is seldom full.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ def make(run: Run, step: Step) -> None:
     num_steps = budget.num_steps - budget.branch_step
     teacher, encoder = teacher_of(run), stage.inputs["natural/features"]["encoder"]
     say(f"stage1: training {num_steps:,} steps more; curves: {where_curves_are(stage.table.url)}")
+    recipe = (config.distill.alpha, config.model.adapter.stride, config.distill.word_ends)
     job = Job(
         config,
         stage.table,
@@ -42,7 +43,7 @@ def make(run: Run, step: Step) -> None:
         config.distill,
         num_steps,
         decay_steps=num_steps,
-        card=model_card("stage1", teacher, encoder, speech_data(run, ("natural",)), config.distill.alpha),
+        card=model_card("stage1", teacher, encoder, speech_data(run, ("natural",)), *recipe),
         start=start,
         first_row=budget.branch_step * config.pack.rows_per_lane,
     )

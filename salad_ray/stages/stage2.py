@@ -52,6 +52,7 @@ def _job(run: Run, stage: Stage, sets: tuple[str, ...]) -> Job:
     speech = {name: (run.table(name, "plan"), run.table(name, "features")) for name in sets}
     plans = [plan for plan, _ in speech.values()]
     budget = budget_of(config, plans[0])
+    recipe = (settings.alpha, config.model.adapter.stride, config.distill.word_ends)
     return Job(
         config,
         stage.table,
@@ -61,7 +62,7 @@ def _job(run: Run, stage: Stage, sets: tuple[str, ...]) -> Job:
         config.distill.model_copy(update={"alpha": settings.alpha}),
         budget.stage2_steps,
         decay_steps=round(budget.stage2_steps * settings.decay_share),
-        card=model_card(stage.table.name, teacher, encoder, speech_data(run, sets), settings.alpha),
+        card=model_card(stage.table.name, teacher, encoder, speech_data(run, sets), *recipe),
         start=checkpoint_at(checkpoints_url(run.table("", "trunk")), budget.branch_step),
         first_row=budget.branch_step * config.pack.rows_per_lane,
         active=speech.get("active"),
