@@ -550,11 +550,6 @@ class DistillConfig(Section):
     mlflow_experiment: str | None = operational(None)
 
     @property
-    def word_end_weight(self) -> float:
-        """What a word's end counts, 0 where they are not compared."""
-        return self.word_ends_weight if self.word_ends else 0.0
-
-    @property
     def most_workers(self) -> int:
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 

@@ -23,7 +23,7 @@ import deepspeed
 from deepspeed.runtime.zero import GatheredParameters
 
 from salad_ray.config import DistillConfig
-from salad_ray.distill.step import BUCKET, BatchLoss, batch_loss, global_scale, label_weight
+from salad_ray.distill.step import BUCKET, BatchLoss, batch_loss, global_scale, label_weight, weight_of_word_ends
 from salad_ray.model.speech_lm import ModelError, SpeechLM, parameter_groups
 from salad_ray.sequences.batch import Batch
 
@@ -98,7 +98,7 @@ def forward_backward(
         batch: on the engine's device, frames in its precision.
         num_labels: of the whole step, over all workers and micro-batches; with word ends their sum of `label_weight`.
     """
-    head, word_end_weight = engine.module.head, settings.word_end_weight
+    head, word_end_weight = engine.module.head, weight_of_word_ends(settings)
     with ExitStack() as stack:
         gathered = GatheredParameters([head], enabled=settings.zero_stage == 3)
         gather_head = partial(stack.enter_context, gathered)

@@ -6,13 +6,14 @@ Shape letters: B rows, T student positions, U teacher positions, L labels, E wor
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from salad_ray.distill.losses import DistillationLoss, distillation_loss
+from salad_ray.config import DistillConfig
+from salad_ray.distill.losses import distillation_loss
 from salad_ray.model.speech_lm import hidden_states, lm_head
 from salad_ray.sequences.batch import Batch
 
@@ -59,25 +60,33 @@ def batch_loss(
             so until the backward is done.
         word_end_weight: λ; 0 leaves word ends out.
     """
+    at, there = [batch.student_index], [batch.teacher_index]
+    if word_end_weight:
+        at, there = [*at, batch.word_end_student], [*there, batch.word_end_teacher]
     with torch.no_grad():
-        read = hidden_states(teacher, batch.teacher_ids, batch.teacher_position_ids).flatten(0, 1)
-    heard = student(batch).flatten(0, 1)
+        read = _gathered(hidden_states(teacher, batch.teacher_ids, batch.teacher_position_ids), there)
+    heard = _gathered(student(batch), at)
     gather_head()
-    heads = student_head, lm_head(teacher)
-
-    def compare(student_index: Tensor, teacher_index: Tensor, labels: Tensor, alpha: float) -> DistillationLoss:
-        return distillation_loss(
-            heard[student_index], heads[0], read[teacher_index], heads[1], labels, alpha, chunk_size
-        )
-
-    text = compare(batch.student_index, batch.teacher_index, batch.labels, alpha)
-    if word_end_weight == 0:
+    teacher_head = lm_head(teacher)
+    text = distillation_loss(heard[0], student_head, read[0], teacher_head, batch.labels, alpha, chunk_size)
+    if not word_end_weight:
         return BatchLoss(*text, word_end_kl=torch.zeros_like(text.kl))
     next_ids = batch.teacher_ids.flatten()[batch.word_end_teacher + 1]
-    ends = compare(batch.word_end_student, batch.word_end_teacher, next_ids, 1.0)
+    ends = distillation_loss(heard[1], student_head, read[1], teacher_head, next_ids, 1.0, chunk_size)
     num_ends, total = word_end_weight * len(next_ids), label_weight(batch, word_end_weight)
     loss = (len(batch.labels) * text.loss + num_ends * ends.loss) / (total or 1.0)
     return BatchLoss(loss, text.kl, text.nll, ends.kl)
+
+
+def _gathered(hidden: Tensor, indices: Sequence[Tensor]) -> list[Tensor]:
+    """States (B, T, D) at each of these flat positions; all others can be freed."""
+    flat = hidden.flatten(0, 1)
+    return [flat[index] for index in indices]
+
+
+def weight_of_word_ends(settings: DistillConfig) -> float:
+    """λ of `batch_loss`, 0 where word ends are not compared."""
+    return settings.word_ends_weight if settings.word_ends else 0.0
 
 
 def label_weight(batch: Batch, word_end_weight: float) -> float:

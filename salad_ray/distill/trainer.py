@@ -41,7 +41,14 @@ from salad_ray.distill.checkpoints import (
 )
 from salad_ray.distill.engine import compile_layers, forward_backward, make_engine
 from salad_ray.distill.logger import Logger
-from salad_ray.distill.step import DTYPES, label_weight, learning_rate_factor, peak_flops, training_flops
+from salad_ray.distill.step import (
+    DTYPES,
+    label_weight,
+    learning_rate_factor,
+    peak_flops,
+    training_flops,
+    weight_of_word_ends,
+)
 from salad_ray.distill.worker import work
 from salad_ray.distill.zero import optimizer_step, partitions, restored
 from salad_ray.model.loading import load_tokenizer, tokenizer_hash
@@ -223,6 +230,7 @@ class Distiller:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = ray.train.torch.get_device()
         self.dtype = DTYPES[self.settings.precision]
+        self.word_end_weight = weight_of_word_ends(self.settings)
         with local_folder(job.teacher["path"]) as path:
             self.teacher = self._load_teacher(path)
             self.reader = self._open_reader(path)
@@ -350,7 +358,7 @@ class Distiller:
             group["lr"] = group["peak_lr"] * factor
         missing = self.reader.num_micro_batches - len(batches)  # other workers may have a lane more
         batches = batches + [without_labels(batches[-1])] * missing
-        weights = [label_weight(batch, self.settings.word_end_weight) for batch in batches]
+        weights = [label_weight(batch, self.word_end_weight) for batch in batches]
         num_labels = self._sum_over_workers(torch.tensor([sum(weights)], dtype=torch.float64))
         sums = torch.zeros(len(SUMS), dtype=torch.float64)
         for index, batch in enumerate(batches):
@@ -370,7 +378,7 @@ class Distiller:
             self.engine, self.teacher, batch, self.settings, num_labels, self.reader.num_micro_batches
         )
         count, num_ends = len(batch.labels), len(batch.word_end_student)
-        weight = label_weight(batch, self.settings.word_end_weight)
+        weight = label_weight(batch, self.word_end_weight)
         counts = (weight, count, count, num_ends)  # what each of the loss's means is taken over
         sums = [mean.item() * number for mean, number in zip(loss, counts, strict=True)]
         flops = training_flops(self.num_student, self.num_teacher, self.teacher.config, batch)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from salad_ray.config import AdapterConfig, DistillConfig
-from salad_ray.distill.step import DTYPES, batch_loss, label_weight
+from salad_ray.distill.step import DTYPES, batch_loss, label_weight, weight_of_word_ends
 from salad_ray.model.speech_lm import EncoderSpec, SpeechLM, load_text_lm, parameter_groups
 from salad_ray.sequences.batch import Batch, Sample, collate, sample_of, without_labels
 from salad_ray.sequences.interleave import interleave
@@ -140,7 +140,7 @@ def engine_step(case: Case, folder: str) -> Outcome:
     teacher, student = load(folder, DTYPES[case.precision])
     engine = make_engine(student, case.settings, NUM_MICRO_BATCHES, torch.device("cpu"))
     batches = micro_batches(torch.distributed.get_rank())
-    num_labels = torch.tensor([sum(label_weight(batch, case.settings.word_end_weight) for batch in batches)])
+    num_labels = torch.tensor([sum(label_weight(batch, weight_of_word_ends(case.settings)) for batch in batches)])
     torch.distributed.all_reduce(num_labels)
     grads = {}
     for index, batch in enumerate(batches):
@@ -231,7 +231,7 @@ class References:
 @pytest.fixture(scope="module")
 def references(folder: str) -> dict[tuple[str, bool], References]:
     """Of each precision, without and with word ends."""
-    weights = {(case.precision, case.word_ends): case.settings.word_end_weight for case in CASES}
+    weights = {(case.precision, case.word_ends): weight_of_word_ends(case.settings) for case in CASES}
     return {key: make_references(folder, DTYPES[key[0]], weight) for key, weight in weights.items()}
 
 
