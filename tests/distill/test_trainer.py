@@ -198,6 +198,7 @@ def test_word_ends_whole_samples_and_pairs_of_frames_from_the_plan_to_the_scores
         update={
             "model": config.model.model_copy(update={"adapter": adapter}),
             "pack": config.pack.model_copy(update={"whole_share": 0.5}),
+            "stage2": None,
         }
     )
     for stage, set_name in (("pack", "natural"), ("trunk", ""), ("stage1", ""), ("measure", "heldout")):
