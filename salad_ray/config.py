@@ -442,6 +442,9 @@ class PackConfig(Section):
     """Shortest and longest text span, in words (uniform; ours, the paper does not say)."""
     speech_words: tuple[int, int] = (5, 15)
     """Shortest and longest speech span, in words (ours)."""
+    whole_share: float = Field(0.0, ge=0, le=1)
+    """Share of the samples in which everything but a last text span (1 word to the longest of `text_words`) is speech
+    (ours; 0 is the paper's). A question that is only heard looks like them."""
     num_lanes: int = Field(8, ge=1)
     """Streams of rows; at most so many training workers, and best a number that divides it."""
     rows_per_lane: int = Field(1, ge=1)
@@ -480,6 +483,9 @@ class AdapterConfig(Section):
     num_layers: int = Field(12, ge=1)
     num_heads: int = Field(16, ge=1)
     ffn_size: int = Field(1856, ge=1)
+    stride: int = Field(1, ge=1)
+    """Frames side by side at one position (ours; 1 is the paper's): 2 makes Mimi's 12.5 Hz 6.25 Hz. They are grouped
+    word by word, so that none is heard before its word."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> AdapterConfig:
@@ -500,6 +506,11 @@ class ModelConfig(Section):
 class DistillConfig(Section):
     alpha: float = Field(1.0, ge=0, le=1)
     """L = α · L_DIST + (1 − α) · L_NLL."""
+    word_ends: bool = False
+    """Compare the student with its teacher at the end of every word inside a speech span, too (ours; without, the
+    objective is the paper's): one label a word instead of one a span. Needs word times."""
+    word_ends_weight: float = Field(1.0, gt=0)
+    """Of the KL at a word's end, against 1 of a text token's loss."""
     num_steps: int | None = Field(None, ge=1)
     """Optimizer steps; give either this or num_positions."""
     num_positions: float | None = Field(None, gt=0)
@@ -772,6 +783,8 @@ class Config(Section):
                 f"no passage can have ingest.passages.min_words={self.ingest.passages.min_words} words or more and, as "
                 f"pack.context={self.pack.context} or ingest.passages.max_words has it, {self.max_words} or fewer"
             )
+        # All values of encode.encoder are causal. One that is not must be refused with distill.word_ends here: its
+        # frames would have heard the word that they are to predict.
         if self.cluster.sample_passages < self.cluster.num_clusters:
             raise ValueError(
                 f"cluster.sample_passages={self.cluster.sample_passages} are fewer than "

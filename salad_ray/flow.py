@@ -168,9 +168,10 @@ def _speech(config: Config, sets: Collection[str]) -> list[Step]:
 
 
 def _pack(name: str, *others: str) -> Step:
-    keys = ("context", "text_words", "speech_words", "num_lanes")
+    pack = ("context", "text_words", "speech_words", "whole_share", "num_lanes")
+    keys = (*(f"pack.{key}" for key in pack), "model.adapter.stride", "seed")
     reads = ("teacher", f"{name}/features", *others)
-    return Step("pack", name, ("plan",), reads, (*(f"pack.{key}" for key in keys), "seed"), grows=True)
+    return Step("pack", name, ("plan",), reads, keys, grows=True)
 
 
 def _stage1() -> list[Step]:

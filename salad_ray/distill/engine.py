@@ -25,9 +25,8 @@ from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
 from salad_ray.config import DistillConfig
-from salad_ray.distill.losses import DistillationLoss
 from salad_ray.distill.muon import MuonAdamW
-from salad_ray.distill.step import BUCKET, batch_loss, global_scale
+from salad_ray.distill.step import BUCKET, BatchLoss, batch_loss, global_scale, label_weight, weight_of_word_ends
 from salad_ray.distill.zero import owned
 from salad_ray.model.speech_lm import ModelError, SpeechLM, parameter_groups
 from salad_ray.sequences.batch import Batch
@@ -109,21 +108,22 @@ def deepspeed_config(settings: DistillConfig, num_micro_batches: int, num_parame
 
 
 def forward_backward(
-    engine: Any, teacher: nn.Module, batch: Batch, settings: DistillConfig, num_labels: int, num_micro_batches: int
-) -> DistillationLoss:
+    engine: Any, teacher: nn.Module, batch: Batch, settings: DistillConfig, num_labels: float, num_micro_batches: int
+) -> BatchLoss:
     """One micro-batch: its loss, and its gradient added to the engine's. `engine.step()` must follow.
 
     Args:
         batch: on the engine's device, frames in its precision.
-        num_labels: of the whole step, over all workers and micro-batches.
+        num_labels: of the whole step, over all workers and micro-batches; with word ends their sum of `label_weight`.
     """
-    head = engine.module.head
+    head, word_end_weight = engine.module.head, weight_of_word_ends(settings)
     with ExitStack() as stack:
         gathered = GatheredParameters([head], enabled=settings.zero_stage == 3)
         gather_head = partial(stack.enter_context, gathered)
         loss = batch_loss(
-            engine, head, teacher, batch, settings.alpha, settings.loss_chunk_size, gather_head=gather_head
+            engine, head, teacher, batch, settings.alpha, settings.loss_chunk_size, gather_head, word_end_weight
         )
-        scale = global_scale(len(batch.labels), num_labels, dist.get_world_size(), num_micro_batches)
+        weight = label_weight(batch, word_end_weight)
+        scale = global_scale(weight, num_labels, dist.get_world_size(), num_micro_batches)
         engine.backward(loss.loss * scale)
     return loss

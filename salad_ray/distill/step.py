@@ -1,17 +1,19 @@
 """One distillation step, free of any framework: the loss of a micro-batch, the schedule, the cost.
 
-Shape letters: B rows, T student positions, U teacher positions, L labels, D model width.
+Shape letters: B rows, T student positions, U teacher positions, L labels, E word ends, D model width.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from salad_ray.distill.losses import DistillationLoss, distillation_loss
+from salad_ray.config import DistillConfig
+from salad_ray.distill.losses import distillation_loss
 from salad_ray.model.speech_lm import hidden_states, lm_head
 from salad_ray.sequences.batch import Batch
 
@@ -22,6 +24,16 @@ BUCKET = 500_000_000
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "B200": 2250e12}
 
 
+class BatchLoss(NamedTuple):
+    """Means in nats; only `loss` carries a gradient. `kl` and `nll` are of the text labels, L of them, `word_end_kl` of
+    the E word ends."""
+
+    loss: Tensor
+    kl: Tensor
+    nll: Tensor
+    word_end_kl: Tensor
+
+
 def batch_loss(
     student: Callable[[Batch], Tensor],
     student_head: Tensor,
@@ -30,8 +42,15 @@ def batch_loss(
     alpha: float,
     chunk_size: int | None = None,
     gather_head: Callable[[], object] = lambda: None,
-) -> DistillationLoss:
-    """L = α · L_DIST + (1 − α) · L_NLL of one micro-batch, as a mean over its L labels.
+    word_end_weight: float = 0.0,
+) -> BatchLoss:
+    """α · L_DIST + (1 − α) · L_NLL of one micro-batch, as a mean over its L labels; with a weight λ > 0, word ends too:
+
+        [Σ_labels (α · KL + (1 − α) · NLL) + λ · Σ_word ends KL] / (L + λ · E)
+
+    with KL from the teacher to the student, over the full vocabulary. A word end is the student's last position of a
+    word inside a speech span, where the teacher has just read the word. It has no NLL at any α: the next word is not
+    the student's to write there. Word ends take a second gradient of the head for as long as the graph lives.
 
     Args:
         student: batch → hidden states (B, T, D); a `SpeechLM` or the engine around it.
@@ -39,23 +58,49 @@ def batch_loss(
         teacher: the frozen text LLM; sees batch.teacher_ids (B, U) only.
         gather_head: called before the head is used; under ZeRO-3 it makes `student_head` whole, and the caller keeps it
             so until the backward is done.
+        word_end_weight: λ; 0 leaves word ends out.
     """
+    at, there = [batch.student_index], [batch.teacher_index]
+    if word_end_weight:
+        at, there = [*at, batch.word_end_student], [*there, batch.word_end_teacher]
     with torch.no_grad():
-        teacher_hidden = hidden_states(teacher, batch.teacher_ids, batch.teacher_position_ids)
-        teacher_hidden = teacher_hidden.flatten(0, 1)[batch.teacher_index]
-    student_hidden = student(batch).flatten(0, 1)[batch.student_index]
+        read = _gathered(hidden_states(teacher, batch.teacher_ids, batch.teacher_position_ids), there)
+    heard = _gathered(student(batch), at)
     gather_head()
-    return distillation_loss(
-        student_hidden, student_head, teacher_hidden, lm_head(teacher), batch.labels, alpha, chunk_size
-    )
+    teacher_head = lm_head(teacher)
+    text = distillation_loss(heard[0], student_head, read[0], teacher_head, batch.labels, alpha, chunk_size)
+    if not word_end_weight:
+        return BatchLoss(*text, word_end_kl=torch.zeros_like(text.kl))
+    next_ids = batch.teacher_ids.flatten()[batch.word_end_teacher + 1]
+    ends = distillation_loss(heard[1], student_head, read[1], teacher_head, next_ids, 1.0, chunk_size)
+    num_ends, total = word_end_weight * len(next_ids), label_weight(batch, word_end_weight)
+    loss = (len(batch.labels) * text.loss + num_ends * ends.loss) / (total or 1.0)
+    return BatchLoss(loss, text.kl, text.nll, ends.kl)
 
 
-def global_scale(num_labels: int, num_labels_of_step: int, num_workers: int, num_micro_batches: int) -> float:
+def _gathered(hidden: Tensor, indices: Sequence[Tensor]) -> list[Tensor]:
+    """States (B, T, D) at each of these flat positions; all others can be freed."""
+    flat = hidden.flatten(0, 1)
+    return [flat[index] for index in indices]
+
+
+def weight_of_word_ends(settings: DistillConfig) -> float:
+    """λ of `batch_loss`, 0 where word ends are not compared."""
+    return settings.word_ends_weight if settings.word_ends else 0.0
+
+
+def label_weight(batch: Batch, word_end_weight: float) -> float:
+    """L + λ · E: what the mean of a micro-batch's loss is taken over."""
+    return len(batch.labels) + word_end_weight * len(batch.word_end_student)
+
+
+def global_scale(weight: float, weight_of_step: float, num_workers: int, num_micro_batches: int) -> float:
     """What turns a micro-batch's mean into its share of the step's mean over all labels of all workers.
 
-    DeepSpeed divides by the number of micro-batches and averages over the workers; both are undone here.
+    DeepSpeed divides by the number of micro-batches and averages over the workers; both are undone here. Weights are
+    those of `label_weight`: the number of labels, where word ends are left out.
     """
-    return num_labels * num_workers * num_micro_batches / max(num_labels_of_step, 1)
+    return weight * num_workers * num_micro_batches / (weight_of_step or 1.0)
 
 
 def learning_rate_factor(step: int, num_steps: int, warmup_steps: int, decay_steps: int) -> float:

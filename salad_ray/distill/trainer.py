@@ -45,7 +45,14 @@ from salad_ray.distill.checkpoints import (
 )
 from salad_ray.distill.engine import compile_layers, destroy, forward_backward, make_engine
 from salad_ray.distill.logger import Logger
-from salad_ray.distill.step import DTYPES, learning_rate_factor, peak_flops, training_flops
+from salad_ray.distill.step import (
+    DTYPES,
+    label_weight,
+    learning_rate_factor,
+    peak_flops,
+    training_flops,
+    weight_of_word_ends,
+)
 from salad_ray.distill.worker import work
 from salad_ray.distill.zero import optimizer_step, partitions, restored
 from salad_ray.model.loading import load_tokenizer, tokenizer_hash
@@ -57,9 +64,9 @@ from salad_ray.tables import Table, TableError, delete_file, local_folder, put_f
 
 MENDABLE = (ConfigError, ModelError, TableError)
 """What a user has to mend before another try can succeed."""
-GAUGES = ("step", "loss", "kl", "positions_per_sec", "waiting_share", "memory_gib", "mfu")
+GAUGES = ("step", "loss", "kl", "word_end_kl", "positions_per_sec", "waiting_share", "memory_gib", "mfu")
 """Of a row of the curve, what Ray's dashboard and Prometheus show, as `salad_train_…`."""
-SUMS = ("loss", "kl", "nll", "num_labels", "num_positions", "flops")
+SUMS = ("loss", "kl", "nll", "word_end_kl", "label_weight", "num_labels", "num_word_ends", "num_positions", "flops")
 
 
 class TrainingStopped(RuntimeError):
@@ -272,6 +279,7 @@ class Distiller:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = ray.train.torch.get_device()
         self.dtype = DTYPES[self.settings.precision]
+        self.word_end_weight = weight_of_word_ends(self.settings)
         with local_folder(job.teacher["path"]) as path:
             self.teacher = self._load_teacher(path)
             self.reader = self._open_reader(path)
@@ -351,6 +359,7 @@ class Distiller:
             micro_batch_rows=self.settings.micro_batch_rows,
             first_row=self.job.first_row,
             active=active,
+            stride=self.config.model.adapter.stride,
         )
 
     def _verify_start(self, student: SpeechLM) -> None:
@@ -406,10 +415,11 @@ class Distiller:
             group["lr"] = group["peak_lr"] * factor
         missing = self.reader.num_micro_batches - len(batches)  # other workers may have a lane more
         batches = batches + [without_labels(batches[-1])] * missing
-        num_labels = self._sum_over_workers(torch.tensor([sum(len(batch.labels) for batch in batches)]))
+        weights = [label_weight(batch, self.word_end_weight) for batch in batches]
+        num_labels = self._sum_over_workers(torch.tensor([sum(weights)], dtype=torch.float64))
         sums = torch.zeros(len(SUMS), dtype=torch.float64)
         for index, batch in enumerate(batches):
-            sums += self._forward_backward(batch, int(num_labels))
+            sums += self._forward_backward(batch, float(num_labels))
             if index == len(batches) - 1:
                 sums = self._sum_over_workers(sums)
                 self._require_finite(sums)
@@ -418,16 +428,18 @@ class Distiller:
         self.progress.step += 1
         self.progress.num_positions += int(sums[SUMS.index("num_positions")])
 
-    def _forward_backward(self, batch: Batch, num_labels: int) -> Tensor:
+    def _forward_backward(self, batch: Batch, num_labels: float) -> Tensor:
         """Accumulate the gradient of one micro-batch; returns its `SUMS`."""
         batch = batch.to(self.device, self.dtype)
         loss = forward_backward(
             self.engine, self.teacher, batch, self.settings, num_labels, self.reader.num_micro_batches
         )
-        count = len(batch.labels)
+        count, num_ends = len(batch.labels), len(batch.word_end_student)
+        weight = label_weight(batch, self.word_end_weight)
+        counts = (weight, count, count, num_ends)  # what each of the loss's means is taken over
+        sums = [mean.item() * number for mean, number in zip(loss, counts, strict=True)]
         flops = training_flops(self.num_student, self.num_teacher, self.teacher.config, batch)
-        means = (loss.loss.item(), loss.kl.item(), loss.nll.item())
-        return torch.tensor([*(mean * count for mean in means), count, batch.num_positions, flops], dtype=torch.float64)
+        return torch.tensor([*sums, weight, count, num_ends, batch.num_positions, flops], dtype=torch.float64)
 
     def _sum_over_workers(self, values: Tensor) -> Tensor:
         values = values.to(self.device, torch.float64)
@@ -472,7 +484,9 @@ class Distiller:
         self.progress.train_seconds += secs
         sums = dict(zip(SUMS, self.progress.sums, strict=True))
         self.progress.sums = [0.0] * len(SUMS)
-        row = {name: sums[name] / max(sums["num_labels"], 1) for name in ("loss", "kl", "nll")} | {
+        over = {"loss": "label_weight", "kl": "num_labels", "nll": "num_labels"}
+        over |= {"word_end_kl": "num_word_ends"} if self.settings.word_ends else {}
+        row = {name: sums[name] / (sums[count] or 1.0) for name, count in over.items()} | {
             "step": self.progress.step,
             "num_positions": self.progress.num_positions,
             **{group["rate"]: group["lr"] for group in self.engine.optimizer.param_groups},

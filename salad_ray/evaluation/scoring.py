@@ -8,8 +8,9 @@ Where an item is heard, frames stand in the place of what is spoken. The prompt 
 with any character of what is spoken, and a token of nothing but spaces in front of it, is heard and not read, as in
 training. So of "?\\n" at the end of a question, one token to many tokenizers, the line break goes with the question.
 
-Shapes: B items, T positions of a row, C encoder width, D model width, V vocabulary, P scored positions (those from
-which something is predicted), L scored tokens; P < L, since all choices of an item begin at one position.
+Shapes: B items, T positions of a row, C encoder width times the frames at a position, D model width, V vocabulary,
+P scored positions (those from which something is predicted), L scored tokens; P < L, since all choices of an item begin
+at one position.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from salad_ray.model.loading import ModelError
 from salad_ray.model.speech_lm import SpeechLM, lm_head
+from salad_ray.sequences.batch import stacked
 from salad_ray.sequences.interleave import Tokens, prefix_ids, tokenize
 from salad_ray.tables import BadInput, Item
 
@@ -96,21 +98,28 @@ def speech_query(
     item: Item,
     frames: NDArray[np.floating],
     context: int,
+    stride: int = 1,
 ) -> Query:
-    """An item to hear: as `text_query`, with the same ids for the choices, and frames (S, C) for `item.spoken`.
+    """An item to hear: as `text_query`, with the same ids for the choices, and frames for `item.spoken`.
+
+    Args:
+        frames: (num_frames, C) of the encoder. Nobody knows where the words of a question end, so they are grouped from
+            the question's start.
+        stride: of the adapter, frames side by side at a position.
 
     Raises:
         BadInput: as `text_query`; there are no frames; or a token joins what is spoken with a word that is not.
     """
     if len(frames) == 0:
         raise BadInput("there are no speech frames")
+    heard = stacked(frames, stride)
 
     def make(kept: Sequence[str]) -> Query:
         text, tokens, choices = _encode(tokenizer, kept, item)
         end = len(text) - len(item.after)
         first, last = _heard(text, tokens, end - len(item.spoken), end)
         ids = tokens.ids.tolist()
-        return Query(prefix_ids(tokenizer) + ids[:first], frames, ids[last:], choices, len(kept))
+        return Query(prefix_ids(tokenizer) + ids[:first], heard, ids[last:], choices, len(kept))
 
     return _longest_fitting(make, exemplars, context)
 

@@ -1,6 +1,9 @@
 """The adapter between speech encoder and LLM: a small Llama-style causal decoder over the frames of one speech span.
 
-Shape letters: P spans, S frames of the longest span, F real frames, C encoder width, A adapter width, D model width.
+With a stride n the frames come n side by side, and what is a frame below is such a group.
+
+Shape letters: P spans, S frames of the longest span, F real frames, C encoder width, n stride, A adapter width,
+D model width.
 """
 
 from __future__ import annotations
@@ -53,10 +56,10 @@ def checkpoint_layers(module: nn.Module, enabled: bool = True) -> int:
 
 
 class Adapter(ExactBuffers):
-    """Linear C→A, causal decoder layers, norm, Linear A→D; 122 M parameters at the default shape.
+    """Linear n·C→A, causal decoder layers, norm, Linear A→D; 122 M parameters at the default shape.
 
     Args:
-        config: width A, layers, heads and feed-forward width.
+        config: width A, layers, heads, feed-forward width and stride.
         encoder_dim: C.
         model_dim: D.
         output_rms: root mean square of the outputs at the start, that of the LLM's embeddings.
@@ -75,7 +78,7 @@ class Adapter(ExactBuffers):
             attn_implementation="sdpa",
         )
         with torch.random.fork_rng(devices=[]):  # torch's own initialisation draws from the global state
-            self.input = nn.Linear(encoder_dim, config.hidden_size)
+            self.input = nn.Linear(config.stride * encoder_dim, config.hidden_size)
             self.layers = nn.ModuleList(LlamaDecoderLayer(llama, index) for index in range(config.num_layers))
             self.norm = LlamaRMSNorm(config.hidden_size, eps=llama.rms_norm_eps)
             self.output = nn.Linear(config.hidden_size, model_dim)
@@ -86,7 +89,7 @@ class Adapter(ExactBuffers):
         """Speech spans as the LLM's input embeddings.
 
         Args:
-            frames: (P, S, C), spans padded on the right; of the adapter's dtype.
+            frames: (P, S, n·C), spans padded on the right; of the adapter's dtype.
             frame_mask: (P, S) bool, true at real frames.
 
         Returns:

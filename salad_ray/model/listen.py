@@ -25,6 +25,7 @@ from salad_ray.config import ConfigError, EncodeConfig, QualityConfig
 from salad_ray.model.encoder import Encoder, load_encoder
 from salad_ray.model.loading import ModelError
 from salad_ray.model.speech_lm import EncoderSpec, SpeechLM
+from salad_ray.sequences.batch import stacked
 from salad_ray.sequences.interleave import prefix_ids, tokenize
 from salad_ray.speech.audio import check_samples, load_audio
 from salad_ray.tables import BadInput, local_folder, read_json
@@ -142,7 +143,7 @@ def prompt_embeddings(model: SpeechLM, before: list[int], frames: np.ndarray, af
     """The LLM's inputs (1, T, D): text, speech frames (S, C), text."""
     device, dtype = model.head.device, model.adapter.input.weight.dtype
     embed = model.llm.get_input_embeddings()
-    heard = torch.from_numpy(frames).to(device, dtype)[None]  # one span
+    heard = torch.from_numpy(stacked(frames, model.config.adapter.stride)).to(device, dtype)[None]  # one span
     speech = model.adapter(heard, torch.ones(heard.shape[:2], dtype=torch.bool, device=device))
     ids = (torch.tensor(part, dtype=torch.long, device=device) for part in (before, after))
     head, tail = (embed(part) for part in ids)
@@ -237,10 +238,10 @@ def _require_room(model: SpeechLM, encoder: Encoder, num_samples: int, num_promp
     if context is None:
         return
     num_frames = math.ceil(num_samples * encoder.frame_rate / encoder.sampling_rate)
-    num_positions = num_frames + num_prompt + max_tokens
+    num_positions = math.ceil(num_frames / model.config.adapter.stride) + num_prompt + max_tokens
     if num_positions <= context:
         return
-    room_secs = max(0, context - num_prompt - max_tokens) / encoder.frame_rate
+    room_secs = max(0, context - num_prompt - max_tokens) / model.config.frame_rate
     raise BadInput(
         f"{num_samples / encoder.sampling_rate:.1f} s of speech, {num_prompt:,} tokens of prompt and {max_tokens:,} to "
         f"write are {num_positions:,} positions, but the LLM's context is {context:,}; {room_secs:.1f} s would fit"

@@ -72,6 +72,11 @@ class SpeechLMConfig:
     encoder: EncoderSpec
     adapter: AdapterConfig
 
+    @property
+    def frame_rate(self) -> float:
+        """Positions that a second of speech takes: the encoder's rate, divided by the frames side by side."""
+        return self.encoder.frame_rate / self.adapter.stride
+
 
 class SpeechLM(ExactBuffers):
     """A causal LM and the adapter that turns speech frames into its input embeddings."""

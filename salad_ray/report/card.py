@@ -44,14 +44,25 @@ def _credit(corpus: str, credits: Mapping[str, str]) -> str:
 
 
 def model_card(
-    stage: str, teacher: dict[str, Any], encoder: dict[str, Any], speech: Sequence[SpeechData], alpha: float
+    stage: str,
+    teacher: dict[str, Any],
+    encoder: dict[str, Any],
+    speech: Sequence[SpeechData],
+    alpha: float,
+    stride: int = 1,
+    word_ends: bool = False,
 ) -> str:
     """The card as Markdown.
 
     Args:
         teacher: the manifest of the stage `teacher`.
         encoder: what `encode` wrote about the encoder.
+        stride: frames side by side at a position.
+        word_ends: whether the ends of spoken words were compared, too.
     """
+    ends = ", with a comparison at the end of every spoken word" if word_ends else ""
+    rate = f"{encoder['frame_rate']:g} frames a second"
+    rate += f", {stride} side by side: {encoder['frame_rate'] / stride:g} positions a second" if stride > 1 else ""
     revision = f" at revision {teacher['revision']}" if teacher["revision"] else ""
     source = encoder["path"] or "no weights"
     pinned = f" at revision {encoder['revision']}" if encoder.get("revision") else ""
@@ -59,8 +70,8 @@ def model_card(
         f"# Speech LM, {stage}",
         "",
         f"Distilled by salad_ray {__version__} (SALAD, arXiv 2510.13632) from the text LLM "
-        f"`{teacher['path']}`{revision}, α = {alpha:g}. It hears speech through the encoder {encoder['name']} "
-        f"({source}{pinned}, {encoder['sampling_rate']:,} Hz, {encoder['frame_rate']:g} frames a second).",
+        f"`{teacher['path']}`{revision}, α = {alpha:g}{ends}. It hears speech through the encoder {encoder['name']} "
+        f"({source}{pinned}, {encoder['sampling_rate']:,} Hz, {rate}).",
         "",
         f"Tokenizer hash: `{teacher['tokenizer_hash']}`. The licence of the text LLM applies to its weights here too.",
         "",

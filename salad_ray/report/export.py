@@ -266,11 +266,12 @@ def _card(run: _Run, model: SpeechLM) -> str:
     if _is_world(run):
         teacher["path"] = "world"
     training = run.config["distill" if run.system == "stage1" else "stage2"]
+    recipe = (training["alpha"], model.config.adapter.stride, run.config["distill"].get("word_ends", False))
     hours = sum(_training_hours(run.places.table(name, "features")) for name in SETS[run.system])
     front_text = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
     parts = [
         f"---\n{front_text}---\n",
-        model_card(run.system, teacher, encoder, run.speech, training["alpha"]),
+        model_card(run.system, teacher, encoder, run.speech, *recipe),
         f"Held-out utterances aside, {hours:,.2f} hours were encoded for training; it saw "
         f"{run.manifest['num_positions']:,} positions (text tokens and speech frames) in this stage.\n",
         _licence(front["license"]),

@@ -202,7 +202,10 @@ def encoder_name(run: RunFacts) -> str:
     if not encoder:
         return str((run.config.get("encode") or {}).get("encoder") or "–")
     where = f", {encoder['path']}" if encoder.get("path") else ""
-    return f"{encoder.get('name')}{where} ({encoder.get('frame_rate', 0):g} frames/s, {encoder.get('dim')} wide)"
+    stride = ((run.config.get("model") or {}).get("adapter") or {}).get("stride") or 1
+    rate = encoder.get("frame_rate", 0)
+    grouped = f", {stride} side by side: {rate / stride:g} positions/s" if stride > 1 else ""
+    return f"{encoder.get('name')}{where} ({rate:g} frames/s, {encoder.get('dim')} wide{grouped})"
 
 
 def misalignment_section(pairs: Sequence[tuple[str, RunFacts]]) -> Section:
@@ -367,6 +370,7 @@ def _changed(row: dict[str, Any], first: dict[str, Any], quantity: str) -> str:
 
 CURVES = (
     ("kl", "KL to the teacher, nats per label"),
+    ("word_end_kl", "KL to the teacher at the ends of spoken words, nats"),
     ("loss", "Loss, nats per label"),
     ("nll", "NLL of the text, nats per label"),
     ("learning_rate", "Learning rate of the LLM"),
@@ -386,7 +390,7 @@ def training_section(pairs: Sequence[tuple[str, RunFacts]]) -> Section:
             continue  # α = 1: the loss is the KL
         lines = [line for place, (_, run) in enumerate(pairs) for line in _lines(run, key, place)]
         if lines:
-            log = key in ("kl", "loss", "nll") and is_wide([y for line in lines for y in line.y])
+            log = key in ("kl", "word_end_kl", "loss", "nll") and is_wide([y for line in lines for y in line.y])
             alt = f"{title} by training step; " + "; ".join(_line_words(line) for line in lines) + "."
             svg = line_plot(f"curve-{key}", alt, lines, "step", log)
             plots.append(

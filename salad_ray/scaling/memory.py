@@ -45,7 +45,7 @@ class Shape:
         """Linear in, layers, norm, linear out (model/adapter.py)."""
         width = self.adapter.hidden_size
         layer = 4 * width * width + 3 * width * self.adapter.ffn_size + 2 * width
-        ends = (self.encoder_dim + 1) * width + (width + 1) * self.llm.hidden_size
+        ends = (self.adapter.stride * self.encoder_dim + 1) * width + (width + 1) * self.llm.hidden_size
         return self.adapter.num_layers * layer + width + ends
 
     @cached_property
@@ -68,13 +68,19 @@ def num_parameters(llm: PreTrainedConfig) -> int:
 
 
 def training_memory(
-    shape: Shape, settings: DistillConfig, pack: PackConfig, num_workers: int, speech_share: float = 0.65
+    shape: Shape,
+    settings: DistillConfig,
+    pack: PackConfig,
+    num_workers: int,
+    speech_share: float = 0.65,
+    word_end_share: float = 0.15,
 ) -> dict[str, float]:
     """Peak bytes of one training worker, by what holds them; `peak` is their sum at the worst moment.
 
     Args:
         num_workers: over which ZeRO divides.
-        speech_share: of the positions that are speech frames.
+        speech_share: of the positions that are speech.
+        word_end_share: of the positions that end a spoken word; they count with `distill.word_ends`.
     """
     width, num = BYTES[settings.precision], shape.num_llm + shape.num_adapter
     rows, context, stage = settings.micro_batch_rows, pack.context, settings.zero_stage
@@ -94,6 +100,9 @@ def training_memory(
     flat = (width + (4 if width < 4 else 0)) * num / num_workers
     kept = activation_bytes(shape, settings, rows, context, speech_share)
     logits, head_gradient = loss_bytes(shape.llm, settings, rows * context * (1 - speech_share))
+    if settings.word_ends:  # a loss of their own, after the other's logits are gone
+        more, gradient = loss_bytes(shape.llm, settings, rows * context * word_end_share)
+        logits, head_gradient = max(logits, more), head_gradient + gradient
     accumulated = gradients if pack.num_lanes * pack.rows_per_lane > num_workers * rows else 0.0
     moments = {
         "forward": accumulated + kept + logits + head_gradient,
@@ -126,7 +135,9 @@ def activation_bytes(shape: Shape, settings: DistillConfig, rows: int, context: 
         own = inputs * speech_share * shape.adapter.hidden_size
     else:
         inner = 0.0
-    frames = rows * context * speech_share * width * (shape.encoder_dim + shape.adapter.hidden_size)
+    frames = (
+        rows * context * speech_share * width * (shape.adapter.stride * shape.encoder_dim + shape.adapter.hidden_size)
+    )
     ends = rows * context * (3 * width + 4) * llm.hidden_size  # embeddings, mixed, final norm in fp32
     return llm.num_hidden_layers * layer + shape.adapter.num_layers * own + inner + frames + ends
 

@@ -5,7 +5,8 @@ weakest source of what it is made of: the config alone (derived), a run (measure
 Ray.
 
 Words are spoken or written by the spans of `pack`: with text spans of t words and speech spans of s words on average,
-s / (s + t) of the words are heard.
+s / (s + t) of the words are heard; of a sample that is spoken whole, all but its last (1 + longest text span) / 2. With
+n frames side by side a word takes the n-th part of its frames and (1 − 1/n) / 2 more: its last is seldom full.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from salad_ray.scaling.rates import (
     kind_of,
     weakest,
 )
+from salad_ray.sequences.plan import MAX_FILL
 from salad_ray.text.world import DOMAINS, world_passages
 
 ENCODERS = {"mimi": (512, 12.5), "log_mel": (640, 12.5)}
@@ -341,25 +343,52 @@ class Amounts:
         self._add(SPEECH["benchmark"], hours, "h", how, PASSAGES["benchmark"], "secs_per_item")
 
     def _positions(self) -> None:
-        config, speech, training = self.config, self.rates.speech, self["training speech"]
-        text, spoken = mean(config.pack.text_words), mean(config.pack.speech_words)
-        how = f"{spoken:g} / ({spoken:g} + {text:g}) words a span"
-        heard = self._add("share of words heard", spoken / (spoken + text), "", how)
+        speech, training = self.rates.speech, self["training speech"]
         how = f"hours × 3,600 × {self.frame_rate} Hz"
         frames = self._add("speech frames", training * 3600 * self.frame_rate, "", how, "training speech")
         words = training * 3600 * speech.words_per_sec
         how = f"hours × 3,600 × {speech.words_per_sec:.2f} words/s"
         self._add("words", words, "", how, "training speech", "words_per_sec")
-        tokens = words * speech.tokens_per_word
+        frames = self._add_groups(frames, words)
+        heard = self._add_heard(frames / words)
+        tokens, taken = words * speech.tokens_per_word, "frames" if self._stride == 1 else "speech positions"
         epoch = self._add(
             "positions of an epoch",
             heard * frames + (1 - heard) * tokens,
             "",
-            f"{heard:.3f} × frames + {1 - heard:.3f} × words × {speech.tokens_per_word:.3g} tokens",
+            f"{heard:.3f} × {taken} + {1 - heard:.3f} × words × {speech.tokens_per_word:.3g} tokens",
             *("speech frames", "words", "tokens_per_word"),
         )
         self.speech_share, self.teacher_share = heard * frames / epoch, tokens / epoch
+        self.word_end_share = heard * words / epoch
         self._training(epoch)
+
+    @property
+    def _stride(self) -> int:
+        return self.config.model.adapter.stride
+
+    def _add_groups(self, frames: float, words: float) -> float:
+        """Positions that the speech takes: its frames, or the groups of frames that stand side by side."""
+        if self._stride == 1:
+            return frames
+        has_words = not self.config.ingest.corpora or self.config.align.aligner != "none"
+        more = (1 - 1 / self._stride) / 2 if has_words else 0.0
+        how = f"speech frames / {self._stride} + {more:.3g} × words"
+        return self._add("speech positions", frames / self._stride + more * words, "", how, "speech frames", "words")
+
+    def _add_heard(self, positions_per_word: float) -> float:
+        """Share of the words that are heard, over samples of all kinds."""
+        pack = self.config.pack
+        text, spoken = mean(pack.text_words), mean(pack.speech_words)
+        share, how = spoken / (spoken + text), f"{spoken:g} / ({spoken:g} + {text:g}) words a span"
+        if pack.whole_share == 0:
+            return self._add("share of words heard", share, "", how)
+        # Joined utterances have density ∝ 1/√length up to MAX_FILL of the context: a third of that on average.
+        length = pack.context * MAX_FILL / 3 / positions_per_word if self.config.ingest.corpora else world_words()
+        tail = min((1 + pack.text_words[1]) / 2, length)
+        how = f"{1 - pack.whole_share:g} × {how} + {pack.whole_share:g} × (1 − {tail:g} / {length:.0f} words)"
+        share = (1 - pack.whole_share) * share + pack.whole_share * (1 - tail / length)
+        return self._add("share of words heard", share, "", how)
 
     def _training(self, epoch: float) -> None:
         """Positions that both stages see, and epochs that the plan must last."""
@@ -535,7 +564,7 @@ def memory_table(config: Config, data: Amounts, rates: Rates) -> list[Memory]:
     for stage in (1, 2, 3):
         for rows in sorted({size for size in MICRO_BATCHES if per_worker % size == 0} | {settings.micro_batch_rows}):
             changed = settings.model_copy(update={"zero_stage": stage, "micro_batch_rows": rows})
-            parts = training_memory(data.shape, changed, config.pack, least, data.speech_share)
+            parts = training_memory(data.shape, changed, config.pack, least, data.speech_share, data.word_end_share)
             own = (stage, rows) == (settings.zero_stage, settings.micro_batch_rows)
             fits = None if limit is None else parts["peak"] <= USABLE * limit
             found.append(Memory(stage, rows, own, parts, fits))
@@ -559,7 +588,8 @@ def fit_training(config: Config, rates: Rates, gpu_bytes: float) -> Config:
     sizes = [rows for rows in range(settings.micro_batch_rows, 0, -1) if settings.micro_batch_rows % rows == 0]
     for recompute, rows in itertools.product(sorted({settings.activation_checkpointing, True}), sizes):
         changed = settings.model_copy(update={"micro_batch_rows": rows, "activation_checkpointing": recompute})
-        peak = training_memory(data.shape, changed, config.pack, settings.most_workers, data.speech_share)["peak"]
+        shares = data.speech_share, data.word_end_share
+        peak = training_memory(data.shape, changed, config.pack, settings.most_workers, *shares)["peak"]
         needed = peak / USABLE
         if needed <= gpu_bytes:
             return config.model_copy(update={"distill": changed})

@@ -1,13 +1,14 @@
 """Batches: rows of packed segments as tensors.
 
-Shapes: B rows, T student positions, U teacher positions, F speech frames, P speech spans, S longest speech span,
-C encoder width, L scored labels. All segments of a row share it block-diagonally: positions restart at each of them.
+Shapes: B rows, T student positions, U teacher positions, F speech positions, P speech spans, S longest speech span,
+C encoder width times the frames at a position, L scored labels, E word ends. All segments of a row share it
+block-diagonally: positions restart at each of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from salad_ray.sequences.interleave import IntArray, Segment
+from salad_ray.sequences.interleave import IntArray, Segment, frame_groups
 from salad_ray.tables import BadInput, Features
 
 TEACHER_MULTIPLE = 64  # the teacher's rows are padded to a multiple of this: few different shapes, little padding
@@ -23,10 +24,14 @@ TEACHER_MULTIPLE = 64  # the teacher's rows are padded to a multiple of this: fe
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A segment with the features of its speech frames, (F, C) in the order of `segment.frame_index`."""
+    """A segment with the features at its speech positions, (F, C) in the order of `segment.frame_index`."""
 
     segment: Segment
     frames: NDArray[np.floating]
+
+
+def _no_positions() -> Tensor:
+    return torch.zeros(0, dtype=torch.long)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +40,7 @@ class Batch:
 
     token_ids: (B, T) the student's text tokens, 0 at speech and padding.
     position_ids: (B, T) counted from 0 in each segment; padding is a segment of its own.
-    speech_index: (F,) flat positions b · T + t of the speech frames, span by span.
+    speech_index: (F,) flat positions b · T + t of the speech, span by span.
     frames: (P, S, C) float32, one zero-padded row per speech span.
     frame_mask: (P, S) true at real frames, so that `frames[frame_mask]` (F, C) belongs at `speech_index`.
     teacher_ids, teacher_position_ids: (B, U) the same for the text alone.
@@ -44,6 +49,7 @@ class Batch:
     segment: (L,) number of the label's segment in the batch.
     num_positions, num_teacher_positions: student's and teacher's positions that are not padding.
     num_pairs, num_teacher_pairs: pairs (query, key) of positions that attend, the causal half of every segment.
+    word_end_student: (E,) flat in B · T, and word_end_teacher: (E,) flat in B · U, the ends of words inside speech.
     """
 
     token_ids: Tensor
@@ -62,10 +68,12 @@ class Batch:
     num_teacher_positions: int
     num_pairs: int
     num_teacher_pairs: int
+    word_end_student: Tensor = field(default_factory=_no_positions)
+    word_end_teacher: Tensor = field(default_factory=_no_positions)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """The batch on a device, with its frames in `dtype`."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
         tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
         moved: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
         moved["frames"] = self.frames.to(device, dtype, non_blocking=True)
@@ -74,7 +82,19 @@ class Batch:
 
 def sample_of(segment: Segment, utterances: Sequence[Features]) -> Sample:
     """Gather a segment's frames from the stored ones of its utterances; raises `BadInput` when they do not fit."""
-    return Sample(segment, np.concatenate([frames_of(utterance) for utterance in utterances])[segment.frame_index])
+    frames = np.concatenate([frames_of(utterance) for utterance in utterances])
+    return Sample(segment, side_by_side(frames, segment.frame_index))
+
+
+def side_by_side(frames: NDArray[np.floating], groups: IntArray) -> NDArray[np.floating]:
+    """Frames (num_frames, C) as the adapter takes them: (F, n · C), those of each group (F, n) one after the other."""
+    num_positions, stride = groups.shape
+    return frames[groups].reshape(num_positions, stride * frames.shape[1])
+
+
+def stacked(frames: NDArray[np.floating], stride: int) -> NDArray[np.floating]:
+    """Frames (S, C) of speech without word times, such as a question's: (⌈S / n⌉, n · C), grouped from its start."""
+    return side_by_side(frames, frame_groups(np.array([0, len(frames)]), stride))
 
 
 def store_frames(frames: np.ndarray, storage: Literal["float16", "int8"]) -> tuple[bytes, bytes | None]:
@@ -128,9 +148,8 @@ def _float16_above(values: np.ndarray) -> NDArray[np.float16]:
 
 def without_labels(batch: Batch) -> Batch:
     """The batch with nothing to score or to count: for a worker that has to run one more than its rows fill."""
-    nothing = {
-        name: getattr(batch, name)[:0] for name in ("student_index", "teacher_index", "labels", "distance", "segment")
-    }
+    scored = ("student_index", "teacher_index", "labels", "distance", "segment", "word_end_student", "word_end_teacher")
+    nothing = {name: getattr(batch, name)[:0] for name in scored}
     return replace(batch, **nothing, num_positions=0, num_teacher_positions=0, num_pairs=0, num_teacher_pairs=0)
 
 
@@ -170,6 +189,8 @@ def collate(rows: Sequence[Sequence[Sample]], context: int) -> Batch:
         num_teacher_positions=sum(map(sum, teacher)),
         num_pairs=_num_pairs(student),
         num_teacher_pairs=_num_pairs(teacher),
+        word_end_student=_flat([segment.word_end_student for segment in segments], student_starts),
+        word_end_teacher=_flat([segment.word_end_teacher for segment in segments], teacher_starts),
     )
 
 

@@ -5,15 +5,18 @@ as a whole, with character offsets. Words that share a token are fused; what rem
 that can be text or speech, with a contiguous range of tokens and of frames. Spans are made of whole units, so the
 student's text tokens are the teacher's, id by id, and every (student position, teacher position) pair is exact.
 
-Shapes: N text tokens (prefix included), U units, W words, F speech frames of the sample, S_stu student positions,
-P speech spans, L scored labels.
+With a stride n, up to n frames stand side by side at one position. Groups start anew at every unit, so none reaches
+past the end of a word, or of a span: what stands before a cut has heard nothing behind it.
+
+Shapes: N text tokens (prefix included), U units, W words, F speech positions of the sample (frames, or groups of n),
+S_stu student positions, P speech spans, L scored labels, E word ends.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, cycle, pairwise
 from typing import TYPE_CHECKING
 
@@ -86,18 +89,28 @@ class Units:
     def num_frames(self) -> int:
         return int(self.frame_starts[-1])
 
+    def speech_starts(self, stride: int) -> IntArray:
+        """(U + 1,) first position of each unit if all are spoken, counted through the passage."""
+        return np.concatenate([[0], np.cumsum(num_groups(self.frame_starts, stride))])
+
+
+def _no_positions() -> IntArray:
+    return np.zeros(0, np.int64)
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
     """One sample, ready to be put into a row.
 
-    token_ids: (S_stu,) the student's text tokens, -1 where a speech frame stands.
-    frame_index: (F,) the frames in order of appearance, counted through the concatenated utterances.
-    span_lengths: (P,) frames of each speech span.
+    token_ids: (S_stu,) the student's text tokens, -1 where speech stands.
+    frame_index: (F, n) the frames at each speech position, counted through the concatenated utterances.
+    span_lengths: (P,) positions of each speech span.
     teacher_ids: (N,) the whole text, as the tokenizer gives it.
     student_index, teacher_index: (L,) positions whose next-token distributions are compared.
     labels: (L,) the token that follows both.
     distance: (L,) text tokens since the last speech frame: 0 predicted from the frame itself, -1 before any speech.
+    word_end_student, word_end_teacher: (E,) positions at the ends of spoken words: the student's last one of the word,
+        and the teacher's last token of it. Only training with `distill.word_ends` compares them.
     """
 
     token_ids: IntArray
@@ -108,6 +121,8 @@ class Segment:
     teacher_index: IntArray
     labels: IntArray
     distance: IntArray
+    word_end_student: IntArray = field(default_factory=_no_positions)
+    word_end_teacher: IntArray = field(default_factory=_no_positions)
 
 
 def interleave(
@@ -116,6 +131,8 @@ def interleave(
     text_words: tuple[int, int],
     speech_words: tuple[int, int],
     rng: np.random.Generator,
+    stride: int = 1,
+    whole: bool = False,
 ) -> Segment:
     """Turn consecutive utterances of a recording into one sample with freshly drawn spans.
 
@@ -125,12 +142,14 @@ def interleave(
         text_words: shortest and longest text span, in words.
         speech_words: shortest and longest speech span, in words.
         rng: decides the spans.
+        stride: frames side by side at a speech position.
+        whole: speak all but a last text span.
 
     Raises:
         BadInput: words and text disagree, fewer than two units, or nothing to hear before the last unit.
     """
     units = units_of(utterances, tokenizer)
-    return build_segment(units, draw_spans(units, text_words, speech_words, rng))
+    return build_segment(units, draw_spans(units, text_words, speech_words, rng, whole), stride)
 
 
 def units_of(utterances: Sequence[Features], tokenizer: PreTrainedTokenizerBase) -> Units:
@@ -285,13 +304,19 @@ def _join_timings(
 
 
 def draw_spans(
-    units: Units, text_words: tuple[int, int], speech_words: tuple[int, int], rng: np.random.Generator
+    units: Units,
+    text_words: tuple[int, int],
+    speech_words: tuple[int, int],
+    rng: np.random.Generator,
+    whole: bool = False,
 ) -> list[Span]:
     """Draw alternating text and speech spans that cover the passage and end in text.
 
     Lengths are uniform, drawn from the end backwards; the last text span has 1 to `text_words[1]` units, as if the
     passage had been cut at random, so the first span may be of either kind. A cut moves by up to `MAX_CUT_SHIFT`
     units to the longest pause. Units that are whole utterances alternate one by one.
+
+    Of a `whole` sample everything before the last text span is speech; of units that are utterances, all but the last.
 
     Raises:
         BadInput: fewer than two units, or no speech frame before the last unit.
@@ -301,12 +326,21 @@ def draw_spans(
         raise BadInput(f"a sample needs speech followed by text, but this is a single {what}")
     if units.frame_starts[-2] == 0:
         raise BadInput("there is no speech frame before the last word")
-    if units.by_utterance:
+    if whole:
+        bounds = [units.num_units, _last_cut(units, text_words[1], rng), 0]
+    elif units.by_utterance:
         bounds = list(range(units.num_units, -1, -1))
     else:
         bounds = _draw_bounds(units, text_words, speech_words, rng)
     spans = _alternate(bounds, units.frame_starts)
     return spans if any(span.is_speech for span in spans) else _two_spans(units, rng)
+
+
+def _last_cut(units: Units, most_words: int, rng: np.random.Generator) -> int:
+    """Where the last text span of a whole sample begins: at least a frame is heard before, and a unit read behind."""
+    num_units, first = units.num_units, int(np.argmax(units.frame_starts > 0))
+    tail = 1 if units.by_utterance else int(rng.integers(1, most_words + 1))
+    return max(first, _nearest_pause(units.pauses.tolist(), max(1, num_units - tail), num_units))
 
 
 def _draw_bounds(
@@ -346,29 +380,47 @@ def _two_spans(units: Units, rng: np.random.Generator) -> list[Span]:
     return [Span(0, cut, True), Span(cut, units.num_units, False)]
 
 
-def segment_lengths(units: Units, spans: Sequence[Span]) -> tuple[int, int, int]:
-    """Student positions, teacher positions and labels of the sample, without building it."""
-    tokens, frames = units.token_starts, units.frame_starts
+def num_groups(bounds: IntArray, stride: int) -> IntArray:
+    """(K,) positions that the frames [bounds[k], bounds[k + 1]) take, `stride` side by side; bounds are (K + 1,)."""
+    return -(-np.diff(bounds) // stride)
+
+
+def frame_groups(bounds: IntArray, stride: int) -> IntArray:
+    """(F, n) the frames at each position, n = stride side by side, of frames [bounds[0], bounds[-1]).
+
+    Groups start anew at every bound. One that is not full repeats its last frame.
+    """
+    sizes = num_groups(bounds, stride)
+    within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    first, end = np.repeat(bounds[:-1], sizes) + stride * within, np.repeat(bounds[1:], sizes)
+    return np.minimum(first[:, None] + np.arange(stride), end[:, None] - 1)
+
+
+def segment_lengths(units: Units, spans: Sequence[Span], stride: int = 1) -> tuple[int, int, int]:
+    """Student positions, teacher positions and labels (word ends not among them) of the sample, without building it."""
+    tokens, speech = units.token_starts, units.speech_starts(stride)
     num_text = sum(int(tokens[span.end] - tokens[span.start]) for span in spans if not span.is_speech)
-    num_frames = sum(int(frames[span.end] - frames[span.start]) for span in spans if span.is_speech)
+    num_speech = sum(int(speech[span.end] - speech[span.start]) for span in spans if span.is_speech)
     is_first_unscored = units.num_prefix == 0 and not spans[0].is_speech
-    return units.num_prefix + num_text + num_frames, len(units.token_ids), num_text - is_first_unscored
+    return units.num_prefix + num_text + num_speech, len(units.token_ids), num_text - is_first_unscored
 
 
-def build_segment(units: Units, spans: Sequence[Span]) -> Segment:
+def build_segment(units: Units, spans: Sequence[Span], stride: int = 1) -> Segment:
     """Lay out the student's sequence [prefix] + spans and pair its scored positions with the teacher's.
 
     Every text token with a predecessor is a label. The first one after a speech span is predicted from the span's last
     frame; its teacher position is the last text token that the span replaced.
     """
     ids, position = units.token_ids, units.num_prefix
-    empty = np.zeros(0, np.int64)
-    students, frames, student, teacher, distance = [ids[:position]], [empty], [empty], [empty], [empty]
+    empty, speech = np.zeros(0, np.int64), units.speech_starts(stride)
+    students, student, teacher, distance = [ids[:position]], [empty], [empty], [empty]
+    frames, ends = [np.zeros((0, stride), np.int64)], [np.zeros((2, 0), np.int64)]
     for span in spans:
         start, end = units.token_starts[span.start], units.token_starts[span.end]
         if span.is_speech:
-            frames.append(np.arange(units.frame_starts[span.start], units.frame_starts[span.end]))
+            frames.append(frame_groups(units.frame_starts[span.start : span.end + 1], stride))
             students.append(np.full(len(frames[-1]), -1))
+            ends.append(_word_ends(units, span, speech, position))
         else:
             since = np.arange(position == 0, end - start)  # nothing predicts the first element
             students.append(ids[start:end])
@@ -377,6 +429,7 @@ def build_segment(units: Units, spans: Sequence[Span]) -> Segment:
             distance.append(since if len(frames) > 1 else np.full(len(since), -1))
         position += len(students[-1])
     teacher_index = np.concatenate(teacher)
+    word_end_student, word_end_teacher = np.concatenate(ends, axis=1)
     return Segment(
         token_ids=np.concatenate(students),
         frame_index=np.concatenate(frames),
@@ -386,4 +439,23 @@ def build_segment(units: Units, spans: Sequence[Span]) -> Segment:
         teacher_index=teacher_index,
         labels=ids[teacher_index + 1],
         distance=np.concatenate(distance),
+        word_end_student=word_end_student,
+        word_end_teacher=word_end_teacher,
     )
+
+
+def _word_ends(units: Units, span: Span, speech: IntArray, position: int) -> IntArray:
+    """(2, E) the student's last position and the teacher's last token of each unit that ends inside a speech span.
+
+    Left out are units without a position, and whatever ends with the span: there the text label stands. Units that are
+    utterances have none, since nobody knows where their words end.
+
+    Args:
+        speech: (U + 1,) `units.speech_starts`.
+        position: the student's, where the span begins.
+    """
+    if units.by_utterance:
+        return np.zeros((2, 0), np.int64)
+    unit = np.arange(span.start, span.end)
+    unit = unit[(speech[unit + 1] > speech[unit]) & (speech[unit + 1] < speech[span.end])]
+    return np.stack([position + speech[unit + 1] - speech[span.start] - 1, units.token_starts[unit + 1] - 1])

@@ -49,6 +49,7 @@ class LaneStream:
     features: Table
     tokenizer: PreTrainedTokenizerBase
     lane: int
+    stride: int = 1
     shards: dict[str, pa.Table] = field(default_factory=dict)
 
     def rows(self, position: int) -> Iterator[list[Sample]]:
@@ -77,7 +78,7 @@ class LaneStream:
                 self.shards = {shard: table for shard, table in self.shards.items() if last_use[shard] >= row.row}
                 passages = [self._utterances(segment) for segment in row.segments]
                 try:
-                    yield samples_of(row.segments, passages, self.tokenizer)
+                    yield samples_of(row.segments, passages, self.tokenizer, self.stride)
                 except BadInput as error:
                     where = f"row {row.row} of {self.plan.url}/{name}"
                     raise TableError(f"{where}: {error}; run `salad pack CONFIG --redo`") from None
@@ -109,9 +110,12 @@ def _last_uses(plan: pa.Table) -> dict[str, int]:
 
 
 def samples_of(
-    segments: Sequence[PlanSegment], passages: Sequence[Sequence[Features]], tokenizer: PreTrainedTokenizerBase
+    segments: Sequence[PlanSegment],
+    passages: Sequence[Sequence[Features]],
+    tokenizer: PreTrainedTokenizerBase,
+    stride: int = 1,
 ) -> list[Sample]:
-    """The samples of one planned row, from the utterances of each segment.
+    """The samples of one planned row, from the utterances of each segment; `stride` frames stand side by side.
 
     Raises:
         BadInput: the plan was made with another tokenizer or for other words, or feature bytes are damaged.
@@ -123,7 +127,7 @@ def samples_of(
         units = assemble_units(passage, [timing_of(utterance) for utterance in passage], passage_tokens, prefix)
         if segment.spans[-1].end != units.num_units:
             raise BadInput(f"{passage[0].utt_id} was planned with another tokenizer, or for other words")
-        samples.append(sample_of(build_segment(units, segment.spans), passage))
+        samples.append(sample_of(build_segment(units, segment.spans, stride), passage))
     return samples
 
 
@@ -164,6 +168,7 @@ class LaneReader:
         start_step: first step to give; the feature shards of earlier steps are not read.
         first_row: row of every lane at which step 0 begins, where an earlier training took those before it.
         active: speech to mix in.
+        stride: frames side by side at a speech position, as in the plan.
 
     Raises:
         ConfigError: there are more ranks than lanes.
@@ -181,6 +186,7 @@ class LaneReader:
     prefetch_steps: int = 2
     first_row: int = 0
     active: ActiveMix | None = None
+    stride: int = 1
     wait_secs: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
@@ -224,10 +230,11 @@ class LaneReader:
 
     def _lane(self, lane: int, row: int) -> Iterator[list[Sample]]:
         """A lane from its row number `row` on."""
-        natural = LaneStream(self.plan, self.features, self.tokenizer, lane)
+        natural = LaneStream(self.plan, self.features, self.tokenizer, lane, self.stride)
         if self.active is None:
             return natural.rows(self.first_row + row)
         phase = lane / self.config.num_lanes
         num_active = self.active.rows_before(row, phase)
-        active = LaneStream(self.active.plan, self.active.features, self.tokenizer, lane).rows(num_active)
+        mixed = LaneStream(self.active.plan, self.active.features, self.tokenizer, lane, self.stride)
+        active = mixed.rows(num_active)
         return self.active.mixed(natural.rows(self.first_row + row - num_active), active, row, phase)

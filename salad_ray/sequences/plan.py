@@ -22,6 +22,7 @@ from salad_ray.sequences.interleave import (
     Tokens,
     assemble_units,
     draw_spans,
+    num_groups,
     passage_text,
     prefix_ids,
     segment_lengths,
@@ -86,6 +87,7 @@ def plan_lane(
     epoch: int,
     seed: int,
     split: str = "train",
+    stride: int = 1,
 ) -> tuple[list[PlanRow], list[Reject]]:
     """Plan one lane for one epoch; every utterance of the split is in exactly one row or in the rejects.
 
@@ -94,6 +96,7 @@ def plan_lane(
         shards: the lane's feature shards (`shards_of_lane`).
         tokenizer: the teacher's, fast.
         config: context and span lengths.
+        stride: frames side by side at a speech position.
         lane, epoch, seed: with the data they decide everything; another epoch has other spans, passages and order.
 
     Returns:
@@ -106,7 +109,7 @@ def plan_lane(
     carried: list[Draft] = []
     for number, shard in enumerate(order):
         clips, unusable = usable_clips(load_rows(shard), split)
-        drafts, rejected = draft_shard(shard, clips, tokenizer, config, (seed, epoch))
+        drafts, rejected = draft_shard(shard, clips, tokenizer, config, (seed, epoch), stride)
         rejects += unusable + rejected
         num_carried, drafts = len(carried), carried + drafts
         lengths = [(draft.num_positions, draft.num_teacher_positions) for draft in drafts]
@@ -135,6 +138,7 @@ def draft_shard(
     tokenizer: PreTrainedTokenizerBase,
     config: PackConfig,
     key: tuple[int, int],
+    stride: int = 1,
 ) -> tuple[list[Draft], list[Reject]]:
     """Join a shard's utterances into passages that fit the context and draw their spans.
 
@@ -144,14 +148,14 @@ def draft_shard(
     rejects: list[Reject] = []
     prefix = prefix_ids(tokenizer)
     tokens_per_char = _tokens_per_char(clips[:_NUM_PROBES], tokenizer)
-    pending = [part for chain in find_chains(clips) for part in cut_chain(chain, config, tokens_per_char, key)]
+    pending = [part for chain in find_chains(clips) for part in cut_chain(chain, config, tokens_per_char, key, stride)]
     drafts: list[Draft] = []
     while pending:
         texts = [passage_text([clip.utterance for clip in passage]) for passage in pending]
         too_long: list[list[Clip]] = []
         for passage, tokens in zip(pending, tokenize(texts, tokenizer), strict=True):
             try:
-                draft = _draft(shard, passage, tokens, prefix, config, key)
+                draft = _draft(shard, passage, tokens, prefix, config, key, stride)
             except BadInput as error:
                 rejects += [Reject("pack", clip.utterance.utt_id, str(error)) for clip in passage]
                 continue
@@ -212,7 +216,7 @@ def _is_adjacent(first: Features, second: Features) -> bool:
 
 
 def cut_chain(
-    chain: Sequence[Clip], config: PackConfig, tokens_per_char: float, key: tuple[int, int]
+    chain: Sequence[Clip], config: PackConfig, tokens_per_char: float, key: tuple[int, int], stride: int = 1
 ) -> list[list[Clip]]:
     """Cut a run of utterances into passages, each at most as long as a length drawn for it.
 
@@ -224,12 +228,14 @@ def cut_chain(
     rng = np.random.default_rng(stable_hash(*key, chain[0].utterance.utt_id, "passages"))
     by_utterance = not all(clip.timing.has_words for clip in chain)
     passages: list[list[Clip]] = []
-    room, num_units = 0.0, 0
+    room, num_units, share = 0.0, 0, 0.0
     for clip in chain:
-        size = _expected_positions(clip, config, tokens_per_char, by_utterance)
+        size = _expected_positions(clip, share, tokens_per_char, stride)
         if not passages or (size > room and num_units >= 2):
             passages.append([])
             room, num_units = MAX_FILL * config.context * rng.random() ** 2, 0
+            share = _speech_share(config, by_utterance, is_whole(config, key, clip.utterance.utt_id))
+            size = _expected_positions(clip, share, tokens_per_char, stride)
         passages[-1].append(clip)
         room -= size
         num_units += 1 if by_utterance else len(clip.timing.frame_starts)
@@ -238,24 +244,50 @@ def cut_chain(
     return passages
 
 
-def _expected_positions(clip: Clip, config: PackConfig, tokens_per_char: float, by_utterance: bool) -> float:
+def is_whole(config: PackConfig, key: tuple[int, int], utt_id: str) -> bool:
+    """Whether the sample that begins with this utterance is spoken but for its last words."""
+    if config.whole_share == 0:
+        return False
+    return bool(np.random.default_rng(stable_hash(*key, utt_id, "whole")).random() < config.whole_share)
+
+
+def _speech_share(config: PackConfig, by_utterance: bool, whole: bool) -> float:
+    """Share of a sample's words that is expected to be spoken."""
+    if whole:
+        return 1.0
     text, speech = sum(config.text_words), sum(config.speech_words)
-    speech_share = 0.5 if by_utterance else speech / (text + speech)
+    return 0.5 if by_utterance else speech / (text + speech)
+
+
+def _expected_positions(clip: Clip, speech_share: float, tokens_per_char: float, stride: int) -> float:
     num_tokens = tokens_per_char * len(clip.utterance.text)
-    return max(num_tokens, speech_share * clip.timing.num_frames + (1 - speech_share) * num_tokens)
+    bounds = np.append(clip.timing.frame_starts, clip.timing.num_frames)
+    num_speech = int(num_groups(bounds, stride).sum())
+    return max(num_tokens, speech_share * num_speech + (1 - speech_share) * num_tokens)
 
 
 def _draft(
-    shard: str, passage: Sequence[Clip], tokens: Tokens, prefix: Sequence[int], config: PackConfig, key: tuple[int, int]
+    shard: str,
+    passage: Sequence[Clip],
+    tokens: Tokens,
+    prefix: Sequence[int],
+    config: PackConfig,
+    key: tuple[int, int],
+    stride: int,
 ) -> Draft | None:
-    """A passage with its spans drawn, or None when it is too long but can be halved."""
+    """A passage with its spans drawn, or None when it is too long but can be halved.
+
+    A single utterance that does not fit when it is spoken whole gets the usual spans, so that none is lost by its draw.
+    """
     utterances = [clip.utterance for clip in passage]
     units = assemble_units(utterances, [clip.timing for clip in passage], tokens, prefix)
-    rng = np.random.default_rng(stable_hash(*key, utterances[0].utt_id))
-    spans = draw_spans(units, config.text_words, config.speech_words, rng)
-    student, teacher, num_labels = segment_lengths(units, spans)
-    if max(student, teacher) <= config.context:
-        return Draft(PlanSegment(shard, [clip.index for clip in passage], spans), student, teacher, num_labels)
+    whole = is_whole(config, key, utterances[0].utt_id)
+    for is_spoken in (True, False) if whole and len(passage) == 1 else (whole,):
+        rng = np.random.default_rng(stable_hash(*key, utterances[0].utt_id))
+        spans = draw_spans(units, config.text_words, config.speech_words, rng, is_spoken)
+        student, teacher, num_labels = segment_lengths(units, spans, stride)
+        if max(student, teacher) <= config.context:
+            return Draft(PlanSegment(shard, [clip.index for clip in passage], spans), student, teacher, num_labels)
     if len(passage) == 1:
         raise BadInput(f"needs {max(student, teacher)} positions, more than pack.context={config.context}")
     return None

@@ -133,7 +133,9 @@ class AskShard:
         return (
             item,
             condition,
-            speech_query(self.tokenizer, self._exemplars(item), item, frames, self.context),
+            speech_query(
+                self.tokenizer, self._exemplars(item), item, frames, self.context, self.model.config.adapter.stride
+            ),
             {},
         )
 

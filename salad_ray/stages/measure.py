@@ -66,6 +66,8 @@ class MeasureShard:
             with local_folder(model) as path:
                 student = SpeechLM.from_pretrained(path, self.dtype, attention)
         self.student = student.eval().to(self.device)
+        self.stride = self.student.config.adapter.stride
+        self.pack = config.pack.model_copy(update={"whole_share": 0.0})  # what is measured does not follow training
 
     def __call__(self, shard: str) -> Iterator[ShardPart]:
         config = self.config
@@ -75,11 +77,12 @@ class MeasureShard:
             lambda _: utterances,
             [shard],
             self.student.tokenizer,
-            config.pack,
+            self.pack,
             lane=0,
             epoch=0,
             seed=config.seed,
             split="test",
+            stride=self.stride,
         )
         if rejects and config.strict:
             raise StageError(f"measure: {rejects[0].key}: {rejects[0].reason}")
@@ -91,7 +94,7 @@ class MeasureShard:
     def _measure(self, rows: list[PlanRow], utterances: list[Features]) -> list[Measurement]:
         segments = [[[utterances[i] for i in segment.rows] for segment in row.segments] for row in rows]
         samples = [
-            samples_of(row.segments, passages, self.student.tokenizer)
+            samples_of(row.segments, passages, self.student.tokenizer, self.stride)
             for row, passages in zip(rows, segments, strict=True)
         ]
         batch = collate(samples, self.config.pack.context).to(self.device, self.dtype)

@@ -92,7 +92,10 @@ class PackLane:
             return rows
 
         mine = shards_of_lane(self.shards, lane, pack.num_lanes)
-        rows, rejects = plan_lane(load, mine, self.tokenizer, pack, lane=lane, epoch=epoch, seed=self.config.seed)
+        stride = self.config.model.adapter.stride
+        rows, rejects = plan_lane(
+            load, mine, self.tokenizer, pack, lane=lane, epoch=epoch, seed=self.config.seed, stride=stride
+        )
         if rejects and self.config.strict:
             raise StageError(f"pack: {rejects[0].key}: {rejects[0].reason}")
         num_planned = sum(len(segment.rows) for row in rows for segment in row.segments)

@@ -116,7 +116,13 @@ def branch_job(run: Run, stage: Stage, num_steps: int, sets: Sequence[str], alph
         job,
         settings=config.distill.model_copy(update={"alpha": alpha}),
         card=model_card(
-            job.name, job.teacher, stage.inputs["natural/features"]["encoder"], speech_data(run, sets), alpha
+            job.name,
+            job.teacher,
+            stage.inputs["natural/features"]["encoder"],
+            speech_data(run, sets),
+            alpha,
+            config.model.adapter.stride,
+            config.distill.word_ends,
         ),
         start=start,
         first_row=step * config.pack.rows_per_lane,

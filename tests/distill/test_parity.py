@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from salad_ray.config import AdapterConfig, DistillConfig
-from salad_ray.distill.step import DTYPES, batch_loss
+from salad_ray.distill.step import DTYPES, batch_loss, label_weight, weight_of_word_ends
 from salad_ray.model.speech_lm import EncoderSpec, SpeechLM, load_text_lm, parameter_groups
 from salad_ray.sequences.batch import Batch, Sample, collate, sample_of, without_labels
 from salad_ray.sequences.interleave import interleave
@@ -31,7 +31,14 @@ NUM_WORKERS = 2
 NUM_MICRO_BATCHES = 3  # not a power of two, so that dividing by it rounds
 ADAPTER = AdapterConfig(hidden_size=16, num_layers=2, num_heads=2, ffn_size=24)
 ENCODER = EncoderSpec(name="log_mel", path=None, revision=None, sampling_rate=16000, frame_rate=12.5, dim=6)
-SETTINGS = DistillConfig(use_gpu=False, alpha=0.7, learning_rate=1e-3, adapter_learning_rate=3e-3, max_grad_norm=0.5)
+SETTINGS = DistillConfig(
+    use_gpu=False,
+    alpha=0.7,
+    word_ends_weight=0.6,
+    learning_rate=1e-3,
+    adapter_learning_rate=3e-3,
+    max_grad_norm=0.5,
+)
 
 
 @dataclass(frozen=True)
@@ -42,18 +49,22 @@ class Case:
     precision: str
     recompute: bool = False
     """Activation checkpointing, under which every layer runs twice a step (DeepSpeed#8224)."""
+    word_ends: bool = False
 
     def __str__(self) -> str:
-        return f"zero{self.zero_stage}-{self.precision}{'-recompute' * self.recompute}"
+        parts = "-recompute" * self.recompute + "-word-ends" * self.word_ends
+        return f"zero{self.zero_stage}-{self.precision}{parts}"
 
     @property
     def settings(self) -> DistillConfig:
         changes = {"zero_stage": self.zero_stage, "precision": self.precision}
-        return SETTINGS.model_copy(update=changes | {"activation_checkpointing": self.recompute})
+        changes |= {"activation_checkpointing": self.recompute, "word_ends": self.word_ends}
+        return SETTINGS.model_copy(update=changes)
 
 
 CASES = [Case(stage, precision) for precision in DTYPES for stage in (1, 2, 3)]
 CASES += [Case(stage, "bf16", recompute=True) for stage in (2, 3)]
+CASES += [Case(stage, "fp32", word_ends=True) for stage in (2, 3)]
 
 
 @dataclass(frozen=True)
@@ -128,12 +139,12 @@ def engine_step(case: Case, folder: str) -> Outcome:
     teacher, student = load(folder, DTYPES[case.precision])
     engine = make_engine(student, case.settings, NUM_MICRO_BATCHES, torch.device("cpu"))
     batches = micro_batches(torch.distributed.get_rank())
-    num_labels = torch.tensor([sum(len(batch.labels) for batch in batches)])
+    num_labels = torch.tensor([sum(label_weight(batch, weight_of_word_ends(case.settings)) for batch in batches)])
     torch.distributed.all_reduce(num_labels)
     grads = {}
     for index, batch in enumerate(batches):
         batch = batch.to("cpu", DTYPES[case.precision])
-        forward_backward(engine, teacher, batch, case.settings, int(num_labels), NUM_MICRO_BATCHES)
+        forward_backward(engine, teacher, batch, case.settings, float(num_labels), NUM_MICRO_BATCHES)
         if index == len(batches) - 1:
             grads = {name: safe_get_full_grad(p).float().clone() for name, p in engine.module.named_parameters()}
         engine.step()
@@ -146,15 +157,16 @@ def engine_step(case: Case, folder: str) -> Outcome:
 # The reference.
 
 
-def plain_step(folder: str, dtype: torch.dtype, compute: torch.dtype) -> Outcome:
+def plain_step(folder: str, dtype: torch.dtype, compute: torch.dtype, word_end_weight: float) -> Outcome:
     """The same step without DeepSpeed, over the rows of all workers; weights of `dtype`, everything in `compute`."""
     teacher, student = load(folder, dtype)
     teacher, student = teacher.to(compute), student.to(compute)
     batches = [batch for rank in range(NUM_WORKERS) for batch in micro_batches(rank)]
-    num_labels = sum(len(batch.labels) for batch in batches)
-    for batch in batches:
-        loss = batch_loss(student, student.head, teacher, batch.to("cpu", compute), SETTINGS.alpha)
-        (loss.loss * (len(batch.labels) / num_labels)).backward()
+    weights = [label_weight(batch, word_end_weight) for batch in batches]
+    for batch, weight in zip(batches, weights, strict=True):
+        on = batch.to("cpu", compute)
+        loss = batch_loss(student, student.head, teacher, on, SETTINGS.alpha, word_end_weight=word_end_weight)
+        (loss.loss * (weight / sum(weights))).backward()
     grads = {name: parameter.grad.float() for name, parameter in student.named_parameters()}  # type: ignore[union-attr]
     return optimizer_step(folder, dtype, grads)
 
@@ -207,7 +219,7 @@ def start_worker(folder: str, rank: int, port: int) -> subprocess.Popen[str]:
 
 @dataclass(frozen=True)
 class References:
-    """Of one precision."""
+    """Of one precision and objective."""
 
     start: dict[str, Tensor]
     plain: Outcome
@@ -216,13 +228,16 @@ class References:
 
 
 @pytest.fixture(scope="module")
-def references(folder: str) -> dict[str, References]:
-    return {precision: make_references(folder, dtype) for precision, dtype in DTYPES.items()}
+def references(folder: str) -> dict[tuple[str, bool], References]:
+    """Of each precision, without and with word ends."""
+    weights = {(case.precision, case.word_ends): weight_of_word_ends(case.settings) for case in CASES}
+    return {key: make_references(folder, DTYPES[key[0]], weight) for key, weight in weights.items()}
 
 
-def make_references(folder: str, dtype: torch.dtype) -> References:
+def make_references(folder: str, dtype: torch.dtype, word_end_weight: float) -> References:
     start = {name: p.detach().float() for name, p in load(folder, dtype)[1].named_parameters()}
-    return References(start, plain_step(folder, dtype, dtype), plain_step(folder, dtype, torch.float32))
+    plain, exact = (plain_step(folder, dtype, compute, word_end_weight) for compute in (dtype, torch.float32))
+    return References(start, plain, exact)
 
 
 def errors(values: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
@@ -243,26 +258,36 @@ def test_the_micro_batches_differ_in_labels_and_one_has_none() -> None:
     counts = [len(batch.labels) for rank in range(NUM_WORKERS) for batch in micro_batches(rank)]
     assert len(set(counts)) == NUM_WORKERS * NUM_MICRO_BATCHES
     assert counts[-1] == 0
+    ends = [len(batch.word_end_student) for rank in range(NUM_WORKERS) for batch in micro_batches(rank)]
+    shares = [number / count for number, count in zip(ends, counts, strict=True) if count]
+    assert min(ends[:-1]) > 0 == ends[-1]
+    assert len(set(shares)) == len(shares)
+
+
+def test_word_ends_change_the_gradient(references: dict[tuple[str, bool], References]) -> None:
+    without, with_ends = (references["fp32", word_ends].exact.grads for word_ends in (False, True))
+    assert min(errors(with_ends, without).values()) > 0.1
 
 
 @pytest.mark.parametrize("case", of_precision("fp32"), ids=str)
 def test_fp32_gradients_are_those_of_plain_pytorch(
-    outcomes: dict[Case, Outcome], references: dict[str, References], case: Case
+    outcomes: dict[Case, Outcome], references: dict[tuple[str, bool], References], case: Case
 ) -> None:
-    exact = references["fp32"].exact
+    exact = references["fp32", case.word_ends].exact
     assert max(errors(outcomes[case].grads, exact.grads).values()) <= 1e-5
     assert outcomes[case].norm == pytest.approx(exact.norm, rel=1e-5)
 
 
 @pytest.mark.parametrize("case", of_precision("bf16"), ids=str)
 def test_bf16_gradients_err_hardly_more_than_plain_bf16(
-    outcomes: dict[Case, Outcome], references: dict[str, References], case: Case
+    outcomes: dict[Case, Outcome], references: dict[tuple[str, bool], References], case: Case
 ) -> None:
     """Plain bf16 is 1–4 % from the exact gradient, as every product is rounded to 8 bits. DeepSpeed rounds the scaled
     loss, the division by the micro-batches and the mean over the workers besides: a few ulp of 2⁻⁸. A micro-batch, a
     worker or one of a tied weight's two gradients lost or counted twice would be an error of tens of percent.
     """
-    plain, exact = references["bf16"].plain, references["bf16"].exact
+    reference = references["bf16", case.word_ends]
+    plain, exact = reference.plain, reference.exact
     ours, theirs = errors(outcomes[case].grads, exact.grads), errors(plain.grads, exact.grads)
     assert {name: error for name, error in ours.items() if error > 1.5 * theirs[name] + 2**-8} == {}
     assert max(errors(outcomes[case].grads, plain.grads).values()) <= 8 * 2**-8
@@ -277,12 +302,12 @@ def test_recomputing_the_layers_changes_no_gradient(outcomes: dict[Case, Outcome
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_step_makes_of_its_gradients_what_adamw_does(
-    outcomes: dict[Case, Outcome], references: dict[str, References], folder: str, case: Case
+    outcomes: dict[Case, Outcome], references: dict[tuple[str, bool], References], folder: str, case: Case
 ) -> None:
     """Clipping, groups and fp32 copies of the weights too. Adam divides each gradient by its own size, so weights are
     compared from the same gradients: at the first step, noise in the smallest of them turns into whole updates.
     """
-    outcome, start = outcomes[case], references[case.precision].start
+    outcome, start = outcomes[case], references[case.precision, case.word_ends].start
     expected = optimizer_step(folder, DTYPES[case.precision], outcome.grads)
     assert max(errors(updates(outcome.weights, start), updates(expected.weights, start)).values()) <= 1e-4
     for name, weight in outcome.weights.items():
@@ -291,13 +316,14 @@ def test_the_step_makes_of_its_gradients_what_adamw_does(
 
 @pytest.mark.parametrize("case", of_precision("fp32"), ids=str)
 def test_fp32_weights_after_the_step_are_those_of_plain_pytorch(
-    outcomes: dict[Case, Outcome], references: dict[str, References], case: Case
+    outcomes: dict[Case, Outcome], references: dict[tuple[str, bool], References], case: Case
 ) -> None:
     """Adam's first step is little more than each gradient's sign, so the last bits of the few gradients near zero,
     which change with the number of threads, show as thousandths. A worker or micro-batch left out would flip signs by
     the tenth.
     """
-    start, exact = references["fp32"].start, references["fp32"].exact
+    reference = references["fp32", case.word_ends]
+    start, exact = reference.start, reference.exact
     found = updates(outcomes[case].weights, start)
     assert max(errors(found, updates(exact.weights, start)).values()) <= 1e-2
 

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from factories import make_features, make_tokenizer
+from torch import Tensor
+from torch.nn import functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from salad_ray.config import AdapterConfig
-from salad_ray.distill.step import batch_loss, global_scale, learning_rate_factor, training_flops
+from salad_ray.distill.losses import distillation_loss
+from salad_ray.distill.step import batch_loss, global_scale, label_weight, learning_rate_factor, training_flops
 from salad_ray.model.adapter import Adapter
-from salad_ray.model.speech_lm import EncoderSpec, SpeechLM, SpeechLMConfig, weights_fingerprint
-from salad_ray.sequences.batch import Batch, collate, sample_of
+from salad_ray.model.speech_lm import (
+    EncoderSpec,
+    SpeechLM,
+    SpeechLMConfig,
+    hidden_states,
+    lm_head,
+    weights_fingerprint,
+)
+from salad_ray.sequences.batch import Batch, collate, sample_of, without_labels
 from salad_ray.sequences.interleave import interleave
 
 
@@ -88,12 +99,83 @@ def test_the_teacher_gets_no_gradient_and_the_student_all_of_it() -> None:
     assert loss.kl > 0
 
 
+def dense_loss(
+    student: SpeechLM, teacher: Qwen2ForCausalLM, batches: Sequence[Batch], alpha: float, weight: float
+) -> Tensor:
+    """The objective by its definition, on all logits at once, over all of these batches."""
+    total, count = torch.zeros(()), 0.0
+    for batch in batches:
+        heard = (student(batch) @ student.head.T).log_softmax(-1).flatten(0, 1)
+        with torch.no_grad():
+            read = hidden_states(teacher, batch.teacher_ids, batch.teacher_position_ids) @ lm_head(teacher).T
+        read = read.log_softmax(-1).flatten(0, 1)
+        at, there = torch.cat([batch.student_index, batch.word_end_student]), batch.teacher_index
+        kl = F.kl_div(heard[at], read[torch.cat([there, batch.word_end_teacher])], reduction="none", log_target=True)
+        on_text, at_ends = kl.sum(-1).split([len(batch.labels), len(batch.word_end_student)])
+        nll = -heard[batch.student_index, batch.labels]
+        total = total + (alpha * on_text + (1 - alpha) * nll).sum() + weight * at_ends.sum()
+        count += len(batch.labels) + weight * len(batch.word_end_student)
+    return total / count
+
+
+def gradients(student: SpeechLM, loss: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, list(student.parameters())))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("weight", [0.25, 1.0, 3.0])
+def test_word_ends_add_their_kl_and_count_in_the_mean(alpha: float, weight: float) -> None:
+    teacher = make_teacher(400)
+    student, batch = make_student(teacher), make_batch(2)
+    assert len(batch.word_end_student) > 5
+    loss = batch_loss(student, student.head, teacher, batch, alpha, word_end_weight=weight)
+    expected = dense_loss(student, teacher, [batch], alpha, weight)
+    torch.testing.assert_close(loss.loss, expected, rtol=1e-5, atol=1e-6)
+    for found, exact in zip(gradients(student, loss.loss), gradients(student, expected), strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-6)
+    without = batch_loss(student, student.head, teacher, batch, alpha)
+    assert (loss.kl, loss.nll) == (without.kl, without.nll)
+    parts = len(batch.labels) * without.loss + weight * len(batch.word_end_student) * loss.word_end_kl
+    torch.testing.assert_close(loss.loss, parts / label_weight(batch, weight))
+
+
+def test_without_word_ends_not_a_bit_changes() -> None:
+    """The loss and all gradients are those of the labels alone, computed as before there were word ends."""
+    teacher = make_teacher(400)
+    student, batch = make_student(teacher), make_batch(2)
+    with torch.no_grad():
+        read = hidden_states(teacher, batch.teacher_ids, batch.teacher_position_ids).flatten(0, 1)[batch.teacher_index]
+    heard = student(batch).flatten(0, 1)[batch.student_index]
+    before = distillation_loss(heard, student.head, read, lm_head(teacher), batch.labels, 0.7)
+    now = batch_loss(student, student.head, teacher, batch, 0.7)
+    assert torch.equal(now.loss, before.loss)
+    for found, exact in zip(gradients(student, now.loss), gradients(student, before.loss), strict=True):
+        assert torch.equal(found, exact)
+    assert label_weight(batch, 0.0) == len(batch.labels)
+    assert global_scale(label_weight(batch, 0.0), 37.0, 2, 3) == len(batch.labels) * 2 * 3 / 37
+
+
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+def test_unequal_micro_batches_with_word_ends_add_up_to_the_mean_over_all(weight: float) -> None:
+    """One of them has nothing to score, as where a worker has a row less."""
+    teacher = make_teacher(400)
+    student, batches = make_student(teacher), [make_batch(1), make_batch(3), without_labels(make_batch(2))]
+    total = sum(label_weight(batch, weight) for batch in batches)
+    assert label_weight(batches[-1], weight) == 0
+    losses = [batch_loss(student, student.head, teacher, batch, 0.7, word_end_weight=weight).loss for batch in batches]
+    scales = [global_scale(label_weight(batch, weight), total, 1, len(batches)) for batch in batches]
+    step = sum(loss * scale / len(batches) for loss, scale in zip(losses, scales, strict=True))
+    exact = dense_loss(student, teacher, batches[:2], 0.7, weight)
+    torch.testing.assert_close(step, exact, rtol=1e-5, atol=1e-6)
+    for found, wanted in zip(gradients(student, step), gradients(student, exact), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-6)
+
+
 def test_a_student_that_reads_everything_agrees_with_its_teacher() -> None:
     """Before any speech the contexts are the same, so is the prediction: positions and labels are paired exactly."""
     teacher = make_teacher(400)
     student, batch = make_student(teacher), make_batch(2)
     from salad_ray.distill.losses import divergence
-    from salad_ray.model.speech_lm import hidden_states
 
     early = batch.distance < 0
     assert early.any()

@@ -268,6 +268,35 @@ def test_bf16_with_accumulation_checkpointing_and_all_losses(finished_run: Confi
     assert first["kl"] == pytest.approx(reference["kl"], abs=0.02)
 
 
+def test_word_ends_whole_samples_and_pairs_of_frames_from_the_plan_to_the_scores(
+    finished_run: Config, tmp_path: Path
+) -> None:
+    config = untrained_copy(finished_run, tmp_path / "run", word_ends=True, word_ends_weight=0.5)
+    adapter = config.model.adapter.model_copy(update={"stride": 2})
+    config = config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"adapter": adapter}),
+            "pack": config.pack.model_copy(update={"whole_share": 0.5}),
+            "stage2": None,
+        }
+    )
+    for stage, set_name in (("pack", "natural"), ("trunk", ""), ("stage1", ""), ("measure", "heldout")):
+        run_stage(config, stage, set_name)
+    log, reference = training_log(config), training_log(finished_run)
+    assert "word_end_kl" not in reference[0]
+    for row in log:
+        assert row["word_end_kl"] > 0
+        low, high = sorted((row["kl"], row["word_end_kl"]))
+        assert low < row["loss"] < high
+    model = SpeechLM.from_pretrained(f"{table_of(config, '', 'stage1').url}/model")
+    assert model.config.adapter.stride == 2
+    assert model.adapter.input.in_features == 2 * model.config.encoder.dim
+    measured, before = (table_of(each, "heldout", "measurements_stage1") for each in (config, finished_run))
+    counts = [sum(sum(t.read(s, ["num_positions"])["num_positions"].to_pylist()) for s in t.shards()) for t in
+              (measured, before)]  # fmt: skip
+    assert counts[0] == counts[1]  # the same text labels: neither word ends nor whole samples
+
+
 def test_a_job_travels_as_text_and_comes_back_as_it_was() -> None:
     config = parse_config({"run_dir": "r", "distill": {"num_workers": [2, 8]}, "stage2": {}})
     encoder = EncoderSpec("log_mel", None, None, 16_000, 12.5, 640)

@@ -283,6 +283,8 @@ def test_exemplars_are_lost_first_and_counted() -> None:
         text_query(tokenizer, EXEMPLARS, make_item(), sizes[2] - 1)
     heard = speech_query(tokenizer, EXEMPLARS, make_item(), make_frames(40), 1000)
     assert speech_query(tokenizer, EXEMPLARS, make_item(), make_frames(41), heard.num_positions).num_shots == 1
+    assert speech_query(tokenizer, EXEMPLARS, make_item(), make_frames(80), heard.num_positions, 2).num_shots == 2
+    assert speech_query(tokenizer, EXEMPLARS, make_item(), make_frames(81), heard.num_positions, 2).num_shots == 1
     llm = make_llm(max_position_embeddings=sizes[0])  # what fits the context fits a model of that length
     assert len(score(llm, whole)) == 3
 

@@ -31,11 +31,12 @@ def test_the_plan_is_within_fifteen_percent_of_a_real_step(case: str) -> None:
 
 
 def test_parameters_are_those_of_the_true_shapes() -> None:
-    shape = Shape(QWEN_3B, AdapterConfig(), 512)
-    with torch.device("meta"):
-        adapter = Adapter(AdapterConfig(), 512, 2048)
-    assert shape.num_llm == 3_085_938_688  # as published
-    assert shape.num_adapter == sum(parameter.numel() for parameter in adapter.parameters())
+    for stride in (1, 2):
+        shape = Shape(QWEN_3B, AdapterConfig(stride=stride), 512)
+        with torch.device("meta"):
+            adapter = Adapter(shape.adapter, 512, 2048)
+        assert shape.num_llm == 3_085_938_688  # as published
+        assert shape.num_adapter == sum(parameter.numel() for parameter in adapter.parameters())
 
 
 def test_muon_keeps_one_moment_of_the_matrices_instead_of_two() -> None:
@@ -59,6 +60,13 @@ def test_recomputing_zero_and_smaller_batches_save_memory() -> None:
     assert peak(zero_stage=3) < peak(zero_stage=2) < peak(zero_stage=1)
     assert peak(micro_batch_rows=1) < peak(micro_batch_rows=4)
     assert peak(activation_checkpointing=True, micro_batch_rows=4) < 0.7 * peak(micro_batch_rows=4)
+
+
+def test_word_ends_keep_a_second_gradient_of_the_head() -> None:
+    shape, pack = Shape(QWEN_3B, AdapterConfig(), 512), PackConfig(num_lanes=64, rows_per_lane=8)
+    one, two = (training_memory(shape, DistillConfig(word_ends=on), pack, 64)["loss"] for on in (False, True))
+    head = 2 * QWEN_3B.vocab_size * QWEN_3B.hidden_size
+    assert head < two - one < 1.1 * head
 
 
 def test_a_layer_keeps_more_for_more_positions_and_in_fp32() -> None:

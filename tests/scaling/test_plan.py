@@ -97,6 +97,23 @@ def test_the_papers_config_gives_the_papers_numbers(paper: Plan) -> None:
     assert trunk.gpu_hours == pytest.approx(trunk.secs * 64 / 3600)
 
 
+def test_frames_side_by_side_and_whole_samples_change_the_positions_of_an_epoch(paper: Plan) -> None:
+    words, frames = value(paper, "words"), value(paper, "speech frames")
+    tokens = (value(paper, "positions of an epoch") - value(paper, "share of words heard") * frames) / (
+        1 - value(paper, "share of words heard")
+    )
+    pairs = plan_of(of_paper("model.adapter.stride=2"))
+    assert value(pairs, "speech frames") == frames
+    assert value(pairs, "speech positions") == pytest.approx(frames / 2 + words / 4)
+    heard = value(pairs, "share of words heard")
+    expected = heard * value(pairs, "speech positions") + (1 - heard) * tokens
+    assert value(pairs, "positions of an epoch") == pytest.approx(expected)
+    whole = plan_of(of_paper("pack.whole_share=0.5"))
+    assert value(paper, "share of words heard") + 0.1 < value(whole, "share of words heard") < 0.95
+    assert value(whole, "positions of an epoch") > 1.1 * value(paper, "positions of an epoch")
+    assert value(pairs, "features") == value(whole, "features") == value(paper, "features")
+
+
 def test_every_stage_is_there_and_the_totals_add_up(paper: Plan) -> None:
     assert [(cost.stage, cost.set) for cost in paper.stages] == [(s.stage, s.set) for s in merged(steps(of_paper()))]
     assert paper.totals["secs"] == pytest.approx(sum(cost.secs for cost in paper.stages))

@@ -21,6 +21,7 @@ from salad_ray.sequences.interleave import (
     Units,
     build_segment,
     draw_spans,
+    frame_groups,
     interleave,
     passage_text,
     prefix_ids,
@@ -84,7 +85,7 @@ def check_segment(units: Units, spans: list[Span], segment: Segment) -> None:
     assert rebuild(units, spans, segment) == ids.tolist()
     assert segment.span_lengths.sum() == len(segment.frame_index) == (student < 0).sum()
     expected_frames = [
-        frame
+        [frame]
         for span in spans
         if span.is_speech
         for frame in range(units.frame_starts[span.start], units.frame_starts[span.end])
@@ -269,6 +270,127 @@ def test_whole_utterances_alternate_without_word_times() -> None:
     spans = draw_spans(units, (5, 30), (5, 15), np.random.default_rng(0))
     assert spans == [Span(i, i + 1, i % 2 == 1) for i in range(5)]
     assert units.frame_starts.tolist() == [i * utterances[0].num_frames for i in range(6)]
+
+
+@st.composite
+def passages(draw: st.DrawFn, least: int = 1) -> tuple[Units, list[Span]]:
+    """Units of any tokens and frames, words without a frame among them, and any spans over them."""
+    sizes = draw(st.lists(st.tuples(st.integers(1, 3), st.integers(0, 7)), min_size=least, max_size=25))
+    prefix, by_utterance = draw(st.integers(0, 1)), draw(st.booleans())
+    tokens, frames = (np.concatenate([[0], np.cumsum(column)]) for column in zip(*sizes, strict=True))
+    pauses = np.array(draw(st.lists(st.sampled_from([0.0, 0.3]), min_size=len(tokens), max_size=len(tokens))))
+    ids = np.arange(100, 100 + prefix + tokens[-1])
+    units = Units(ids, prefix, tokens + prefix, frames, pauses, by_utterance)
+    cuts = sorted({0, len(sizes)} | set(draw(st.lists(st.integers(1, len(sizes)), max_size=6))))
+    first = draw(st.booleans())
+    spoken = [(i % 2 == 0) == first and bool(frames[b] > frames[a]) for i, (a, b) in enumerate(pairwise(cuts))]
+    return units, [Span(a, b, is_speech) for (a, b), is_speech in zip(pairwise(cuts), spoken, strict=True)]
+
+
+def walk(units: Units, spans: list[Span], stride: int) -> tuple[list[list[int]], list[tuple[int, int]]]:
+    """Position by position: the frames that stand there, and where spoken words end (student's, teacher's position)."""
+    position, groups, ends = units.num_prefix, [], []
+    for span in spans:
+        words: list[tuple[int, int]] = []
+        for unit in range(span.start, span.end):
+            last_token = int(units.token_starts[unit + 1]) - 1
+            if not span.is_speech:
+                position += last_token + 1 - int(units.token_starts[unit])
+                continue
+            frames = list(range(units.frame_starts[unit], units.frame_starts[unit + 1]))
+            for at in range(0, len(frames), stride):
+                group = frames[at : at + stride]
+                groups.append([*group, *[group[-1]] * (stride - len(group))])
+                position += 1
+            if frames:
+                words.append((position - 1, last_token))
+        ends += words[:-1]  # where the span ends the text behind it has its label
+    return groups, [] if units.by_utterance else ends
+
+
+@settings(max_examples=300, deadline=None)
+@given(passages(), st.integers(1, 4))
+def test_frames_and_word_ends_are_those_of_a_walk_through_the_sample(
+    passage: tuple[Units, list[Span]], stride: int
+) -> None:
+    units, spans = passage
+    segment = build_segment(units, spans, stride)
+    groups, ends = walk(units, spans, stride)
+    assert segment.frame_index.shape == (len(groups), stride)
+    assert segment.frame_index.tolist() == groups
+    assert list(zip(segment.word_end_student.tolist(), segment.word_end_teacher.tolist(), strict=True)) == ends
+    assert len(groups) == (segment.token_ids < 0).sum() == segment.span_lengths.sum()
+    assert segment_lengths(units, spans, stride) == (
+        len(segment.token_ids),
+        len(segment.teacher_ids),
+        len(segment.labels),
+    )
+    assert not set(segment.word_end_student.tolist()) & set(segment.student_index.tolist())
+    assert (segment.token_ids[segment.word_end_student + 1] == -1).all()  # the speech goes on
+
+
+@settings(max_examples=200, deadline=None)
+@given(passages(), st.integers(1, 4))
+def test_what_stands_at_a_words_end_or_a_cut_has_heard_nothing_behind_it(
+    passage: tuple[Units, list[Span]], stride: int
+) -> None:
+    units, spans = passage
+    segment = build_segment(units, spans, stride)
+    number = np.cumsum(segment.token_ids < 0)  # speech positions up to and with each position
+    for student, teacher in zip(segment.word_end_student, segment.word_end_teacher, strict=True):
+        word = int(np.searchsorted(units.token_starts, teacher, side="right")) - 1
+        assert segment.frame_index[: number[student]].max() == units.frame_starts[word + 1] - 1
+    ends = np.cumsum(segment.span_lengths)
+    for end, span in zip(ends, [span for span in spans if span.is_speech], strict=True):
+        assert segment.frame_index[:end].max(initial=-1) < units.frame_starts[span.end]
+        assert (segment.frame_index[end:] >= units.frame_starts[span.end]).all()
+
+
+def test_word_ends_by_hand() -> None:
+    """Words of 3, 0, 2 and 5 frames in a span: the empty one has no end, the last one a text label."""
+    starts = np.arange(7)
+    units = Units(np.arange(10, 16), 0, starts, np.array([0, 4, 7, 7, 9, 14, 16]), np.zeros(7), False)
+    spans = [Span(0, 1, False), Span(1, 5, True), Span(5, 6, False)]
+    one, two = build_segment(units, spans), build_segment(units, spans, 2)
+    assert one.token_ids.tolist() == [10, *[-1] * 10, 15]
+    assert (one.word_end_student.tolist(), one.word_end_teacher.tolist()) == ([3, 5], [1, 3])
+    assert two.frame_index.tolist() == [[4, 5], [6, 6], [7, 8], [9, 10], [11, 12], [13, 13]]
+    assert (two.word_end_student.tolist(), two.word_end_teacher.tolist()) == ([2, 3], [1, 3])
+    assert two.student_index.tolist() == [6]
+    whole = replace(units, by_utterance=True)
+    assert len(build_segment(whole, spans).word_end_student) == 0
+
+
+def test_a_stride_beyond_every_word_is_a_position_a_word() -> None:
+    assert frame_groups(np.array([2, 5, 5, 6]), 10).tolist() == [[2, 3, *[4] * 8], [5] * 10]
+
+
+@settings(max_examples=200, deadline=None)
+@given(passages(least=2), st.integers(1, 30), st.integers(0, 99))
+def test_a_whole_sample_is_spoken_but_for_its_end(
+    passage: tuple[Units, list[Span]], most_words: int, seed: int
+) -> None:
+    units, _ = passage
+    if units.frame_starts[-2] == 0:
+        return
+    spans = draw_spans(units, (1, most_words), (1, 3), np.random.default_rng(seed), whole=True)
+    check_spans(units, spans)
+    assert [span.is_speech for span in spans] == [True, False]
+    tail = spans[-1].end - spans[-1].start
+    longest = 1 if units.by_utterance else most_words
+    assert tail <= longest + 2  # a cut moves by so much to a pause
+
+
+def test_the_tail_of_whole_samples_is_uniform_and_leaves_something_to_hear() -> None:
+    for num_units, longest in ((100, 8), (4, 3)):
+        units = make_units(num_units)
+        drawn = [draw_spans(units, (5, 8), (2, 4), np.random.default_rng(seed), whole=True) for seed in range(800)]
+        tails = np.array([spans[-1].end - spans[-1].start for spans in drawn])
+        counts = np.bincount(tails, minlength=longest + 1)
+        assert set(tails) == set(range(1, longest + 1))
+        expected = np.full(longest, 100.0)
+        expected[-1] += 800 - expected.sum()  # what would leave nothing to hear is cut short
+        assert (np.abs(counts[1:] - expected) < 5 * np.sqrt(expected)).all()
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,28 @@ def make_reader(run_dir: str, **options: Any) -> LaneReader:
     return LaneReader(plan, features, TOKENIZER, CONFIG, **options)
 
 
+def test_rows_are_stacked_as_they_were_planned(run_dir: str) -> None:
+    """Plans of stride 2: rows are as long as they promise, and every speech position holds two frames."""
+    features, plan = a_table(run_dir, "natural", "features"), a_table(f"{run_dir}/stacked", "natural", "plan")
+    for lane in range(CONFIG.num_lanes):
+        shards = shards_of_lane(features.shards(), lane, CONFIG.num_lanes)
+        rows, _ = plan_lane(
+            lambda shard: read_without_features(features, shard),
+            shards, TOKENIZER, CONFIG, lane=lane, epoch=0, seed=0, stride=2,
+        )  # fmt: skip
+        plan.write(plan_shard_name(lane, 0), to_arrow(PlanRow, rows))
+        for row, samples in zip(rows, LaneStream(plan, features, TOKENIZER, lane, 2).rows(0), strict=False):
+            assert sum(len(sample.segment.token_ids) for sample in samples) == row.num_positions
+    [step] = islice(LaneReader(plan, features, TOKENIZER, CONFIG, stride=2), 1)
+    for batch in step:
+        assert batch.frames.shape[2] == 2 * 2
+        frames = batch.frames[batch.frame_mask]
+        assert len(frames) == len(batch.speech_index)
+        ahead = frames[:, 2] - frames[:, 0]  # numbers of the two frames; a last one is repeated
+        assert set(ahead.tolist()) == {0.0, 1.0}
+        assert len(batch.word_end_student) > 0
+
+
 def min_epoch_rows(run_dir: str) -> int:
     plan = a_table(run_dir, "natural", "plan")
     return min(plan.read(name).num_rows for name in plan.shards())

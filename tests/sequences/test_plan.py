@@ -13,9 +13,9 @@ from factories import a_table, make_features, make_tokenizer
 
 from salad_ray.config import PackConfig
 from salad_ray.sequences.interleave import build_segment, units_of
-from salad_ray.sequences.plan import find_chains, plan_lane, read_without_features, shards_of_lane
+from salad_ray.sequences.plan import find_chains, is_whole, plan_lane, read_without_features, shards_of_lane
 from salad_ray.sequences.plan import usable_clips as usable_clips
-from salad_ray.tables import Features, PlanRow, Reject, Table, from_arrow, schema_of, to_arrow
+from salad_ray.tables import Features, PlanRow, PlanSegment, Reject, Table, from_arrow, schema_of, to_arrow
 
 TOKENIZER = make_tokenizer("bos")
 CONFIG = PackConfig(context=256, text_words=(2, 6), speech_words=(1, 4), num_lanes=4)
@@ -38,8 +38,12 @@ def make_shards(num_shards: int = 4, num_recordings: int = 12, seed: int = 0) ->
     return {name: [rows[i] for i in rng.permutation(len(rows))] for name, rows in shards.items()}
 
 
-def plan(shards: dict[str, list[Features]], epoch: int = 0, seed: int = 0) -> tuple[list[PlanRow], list[Reject]]:
-    return plan_lane(shards.__getitem__, sorted(shards), TOKENIZER, CONFIG, lane=3, epoch=epoch, seed=seed)
+def plan(
+    shards: dict[str, list[Features]], epoch: int = 0, seed: int = 0, config: PackConfig = CONFIG, stride: int = 1
+) -> tuple[list[PlanRow], list[Reject]]:
+    return plan_lane(
+        shards.__getitem__, sorted(shards), TOKENIZER, config, lane=3, epoch=epoch, seed=seed, stride=stride
+    )
 
 
 def test_every_training_utterance_is_in_one_row_or_rejected_with_a_reason() -> None:
@@ -63,17 +67,62 @@ def test_every_training_utterance_is_in_one_row_or_rejected_with_a_reason() -> N
         assert len(used) > 10 * len(rejects)
 
 
-def test_rows_hold_the_segments_that_they_promise() -> None:
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("whole_share", [0.0, 0.5])
+def test_rows_hold_the_segments_that_they_promise(stride: int, whole_share: float) -> None:
     shards = make_shards()
-    rows, _ = plan(shards)
+    rows, _ = plan(shards, config=CONFIG.model_copy(update={"whole_share": whole_share}), stride=stride)
     assert [row.row for row in rows] == list(range(len(rows)))
     for row in rows:
         segments = [
-            build_segment(units_of([shards[s.shard][i] for i in s.rows], TOKENIZER), s.spans) for s in row.segments
+            build_segment(units_of([shards[s.shard][i] for i in s.rows], TOKENIZER), s.spans, stride)
+            for s in row.segments
         ]
         assert row.num_positions == sum(len(segment.token_ids) for segment in segments) <= CONFIG.context
         assert row.num_labels == sum(len(segment.labels) for segment in segments) > 0
         assert sum(len(segment.teacher_ids) for segment in segments) <= CONFIG.context
+
+
+def is_spoken_whole(segment: PlanSegment) -> bool:
+    return [span.is_speech for span in segment.spans] == [True, False]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_so_many_samples_are_spoken_whole(share: float) -> None:
+    """Of long samples, where ordinary spans hardly ever come out as one speech and one text span."""
+    shards = make_shards(num_recordings=60)
+    config = CONFIG.model_copy(update={"whole_share": share})
+    rows, rejects = plan(shards, config=config)
+    assert (rows, rejects) == plan(shards, config=config)
+    assert len(rejects) <= len(plan(shards)[1])
+    long, agree = [], []
+    for segment in (segment for row in rows for segment in row.segments):
+        passage = [shards[segment.shard][i] for i in segment.rows]
+        drawn = is_whole(config, (0, 0), passage[0].utt_id)
+        if sum(len(utterance.text.split()) for utterance in passage) > 14 and passage[0].words is not None:
+            long.append(is_spoken_whole(segment))
+            agree.append(is_spoken_whole(segment) == drawn)
+    assert len(long) > 60
+    assert np.mean(long) == pytest.approx(share, abs=0.1)
+    assert np.mean(agree) > 0.97  # an utterance alone that would be too long is not spoken whole
+
+
+def test_whole_samples_differ_between_epochs_and_leave_the_others_as_they_were() -> None:
+    config = CONFIG.model_copy(update={"whole_share": 0.5})
+    names = [f"r{i}" for i in range(400)]
+    first, second = ([is_whole(config, (0, epoch), name) for name in names] for epoch in (0, 1))
+    assert 0.4 < np.mean(first) < 0.6
+    assert 0.4 < np.mean(np.array(first) != np.array(second)) < 0.6
+    more = [is_whole(config.model_copy(update={"whole_share": 0.7}), (0, 0), name) for name in names]
+    assert all(more[i] for i, whole in enumerate(first) if whole)
+
+
+def test_no_utterance_is_lost_because_it_would_be_spoken_whole() -> None:
+    utterance = make_features("people said " * 35, "long")  # 440 frames; half of them fit
+    for epoch in range(4):
+        rows, rejects = plan({"s": [utterance]}, epoch, config=CONFIG.model_copy(update={"whole_share": 1.0}))
+        assert not rejects
+        assert len(rows) == 1
 
 
 def test_passages_are_consecutive_utterances_of_one_recording() -> None:
