@@ -37,7 +37,7 @@ def orthogonalised(matrix: Tensor) -> Tensor:
     rows, columns = matrix.shape
     a, b, c = COEFFICIENTS
     x = matrix.T if rows > columns else matrix
-    x = (x / (x.norm() + 1e-7)).to(torch.bfloat16 if x.is_cuda else torch.float32)
+    x = (x / x.norm().clamp(min=1e-7)).to(torch.bfloat16 if x.is_cuda else torch.float32)
     for _ in range(NUM_STEPS):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x

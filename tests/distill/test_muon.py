@@ -236,7 +236,7 @@ def test_steps_make_of_their_gradients_what_plain_pytorch_does(folder: str, case
     found = outcome(folder, case)
     assert len(found["grads"]) == NUM_STEPS
     expected = moves(folder, case, replayed(folder, case, found["grads"], case.settings))
-    assert max(errors(moves(folder, case, found["weights"]), expected).values()) <= 2e-3
+    assert max(errors(moves(folder, case, found["weights"]), expected).values()) <= 1e-3
     for change in ({"muon_momentum": 0.0}, {"muon_weight_decay": 1.0}, {"max_grad_norm": 0.01}):
         other = replayed(folder, case, found["grads"], case.settings.model_copy(update=change))
         assert max(errors(moves(folder, case, other), expected).values()) >= 5e-3, f"{change} does not show"
@@ -253,7 +253,7 @@ def test_a_resumed_training_ends_bit_for_bit_where_it_would_have(folder: str, ca
 def test_momentum_outlives_another_number_of_workers_and_another_zero_stage(folder: str, case: Case) -> None:
     """The last bits of the gradients differ, and both Adam and Newton–Schulz make the smallest of them larger."""
     found, expected = (moves(folder, case, outcome(folder, each)["weights"]) for each in (case, THROUGH[1]))
-    assert max(errors(found, expected).values()) <= 5e-3
+    assert max(errors(found, expected).values()) <= 5e-4
 
 
 @pytest.mark.parametrize("shape", [(24, 16), (16, 24), (16, 16), (1, 8)])
