@@ -371,8 +371,7 @@ class Amounts:
         """Positions that the speech takes: its frames, or the groups of frames that stand side by side."""
         if self._stride == 1:
             return frames
-        has_words = not self.config.ingest.corpora or self.config.align.aligner != "none"
-        more = (1 - 1 / self._stride) / 2 if has_words else 0.0
+        more = (1 - 1 / self._stride) / 2 / mean(self.config.pack.speech_words)  # a span's last group is half full
         how = f"speech frames / {self._stride} + {more:.3g} × words"
         return self._add("speech positions", frames / self._stride + more * words, "", how, "speech frames", "words")
 

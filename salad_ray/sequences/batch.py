@@ -94,7 +94,7 @@ def side_by_side(frames: NDArray[np.floating], groups: IntArray) -> NDArray[np.f
 
 def stacked(frames: NDArray[np.floating], stride: int) -> NDArray[np.floating]:
     """Frames (S, C) of speech without word times, such as a question's: (⌈S / n⌉, n · C), grouped from its start."""
-    return side_by_side(frames, frame_groups(np.array([0, len(frames)]), stride))
+    return side_by_side(frames, frame_groups(0, len(frames), stride))
 
 
 def store_frames(frames: np.ndarray, storage: Literal["float16", "int8"]) -> tuple[bytes, bytes | None]:

@@ -5,8 +5,9 @@ as a whole, with character offsets. Words that share a token are fused; what rem
 that can be text or speech, with a contiguous range of tokens and of frames. Spans are made of whole units, so the
 student's text tokens are the teacher's, id by id, and every (student position, teacher position) pair is exact.
 
-With a stride n, up to n frames stand side by side at one position. Groups start anew at every unit, so none reaches
-past the end of a word, or of a span: what stands before a cut has heard nothing behind it.
+With a stride n, n frames of a speech span stand side by side at one position, counted from the span's start: training
+and listening, where nobody knows the words, make the same groups. The last group of a span repeats the span's last
+frame, so what stands before a cut has heard nothing behind it.
 
 Shapes: N text tokens (prefix included), U units, W words, F speech positions of the sample (frames, or groups of n),
 S_stu student positions, P speech spans, L scored labels, E word ends.
@@ -88,10 +89,6 @@ class Units:
     @property
     def num_frames(self) -> int:
         return int(self.frame_starts[-1])
-
-    def speech_starts(self, stride: int) -> IntArray:
-        """(U + 1,) first position of each unit if all are spoken, counted through the passage."""
-        return np.concatenate([[0], np.cumsum(num_groups(self.frame_starts, stride))])
 
 
 def _no_positions() -> IntArray:
@@ -380,27 +377,19 @@ def _two_spans(units: Units, rng: np.random.Generator) -> list[Span]:
     return [Span(0, cut, True), Span(cut, units.num_units, False)]
 
 
-def num_groups(bounds: IntArray, stride: int) -> IntArray:
-    """(K,) positions that the frames [bounds[k], bounds[k + 1]) take, `stride` side by side; bounds are (K + 1,)."""
-    return -(-np.diff(bounds) // stride)
+def frame_groups(start: int, end: int, stride: int) -> IntArray:
+    """(S, n) the frames at each position of a span of the frames [start, end), n = stride side by side.
 
-
-def frame_groups(bounds: IntArray, stride: int) -> IntArray:
-    """(F, n) the frames at each position, n = stride side by side, of frames [bounds[0], bounds[-1]).
-
-    Groups start anew at every bound. One that is not full repeats its last frame.
+    A last group that is not full repeats the span's last frame.
     """
-    sizes = num_groups(bounds, stride)
-    within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    first, end = np.repeat(bounds[:-1], sizes) + stride * within, np.repeat(bounds[1:], sizes)
-    return np.minimum(first[:, None] + np.arange(stride), end[:, None] - 1)
+    return np.minimum(np.arange(start, end, stride)[:, None] + np.arange(stride), end - 1)
 
 
 def segment_lengths(units: Units, spans: Sequence[Span], stride: int = 1) -> tuple[int, int, int]:
     """Student positions, teacher positions and labels (word ends not among them) of the sample, without building it."""
-    tokens, speech = units.token_starts, units.speech_starts(stride)
+    tokens, frames = units.token_starts, units.frame_starts
     num_text = sum(int(tokens[span.end] - tokens[span.start]) for span in spans if not span.is_speech)
-    num_speech = sum(int(speech[span.end] - speech[span.start]) for span in spans if span.is_speech)
+    num_speech = sum(-(-int(frames[span.end] - frames[span.start]) // stride) for span in spans if span.is_speech)
     is_first_unscored = units.num_prefix == 0 and not spans[0].is_speech
     return units.num_prefix + num_text + num_speech, len(units.token_ids), num_text - is_first_unscored
 
@@ -412,15 +401,16 @@ def build_segment(units: Units, spans: Sequence[Span], stride: int = 1) -> Segme
     frame; its teacher position is the last text token that the span replaced.
     """
     ids, position = units.token_ids, units.num_prefix
-    empty, speech = np.zeros(0, np.int64), units.speech_starts(stride)
+    empty = np.zeros(0, np.int64)
     students, student, teacher, distance = [ids[:position]], [empty], [empty], [empty]
     frames, ends = [np.zeros((0, stride), np.int64)], [np.zeros((2, 0), np.int64)]
     for span in spans:
         start, end = units.token_starts[span.start], units.token_starts[span.end]
         if span.is_speech:
-            frames.append(frame_groups(units.frame_starts[span.start : span.end + 1], stride))
+            bounds = units.frame_starts[[span.start, span.end]].tolist()
+            frames.append(frame_groups(*bounds, stride))
             students.append(np.full(len(frames[-1]), -1))
-            ends.append(_word_ends(units, span, speech, position))
+            ends.append(_word_ends(units, span, stride, position))
         else:
             since = np.arange(position == 0, end - start)  # nothing predicts the first element
             students.append(ids[start:end])
@@ -444,18 +434,20 @@ def build_segment(units: Units, spans: Sequence[Span], stride: int = 1) -> Segme
     )
 
 
-def _word_ends(units: Units, span: Span, speech: IntArray, position: int) -> IntArray:
+def _word_ends(units: Units, span: Span, stride: int, position: int) -> IntArray:
     """(2, E) the student's last position and the teacher's last token of each unit that ends inside a speech span.
 
-    Left out are units without a position, and whatever ends with the span: there the text label stands. Units that are
-    utterances have none, since nobody knows where their words end.
+    A position counts for the word in which its last frame lies, so with a stride the end of a word may be heard up to
+    `stride` − 1 frames short, but never anything behind it. Left out are units in which no position ends, and whatever
+    ends with the span: there the text label stands. Units that are utterances have none, since nobody knows where their
+    words end.
 
     Args:
-        speech: (U + 1,) `units.speech_starts`.
         position: the student's, where the span begins.
     """
     if units.by_utterance:
         return np.zeros((2, 0), np.int64)
-    unit = np.arange(span.start, span.end)
-    unit = unit[(speech[unit + 1] > speech[unit]) & (speech[unit + 1] < speech[span.end])]
-    return np.stack([position + speech[unit + 1] - speech[span.start] - 1, units.token_starts[unit + 1] - 1])
+    frames = units.frame_starts[span.start : span.end + 1] - units.frame_starts[span.start]
+    whole = frames // stride  # positions that end before each unit begins
+    (unit,) = np.nonzero((whole[1:] > whole[:-1]) & (frames[1:] < frames[-1]))
+    return np.stack([position + whole[unit + 1] - 1, units.token_starts[span.start + unit + 1] - 1])

@@ -22,7 +22,6 @@ from salad_ray.sequences.interleave import (
     Tokens,
     assemble_units,
     draw_spans,
-    num_groups,
     passage_text,
     prefix_ids,
     segment_lengths,
@@ -261,9 +260,7 @@ def _speech_share(config: PackConfig, by_utterance: bool, whole: bool) -> float:
 
 def _expected_positions(clip: Clip, speech_share: float, tokens_per_char: float, stride: int) -> float:
     num_tokens = tokens_per_char * len(clip.utterance.text)
-    bounds = np.append(clip.timing.frame_starts, clip.timing.num_frames)
-    num_speech = int(num_groups(bounds, stride).sum())
-    return max(num_tokens, speech_share * num_speech + (1 - speech_share) * num_tokens)
+    return max(num_tokens, speech_share * clip.timing.num_frames / stride + (1 - speech_share) * num_tokens)
 
 
 def _draft(

@@ -291,20 +291,20 @@ def walk(units: Units, spans: list[Span], stride: int) -> tuple[list[list[int]],
     """Position by position: the frames that stand there, and where spoken words end (student's, teacher's position)."""
     position, groups, ends = units.num_prefix, [], []
     for span in spans:
-        words: list[tuple[int, int]] = []
-        for unit in range(span.start, span.end):
-            last_token = int(units.token_starts[unit + 1]) - 1
-            if not span.is_speech:
-                position += last_token + 1 - int(units.token_starts[unit])
-                continue
-            frames = list(range(units.frame_starts[unit], units.frame_starts[unit + 1]))
-            for at in range(0, len(frames), stride):
-                group = frames[at : at + stride]
-                groups.append([*group, *[group[-1]] * (stride - len(group))])
-                position += 1
-            if frames:
-                words.append((position - 1, last_token))
-        ends += words[:-1]  # where the span ends the text behind it has its label
+        last_tokens = {unit: int(units.token_starts[unit + 1]) - 1 for unit in range(span.start, span.end)}
+        if not span.is_speech:
+            position += last_tokens[span.end - 1] + 1 - int(units.token_starts[span.start])
+            continue
+        unit_of = {f: u for u in last_tokens for f in range(units.frame_starts[u], units.frame_starts[u + 1])}
+        frames = sorted(unit_of)
+        last_of: dict[int, int] = {}  # unit → the last position whose last frame is the unit's
+        for at in range(0, len(frames), stride):
+            group = frames[at : at + stride]
+            groups.append([*group, *[group[-1]] * (stride - len(group))])
+            last_of[unit_of[group[-1]]] = position
+            position += 1
+        last_of.pop(unit_of[frames[-1]])  # where the span ends the text behind it has its label
+        ends += [(at, last_tokens[unit]) for unit, at in sorted(last_of.items())]
     return groups, [] if units.by_utterance else ends
 
 
@@ -339,7 +339,8 @@ def test_what_stands_at_a_words_end_or_a_cut_has_heard_nothing_behind_it(
     number = np.cumsum(segment.token_ids < 0)  # speech positions up to and with each position
     for student, teacher in zip(segment.word_end_student, segment.word_end_teacher, strict=True):
         word = int(np.searchsorted(units.token_starts, teacher, side="right")) - 1
-        assert segment.frame_index[: number[student]].max() == units.frame_starts[word + 1] - 1
+        short = units.frame_starts[word + 1] - 1 - segment.frame_index[: number[student]].max()
+        assert 0 <= short < stride
     ends = np.cumsum(segment.span_lengths)
     for end, span in zip(ends, [span for span in spans if span.is_speech], strict=True):
         assert segment.frame_index[:end].max(initial=-1) < units.frame_starts[span.end]
@@ -354,15 +355,17 @@ def test_word_ends_by_hand() -> None:
     one, two = build_segment(units, spans), build_segment(units, spans, 2)
     assert one.token_ids.tolist() == [10, *[-1] * 10, 15]
     assert (one.word_end_student.tolist(), one.word_end_teacher.tolist()) == ([3, 5], [1, 3])
-    assert two.frame_index.tolist() == [[4, 5], [6, 6], [7, 8], [9, 10], [11, 12], [13, 13]]
-    assert (two.word_end_student.tolist(), two.word_end_teacher.tolist()) == ([2, 3], [1, 3])
-    assert two.student_index.tolist() == [6]
+    assert two.frame_index.tolist() == [[4, 5], [6, 7], [8, 9], [10, 11], [12, 13]]
+    assert (two.word_end_student.tolist(), two.word_end_teacher.tolist()) == ([1, 2], [1, 3])
+    assert two.student_index.tolist() == [5]
     whole = replace(units, by_utterance=True)
     assert len(build_segment(whole, spans).word_end_student) == 0
 
 
-def test_a_stride_beyond_every_word_is_a_position_a_word() -> None:
-    assert frame_groups(np.array([2, 5, 5, 6]), 10).tolist() == [[2, 3, *[4] * 8], [5] * 10]
+def test_a_stride_beyond_the_span_is_one_position() -> None:
+    assert frame_groups(2, 6, 10).tolist() == [[2, 3, 4, *[5] * 7]]
+    assert frame_groups(2, 7, 2).tolist() == [[2, 3], [4, 5], [6, 6]]
+    assert frame_groups(3, 3, 2).shape == (0, 2)
 
 
 @settings(max_examples=200, deadline=None)
