@@ -17,6 +17,7 @@ from salad_ray.configfile import parse_config
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Under pytest-xdist: what uses Ray in the tests' own process stays in one, which has one Ray; other files as they
     are, beside it. Tests that start clusters of their own are among these, so that their waits cost nothing."""
