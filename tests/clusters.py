@@ -178,7 +178,7 @@ def wait_for(happened: Callable[[], object], what: str, secs: float = 600.0) -> 
     deadline = time.monotonic() + secs
     while not happened():
         assert time.monotonic() < deadline, f"{what}: not after {secs:.0f} s"
-        time.sleep(0.5)
+        time.sleep(0.2)
 
 
 def _answers(port: int, process: subprocess.Popen[bytes], folder: Path) -> bool:

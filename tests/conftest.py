@@ -17,15 +17,6 @@ from salad_ray.configfile import parse_config
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under pytest-xdist: what uses Ray in the tests' own process stays in one, which has one Ray; other files as they
-    are, beside it. Tests that start clusters of their own are among these, so that their waits cost nothing."""
-    for item in items:
-        of_ray = {"finished_run", "undisturbed"} & set(getattr(item, "fixturenames", ()))
-        name = "ray" if of_ray or item.path.parent.name == "stages" else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(name))
-
-
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real recordings, texts and a small text LM: `SALAD_DATA`, or `../shared/data` beside the checkout."""
