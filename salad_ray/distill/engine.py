@@ -70,9 +70,17 @@ def make_engine(student: SpeechLM, settings: DistillConfig, num_micro_batches: i
 
 
 def destroy(engine: Any) -> None:
-    """Let an engine go, so that its models and optimizer can leave the memory."""
+    """Let an engine go, so that its models and optimizer leave the memory.
+
+    ZeRO 3 leaves its model in a global list, and hooks that refer to the engine; so that is emptied.
+    """
     engine.destroy()
-    FWD_MODULE_STACK.clear()  # where ZeRO 3 leaves the model
+    FWD_MODULE_STACK.clear()
+    for parameter in engine.module.parameters():
+        vars(parameter).clear()
+        parameter.grad, parameter.data = None, parameter.data.new_empty(0)
+    for held in (engine.optimizer, engine):
+        vars(held).clear()
 
 
 def compile_layers(llm: PreTrainedModel, backend: str = "inductor") -> None:
