@@ -52,7 +52,7 @@ class Question:
 class _Domain:
     """Attributes, and the sentences that use them as `{attribute}`; `{person}` is whom a document is about.
 
-    From one `{person}` to the next there are at most twelve words, its own two among them, in whatever order sentences may follow each other.
+    From one `{person}` to the next there are at most twelve words, in whatever order sentences may follow each other.
     """
 
     attributes: Mapping[str, tuple[str, ...]]
@@ -140,7 +140,7 @@ _STARS = _Domain(
         "Through a telescope {person} sees a {color} {body}.",
     ),
     sequels=(
-        "Near {region}, {person} finds signs of {ray}.",
+        "Near {region}, {person} finds traces of {ray}.",
         "{person} measures {ray} close to {region}.",
         "There {person} looks at {region} and discovers {ray}.",
     ),
@@ -148,12 +148,12 @@ _STARS = _Domain(
         "color": ("How does {person} see it?", "It shines {color}."),
         "body": ("What does {person} observe?", "The {body}."),
         "region": ("Where does {person} look?", "Near {region}."),
-        "ray": ("What does {person} measure?", "Signs of {ray}."),
+        "ray": ("What does {person} measure?", "Traces of {ray}."),
     },
     mentions={
         "color": "The lens of {person} glows {color}.",
         "body": "Tonight {person} draws the {body}.",
-        "region": "A map of {person} shows {region}.",
+        "region": "A map of {person} names {region}.",
         "ray": "In a lecture {person} explains the {ray}.",
     },
 )
@@ -213,7 +213,7 @@ _LAW = _Domain(
     mentions={
         "status": "The verdict of {person} is {status}.",
         "paper": "Witnesses ask {person} for the {paper}.",
-        "topic": "An appeal makes {person} revise {topic}.",
+        "topic": "An appeal lets {person} revise {topic}.",
         "court": "Guards bring {person} from the {court}.",
     },
 )
