@@ -278,7 +278,7 @@ ESPEAK_VOICES = (
     *(f"en-gb{variant}" for variant in ("", "+f2", "+f5", "+Alicia", "+Annie", "+grandma", "+linda", "+steph")),
     *(f"en-gb+{variant}" for variant in ("m2", "m4", "m8", "Andy", "Lee", "Michael", "ed", "pablo")),
 )
-"""Of its hundred variants thirty-two that sound unlike each other; synthesis/espeak.py says which cannot be used."""
+"""Plain and with thirty of its hundred variants, unlike each other; `espeak.variants` says what was left out."""
 KOKORO_VOICES = tuple(
     f"{kind}_{name}"
     for kind, names in (

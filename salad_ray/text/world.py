@@ -176,7 +176,7 @@ _CHEMISTRY = _Domain(
     ),
     questions={
         "state": ("How does {person} keep it?", "It is {state}."),
-        "substance": ("What does {person} weigh?", "Pure {substance}."),
+        "substance": ("What does {person} weigh?", "Raw {substance}."),
         "product": ("What does {person} collect?", "Pure {product}."),
         "vessel": ("What does {person} heat?", "The {vessel}."),
     },
