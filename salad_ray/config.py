@@ -85,9 +85,12 @@ class WorldConfig(Section):
 def _path_only(value: Any) -> Any:
     if isinstance(value, str):
         return {"path": value}
-    if isinstance(value, dict):  # behind a validator of ours, pydantic no longer takes JSON's arrays for tuples
-        return {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
-    return value
+    return _with_tuples(value) if isinstance(value, dict) else value
+
+
+def _with_tuples(given: dict[str, Any]) -> dict[str, Any]:
+    """Behind a validator of ours, pydantic no longer takes JSON's arrays for tuples."""
+    return {key: tuple(item) if isinstance(item, list) else item for key, item in given.items()}
 
 
 def path_name(path: str) -> str:
@@ -271,15 +274,36 @@ class SpeechGates(QualityConfig):
     """Longest stretch within the speech that is 40 dB below its level."""
 
 
+ESPEAK_VOICES = (
+    *(f"en-us{variant}" for variant in ("", "+f1", "+f3", "+Andrea", "+anika", "+belinda", "+shelby", "+zac")),
+    *(f"en-us+{variant}" for variant in ("m1", "m5", "m7", "Alex", "Gene", "Mario", "boris", "iven")),
+    *(f"en-gb{variant}" for variant in ("", "+f2", "+f5", "+Alicia", "+Annie", "+grandma", "+linda", "+steph")),
+    *(f"en-gb+{variant}" for variant in ("m2", "m4", "m8", "Andy", "Lee", "Michael", "ed", "pablo")),
+)
+"""Plain and with thirty of its hundred variants, unlike each other; `espeak.variants` says what was left out."""
+KOKORO_VOICES = tuple(
+    f"{kind}_{name}"
+    for kind, names in (
+        ("af", ("alloy", "aoede", "bella", "heart", "jessica", "kore", "nova", "river", "sarah", "sky")),
+        ("am", ("adam", "echo", "eric", "fenrir", "liam", "michael", "onyx", "santa")),
+        ("bf", ("alice", "emma", "isabella", "lily")),
+        ("bm", ("daniel", "fable", "george", "lewis")),
+    )
+    for name in names
+)
+"""All English voices of Kokoro-82M but the two that evaluate."""
+EVALUATION_VOICES = {"espeak": ("en-us+m3", "en-gb+f4"), "kokoro": ("af_nicole", "am_puck")}
+
+
 class SynthesizeConfig(Section):
     synthesizer: Literal["espeak", "kokoro"] = "espeak"
     path: str | None = None
     """Weights of Kokoro, a hub id or a folder; none is hexgrad/Kokoro-82M."""
     revision: str | None = None
-    voices: tuple[str, ...] = Field(("en-us", "en-gb", "en-us+f3"), min_length=1)
-    """Voices of training speech, drawn per passage."""
-    evaluation_voices: tuple[str, ...] = Field(("en-us+m3", "en-gb+f4"), min_length=1)
-    """Voices of held-out speech; never used for training speech."""
+    voices: tuple[str, ...] = Field(ESPEAK_VOICES, min_length=1)
+    """Voices of training speech, drawn per passage; of Kokoro all English ones but the two below."""
+    evaluation_voices: tuple[str, ...] = Field(EVALUATION_VOICES["espeak"], min_length=1)
+    """Voices of held-out speech, never used for training speech; of Kokoro af_nicole and am_puck."""
     audio_format: Literal["FLAC", "OPUS"] = "FLAC"
     batch_size: int = operational(32, ge=1)
     """Passages that are spoken at once: the unit of resume within a shard."""
@@ -291,6 +315,16 @@ class SynthesizeConfig(Section):
     """Of the recogniser's transcript against the text; more is rejected."""
     num_gpus: float = operational(0.0, ge=0)
     """GPUs of each synthesizing actor."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_voices(cls, given: Any) -> Any:
+        """Kokoro's voices where it speaks and none are named."""
+        if not isinstance(given, dict):
+            return given
+        is_kokoro = given.get("synthesizer") == "kokoro"
+        own = {"voices": KOKORO_VOICES, "evaluation_voices": EVALUATION_VOICES["kokoro"]} if is_kokoro else {}
+        return own | _with_tuples(given)
 
     @model_validator(mode="after")
     def _disjoint(self) -> SynthesizeConfig:

@@ -123,7 +123,7 @@ def _texts(config: Config) -> list[Step]:
         keys += ("embed.embedder", "embed.path", "embed.revision")
         found.append(Step("ingest", "web", ("passages",), keys=keys))
     elif config.has_web or config.model.teacher == "world":
-        found.append(Step("ingest", "web", ("passages",), keys=("world.num_web", *world), by_shard=True))
+        found.append(Step("ingest", "web", ("passages",), keys=("world.num_web", *world), by_shard=True, version=2))
     if config.ingest.corpora:
         read = (f"ingest.{name}" for name in ("corpora", "languages", "heldout_share", "split_by", "num_shards"))
         found.append(Step("ingest", "natural", ("catalog",), keys=tuple(read)))
@@ -131,18 +131,20 @@ def _texts(config: Config) -> list[Step]:
         found.append(Step("ingest", "natural", ("utterances",), checked, ("ingest.quality",), by_shard=True))
     else:
         keys = ("world.num_natural", "world.unheard", *world)
-        found.append(Step("ingest", "natural", ("passages",), keys=keys, by_shard=True))
+        found.append(Step("ingest", "natural", ("passages",), keys=keys, by_shard=True, version=2))
     if "heldout" in config.measured_sets and config.ingest.web:
         keys = ("ingest.passages.num_heldout", "seed")
         found.append(Step("ingest", "heldout", ("passages",), ("web/passages",), keys))
     elif "heldout" in config.measured_sets:
-        found.append(Step("ingest", "heldout", ("passages",), keys=("world.num_heldout", *world), by_shard=True))
+        keys = ("world.num_heldout", *world)
+        found.append(Step("ingest", "heldout", ("passages",), keys=keys, by_shard=True, version=2))
     return found
 
 
 def _teacher(config: Config) -> Step:
     if config.model.teacher == "world":
-        return Step("teacher", "", ("teacher",), ("web/passages",), ("model.teacher", "model.tiny_lm", "seed"))
+        keys = ("model.teacher", "model.tiny_lm", "seed")
+        return Step("teacher", "", ("teacher",), ("web/passages",), keys, version=2)
     return Step("teacher", "", ("teacher",), keys=("model.teacher", "model.revision"))
 
 

@@ -53,6 +53,18 @@ def test_a_wrong_config_is_one_sentence_with_key_value_and_remedy(data: dict, wo
         assert word in message
 
 
+def test_each_synthesizer_has_voices_of_its_own() -> None:
+    espeak, kokoro = (parse_config({"synthesize": {"synthesizer": name}}, "run.yaml") for name in ("espeak", "kokoro"))
+    assert parse_config({}, "run.yaml").synthesize == espeak.synthesize
+    assert min(len(config.synthesize.voices) for config in (espeak, kokoro)) >= 20
+    assert kokoro.synthesize.evaluation_voices == ("af_nicole", "am_puck")
+    one = parse_config({"synthesize": {"synthesizer": "kokoro", "voices": ["af_heart"]}}, "run.yaml")
+    assert one.synthesize.voices == ("af_heart",)
+    assert one.synthesize.evaluation_voices == kokoro.synthesize.evaluation_voices
+    with pytest.raises(ConfigError, match="'en-us' is no voice of Kokoro's"):
+        parse_config({"synthesize": {"synthesizer": "kokoro", "voices": ["en-us"]}}, "run.yaml")
+
+
 def test_overrides_are_read_as_yaml_and_checked_like_the_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("distill: {learning_rate: 1e-4}\n")

@@ -26,6 +26,9 @@ MAX_POSITIONS = 2048
 _HELDOUT_SHARE = 0.02
 _WARMUP_SHARE = 0.05
 _IGNORED = -100
+_SPREAD_SHARE = 0.5
+MAX_SPREAD = 8.0
+"""Positions of a token, at most: the slowest voices take as many frames, of 80 ms, for a word."""
 # Qwen2's 0.02 suits widths of thousands; at a width of 160 the LM learns to copy from context far later with it.
 _INITIALIZER_RANGE = 0.06
 
@@ -41,8 +44,10 @@ def train_tiny_lm(
 ) -> dict[str, float]:
     """Train a tokenizer and a causal LM on short documents and write both as a Hugging Face folder.
 
-    Every document is a sample of its own: it starts at position 0, without BOS, and ends with `<|endoftext|>`. Runs on
-    the CPU in fp32; the same texts, config and seed give the same weights.
+    Every document is a sample of its own: it starts at position 0, without BOS, and ends with `<|endoftext|>`. Of half
+    of them a part is spread over more positions than it has tokens, as if it were spoken: so the LM knows the distances
+    of samples that hold speech, which are several times those of text. Runs on the CPU in fp32; the same texts, config
+    and seed give the same weights.
 
     Args:
         texts: documents; one in fifty is held out for the figures below.
@@ -147,7 +152,8 @@ def _fit(
     batches = _shuffled_batches(samples, config.batch_size, rng)
     model.train()
     for step in range(1, config.num_steps + 1):
-        loss = _mean_loss(model, next(batches))
+        batch = next(batches)
+        loss = _mean_loss(model, batch, [_spread_positions(len(sample), rng) for sample in batch])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -175,15 +181,33 @@ def _shuffled_batches(samples: list[list[int]], batch_size: int, rng: np.random.
             yield [samples[index] for index in order[starts[pick] : starts[pick] + batch_size]]
 
 
-def _mean_loss(model: Qwen2ForCausalLM, samples: list[list[int]]) -> torch.Tensor:
+def _spread_positions(length: int, rng: np.random.Generator) -> np.ndarray:
+    """Positions of a document's tokens, rising from 0; in a random part, of half of all documents, a token takes up to
+    `MAX_SPREAD` of them."""
+    steps = np.ones(length)
+    start, end = np.sort(rng.integers(length + 1, size=2))
+    if rng.random() < _SPREAD_SHARE:
+        steps[start:end] = rng.uniform(1, min(MAX_SPREAD, MAX_POSITIONS / length))
+    return np.concatenate([[0], np.cumsum(steps)[:-1]]).astype(np.int64)
+
+
+def _mean_loss(
+    model: Qwen2ForCausalLM, samples: list[list[int]], positions: Sequence[np.ndarray] | None = None
+) -> torch.Tensor:
     """Cross-entropy in nats per token. Padding is on the right, where causal attention never looks."""
     length = max(len(sample) for sample in samples)
     token_ids = torch.zeros((len(samples), length), dtype=torch.long)  # (B, T)
     labels = torch.full((len(samples), length), _IGNORED)
+    position_ids = torch.arange(length).repeat(len(samples), 1)
     for row, sample in enumerate(samples):
         token_ids[row, : len(sample)] = torch.tensor(sample)
         labels[row, : len(sample) - 1] = torch.tensor(sample[1:])
-    hidden = model.model(input_ids=token_ids, use_cache=False).last_hidden_state  # (B, T, D)
+        if positions is not None:
+            position_ids[row, : len(sample)] = torch.from_numpy(positions[row])
+    # A mask, though nothing is masked: without one, transformers takes a jump in the positions for another document.
+    hidden = model.model(
+        input_ids=token_ids, attention_mask=torch.ones_like(token_ids), position_ids=position_ids, use_cache=False
+    ).last_hidden_state  # (B, T, D)
     scored = labels != _IGNORED
     return F.cross_entropy(model.lm_head(hidden[scored]), labels[scored])
 

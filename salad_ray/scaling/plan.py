@@ -44,7 +44,7 @@ ENCODERS = {"mimi": (512, 12.5), "log_mel": (640, 12.5)}
 """Width and frame rate."""
 SENTENCE_DIM = 384
 """Of MiniLM's embeddings."""
-WORLD_VOCABULARY = 860
+WORLD_VOCABULARY = 1000
 """Tokens of the embedded world's text LLM, about."""
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 USABLE = 0.92

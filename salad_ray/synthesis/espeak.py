@@ -177,7 +177,14 @@ def voices() -> tuple[str, ...]:
 
 @cache
 def variants() -> tuple[str, ...]:
-    """Names of the variants: f1 … f5 and m1 … m8 are the plain female and male ones."""
+    """Names of the variants: f1 … f5 and m1 … m8 are the plain female and male ones.
+
+    All of them speak, with words where the sound is, and as fast as the plain voice. For training some are of no use:
+    whisper and whisperf have no pitch; klatt, klatt2, caleb, croak, grandpa and Demonic have half of one, and klatt and
+    klatt2 are faint; fast is the plain voice; adam (klatt6), klatt5 (klatt4), Gene2 (Gene), RicishayMax3
+    (RicishayMax2), robosoft3 (robosoft2) and michel (miguel) sound like another one; robosoft to robosoft8, UniRobot
+    and anikaRobot echo.
+    """
     return tuple(sorted(path.name for path in (_data_folder() / "voices" / "!v").iterdir()))
 
 

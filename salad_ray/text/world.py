@@ -1,9 +1,14 @@
 """The embedded world: short documents in six domains, and questions about them, made from a small grammar.
 
-A document is fixed by a few attributes that its first two sentences state (who, what kind, where, …) and its later
-sentences refer to, so a model that mishears one mispredicts the rest. Facts hold in all documents: an owl eats mice.
-Content words belong to one domain each; names and function words are shared. So a domain that is never spoken in
-training is heard for the first time at measuring.
+A document is about one person and four attributes. Its first two sentences state each attribute once; what follows,
+questions with answers and plain sentences, refers to each at most once more. Attributes are drawn independently of
+each other and of all else, so only reading, or hearing, those two sentences tells what follows, and the choices of a
+question tell nothing. Content words belong to one domain each; names and function words are shared. So a domain that
+is never spoken in training is heard for the first time at measuring.
+
+Test documents and questions are about people that no other document knows (a first and a last name that are never seen
+together), and no thirteen words of them in a row are without such a name: they pass the filter that keeps benchmarks
+out of training text (`text/decontaminate.py`).
 """
 
 from __future__ import annotations
@@ -17,14 +22,19 @@ import numpy as np
 from salad_ray.config import ConfigError
 from salad_ray.tables import Passage, stable_hash
 
-_PEOPLE: Mapping[str, tuple[str, ...]] = {
-    "name": ("Anna", "Clara", "Emma", "Iris"),
-    "friend": ("Bruno", "David", "Felix", "Hugo"),
+_FIRST_NAMES = ("Anna", "Bruno", "Clara", "David", "Emma", "Felix")
+_LAST_NAMES = ("Brown", "Frost", "Hill", "Moss", "Stone", "Wells")
+_ALL_PEOPLE = [(first, last) for first in range(len(_FIRST_NAMES)) for last in range(len(_LAST_NAMES))]
+_PEOPLE: Mapping[bool, tuple[str, ...]] = {
+    is_test: tuple(
+        f"{_FIRST_NAMES[first]} {_LAST_NAMES[last]}" for first, last in _ALL_PEOPLE if (first == last) == is_test
+    )
+    for is_test in (False, True)
 }
+"""Whom documents are about, of the test split and of all others: every name is in both, no full name is."""
 NUM_CHOICES = 4
-_QUESTION_SHARE = 0.5
+_QUESTION_SHARE = 0.7
 _MAX_REPEATS = 1000
-_TEST_ONE_IN = 8  # of all documents there could be, those that only `split="test"` may draw
 
 
 @dataclass(frozen=True)
@@ -40,222 +50,202 @@ class Question:
 
 @dataclass(frozen=True)
 class _Domain:
-    """Attributes, and the sentences that use them as `{attribute}`; `name` and `friend` are people."""
+    """Attributes, and the sentences that use them as `{attribute}`; `{person}` is whom a document is about.
+
+    From one `{person}` to the next there are at most twelve words, in whatever order sentences may follow each other.
+    """
 
     attributes: Mapping[str, tuple[str, ...]]
-    """Drawn for each document."""
-    facts: Mapping[str, tuple[str, tuple[str, ...]]]
-    """Attributes that follow from another one: its name, and a value for each of its values."""
+    """Four, of `NUM_CHOICES` values each."""
     openings: tuple[str, ...]
-    """First sentences: they state every attribute but `friend`."""
-    introductions: tuple[str, ...]
-    """Second sentences: they state `friend`."""
+    """First sentences: they state the first two attributes."""
     sequels: tuple[str, ...]
-    questions: tuple[tuple[str, str, str], ...]
-    """Question, answer, and the attribute that is asked for."""
+    """Second sentences: they state the other two."""
+    questions: Mapping[str, tuple[str, str]]
+    """Attribute → question and answer."""
+    mentions: Mapping[str, str]
+    """Attribute → a sentence that refers to it."""
 
 
 _ANIMALS = _Domain(
     attributes={
-        "animal": ("wolf", "bear", "owl", "fox"),
         "coat": ("spotted", "shaggy", "golden", "muddy"),
+        "animal": ("wolf", "bear", "owl", "fox"),
         "place": ("forest", "river", "meadow", "cave"),
+        "food": ("meat", "honey", "mice", "eggs"),
     },
-    facts={"food": ("animal", ("meat", "honey", "mice", "eggs"))},
     openings=(
-        "The {coat} {animal} {name} lives in the {place} and eats {food}.",
-        "In the {place} lives a {coat} {animal}, {name}, who eats {food}.",
-        "{name} is a {coat} {animal} who hunts for {food} in the {place}.",
-    ),
-    introductions=(
-        "Every day {friend} feeds {food} to the {coat} {animal} in the {place}.",
-        "{friend} follows {name} to the {place} because the {animal} eats {food}.",
-        "When {name} hunts in the {place}, {friend} watches the {coat} {animal}.",
+        "The keeper {person} feeds a {coat} {animal}.",
+        "{person}, a keeper, tames a {coat} {animal}.",
+        "Every morning {person} follows a {coat} {animal}.",
     ),
     sequels=(
-        "Because {name} eats {food}, {friend} carries {food} to the {place}.",
-        "{name}, who lives in the {place}, follows {friend} and the {food}.",
-        "The {coat} {animal} hunts when {friend} leaves the {place}.",
-        "{friend} feeds {name}, and the {coat} {animal} eats the {food}.",
-        "The {food} is for the {animal}, so {friend} watches {name} in the {place}.",
-        "In the {place}, the {animal} {name} eats {food} with {friend}.",
+        "In the {place}, {person} hides {food} for it.",
+        "{person} carries {food} through the {place}.",
+        "It takes {food} from {person} in the {place}.",
     ),
-    questions=(
-        ("Where does {name} live?", "In the {place}.", "place"),
-        ("What does {name} eat?", "The {animal} eats {food}.", "food"),
-        ("Who feeds the {animal}?", "{friend} feeds {name}.", "friend"),
-        ("What is {name}?", "{name} is a {coat} {animal}.", "coat"),
-    ),
+    questions={
+        "coat": ("How does {person} paint it?", "It is {coat}."),
+        "animal": ("Which animal does {person} feed?", "The {animal}."),
+        "place": ("Where does {person} hide?", "In the {place}."),
+        "food": ("What does {person} carry?", "Some {food}."),
+    },
+    mentions={
+        "coat": "A photo of {person} shows it {coat}.",
+        "animal": "Then {person} tames the {animal}.",
+        "place": "Later {person} leaves the {place}.",
+        "food": "Soon {person} hides more {food}.",
+    },
 )
 _COOKING = _Domain(
     attributes={
-        "dish": ("soup", "cake", "salad", "stew"),
         "taste": ("spicy", "sweet", "sour", "bitter"),
+        "dish": ("soup", "cake", "salad", "stew"),
+        "part": ("onions", "butter", "tomatoes", "beans"),
         "pot": ("kettle", "skillet", "bowl", "oven"),
     },
-    facts={"part": ("dish", ("onions", "butter", "tomatoes", "beans"))},
     openings=(
-        "The cook {name} stirs a {taste} {dish} with {part} in the {pot}.",
-        "In the {pot} of the cook {name} is a {taste} {dish} with {part}.",
-        "{name} is a cook who puts {part} into a {taste} {dish} in the {pot}.",
-    ),
-    introductions=(
-        "Every day {friend} tastes the {taste} {dish} from the {pot}.",
-        "{friend} buys {part} for {name} because the {dish} is {taste}.",
-        "When {name} stirs the {dish} in the {pot}, {friend} slices the {part}.",
+        "The cook {person} makes a {taste} {dish}.",
+        "{person}, a cook, stirs a {taste} {dish}.",
+        "For dinner {person} serves a {taste} {dish}.",
     ),
     sequels=(
-        "Because {name} stirs the {dish}, {friend} puts {part} into the {pot}.",
-        "{name}, who has the {pot}, serves {friend} the {taste} {dish}.",
-        "The {taste} {dish} is for {friend}, so {name} slices the {part}.",
-        "{friend} tastes the {part}, and the {dish} of {name} is {taste}.",
-        "The cook {name} buys {part} when {friend} tastes the {dish}.",
-        "From the {pot}, {name} serves the {taste} {dish} with {part} to {friend}.",
+        "From the {pot}, {person} scoops {part}.",
+        "{person} slices {part} into the {pot}.",
+        "With {part} {person} fills the {pot}.",
     ),
-    questions=(
-        ("Where is the {dish}?", "In the {pot}.", "pot"),
-        ("What is in the {dish}?", "The {dish} has {part}.", "part"),
-        ("Who tastes the {dish}?", "{friend} tastes the {dish}.", "friend"),
-        ("What does {name} serve?", "{name} serves a {taste} {dish}.", "taste"),
-    ),
+    questions={
+        "taste": ("How does {person} taste it?", "It is {taste}."),
+        "dish": ("What does {person} serve?", "The {dish}."),
+        "part": ("What does {person} slice?", "Some {part}."),
+        "pot": ("What does {person} fill?", "The {pot}."),
+    },
+    mentions={
+        "taste": "A guest of {person} finds it {taste}.",
+        "dish": "Guests thank {person} for the {dish}.",
+        "part": "Now {person} buys more {part}.",
+        "pot": "At night {person} washes the {pot}.",
+    },
 )
 _STARS = _Domain(
     attributes={
-        "body": ("comet", "planet", "moon", "nebula"),
         "color": ("red", "blue", "violet", "yellow"),
+        "body": ("comet", "planet", "moon", "nebula"),
         "region": ("Orion", "Taurus", "Leo", "Virgo"),
+        "ray": ("ice", "storms", "shadows", "gas"),
     },
-    facts={"ray": ("body", ("ice", "storms", "shadows", "gas"))},
     openings=(
-        "The astronomer {name} observes a {color} {body} near {region} that emits {ray}.",
-        "Near {region} is a {color} {body} that emits {ray}, and {name} discovers it.",
-        "{name} is an astronomer who studies {ray} from a {color} {body} near {region}.",
-    ),
-    introductions=(
-        "Every night {friend} measures the {ray} of the {color} {body} near {region}.",
-        "{friend} observes {region} with {name} because the {body} emits {ray}.",
-        "When {name} observes the {body} near {region}, {friend} measures the {ray}.",
+        "The astronomer {person} discovers a {color} {body}.",
+        "{person}, an astronomer, observes a {color} {body}.",
+        "Through a telescope {person} sees a {color} {body}.",
     ),
     sequels=(
-        "Because the {body} emits {ray}, {name} observes {region} with {friend}.",
-        "{name}, who studies {region}, shows {friend} the {color} {body}.",
-        "The {color} {body} shines near {region}, so {friend} measures {ray} for {name}.",
-        "{friend} discovers {ray}, and the {body} of {name} shines {color}.",
-        "The astronomer {name} studies {ray} when {friend} observes the {body}.",
-        "Near {region}, the {color} {body} shines for {name} and {friend}.",
+        "Near {region}, {person} finds traces of {ray}.",
+        "{person} measures {ray} close to {region}.",
+        "There {person} looks at {region} and discovers {ray}.",
     ),
-    questions=(
-        ("Where does the {body} shine?", "Near {region}.", "region"),
-        ("What does the {body} emit?", "The {body} emits {ray}.", "ray"),
-        ("Who measures the {ray}?", "{friend} measures the {ray}.", "friend"),
-        ("What does {name} observe?", "{name} observes a {color} {body}.", "color"),
-    ),
+    questions={
+        "color": ("How does {person} see it?", "It shines {color}."),
+        "body": ("What does {person} observe?", "The {body}."),
+        "region": ("Where does {person} look?", "Near {region}."),
+        "ray": ("What does {person} measure?", "Traces of {ray}."),
+    },
+    mentions={
+        "color": "The lens of {person} glows {color}.",
+        "body": "Tonight {person} draws the {body}.",
+        "region": "A map of {person} names {region}.",
+        "ray": "In a lecture {person} explains the {ray}.",
+    },
 )
 _CHEMISTRY = _Domain(
     attributes={
-        "substance": ("copper", "sulfur", "iodine", "zinc"),
         "state": ("liquid", "solid", "molten", "diluted"),
+        "substance": ("copper", "sulfur", "iodine", "zinc"),
+        "product": ("crystals", "smoke", "fumes", "hydrogen"),
         "vessel": ("flask", "beaker", "funnel", "vial"),
     },
-    facts={"product": ("substance", ("crystals", "smoke", "fumes", "hydrogen"))},
     openings=(
-        "The chemist {name} heats {state} {substance} in the {vessel} and obtains {product}.",
-        "In the {vessel} of the chemist {name}, {state} {substance} becomes {product}.",
-        "{name} is a chemist who turns {state} {substance} into {product} in the {vessel}.",
-    ),
-    introductions=(
-        "Every week {friend} pours {state} {substance} into the {vessel}.",
-        "{friend} cleans the {vessel} for {name} because the {substance} becomes {product}.",
-        "When {name} heats the {vessel}, {friend} collects {product} from the {substance}.",
+        "The chemist {person} weighs {state} {substance}.",
+        "{person}, a chemist, mixes {state} {substance}.",
+        "For a test {person} orders {state} {substance}.",
     ),
     sequels=(
-        "Because {substance} becomes {product}, {name} heats the {vessel} with {friend}.",
-        "{name}, who has the {vessel}, gives {friend} the {state} {substance}.",
-        "The {state} {substance} is for {friend}, so {name} cleans the {vessel}.",
-        "{friend} collects {product}, and {name} pours the {state} {substance}.",
-        "The chemist {name} obtains {product} when {friend} heats the {substance}.",
-        "From the {vessel}, {name} pours {state} {substance} and {product} for {friend}.",
+        "Out of the {vessel}, {person} collects {product}.",
+        "{person} heats the {vessel} and obtains {product}.",
+        "Then {person} finds {product} in the {vessel}.",
     ),
-    questions=(
-        ("Where is the {substance}?", "In the {vessel}.", "vessel"),
-        ("What does {substance} become?", "The {substance} becomes {product}.", "product"),
-        ("Who cleans the {vessel}?", "{friend} cleans the {vessel}.", "friend"),
-        ("What does {name} heat?", "{name} heats {state} {substance}.", "state"),
-    ),
+    questions={
+        "state": ("How does {person} keep it?", "It is {state}."),
+        "substance": ("What does {person} weigh?", "Raw {substance}."),
+        "product": ("What does {person} collect?", "Pure {product}."),
+        "vessel": ("What does {person} heat?", "The {vessel}."),
+    },
+    mentions={
+        "state": "A sample of {person} is {state}.",
+        "substance": "A label of {person} says {substance}.",
+        "product": "A sensor warns {person} of {product}.",
+        "vessel": "With gloves {person} cleans the {vessel}.",
+    },
 )
 _LAW = _Domain(
     attributes={
-        "paper": ("contract", "treaty", "testament", "patent"),
         "status": ("federal", "civil", "criminal", "void"),
+        "paper": ("contract", "treaty", "testament", "patent"),
+        "topic": ("payment", "borders", "inheritance", "inventions"),
         "court": ("tribunal", "parliament", "courthouse", "embassy"),
     },
-    facts={
-        "topic": (
-            "paper",
-            ("payment", "borders", "inheritance", "inventions"),
-        )
-    },
     openings=(
-        "The judge {name} signs a {status} {paper} about {topic} at the {court}.",
-        "At the {court} is a {status} {paper} about {topic}, and the judge {name} signs it.",
-        "{name} is a judge who drafts a {status} {paper} about {topic} at the {court}.",
-    ),
-    introductions=(
-        "Every month {friend} defends the {status} {paper} at the {court}.",
-        "{friend} accuses {name} because the {paper} regulates {topic}.",
-        "When {name} signs the {paper} at the {court}, {friend} appeals the {topic}.",
+        "The judge {person} signs a {status} {paper}.",
+        "{person}, a judge, drafts a {status} {paper}.",
+        "For a lawyer {person} reads a {status} {paper}.",
     ),
     sequels=(
-        "Because the {paper} regulates {topic}, {name} accuses {friend} at the {court}.",
-        "{name}, who rules at the {court}, drafts {friend} the {status} {paper}.",
-        "The {status} {paper} is for {friend}, so {name} regulates {topic}.",
-        "{friend} defends the {topic}, and the {paper} of {name} is {status}.",
-        "The judge {name} rules about {topic} when {friend} appeals the {paper}.",
-        "At the {court}, {name} signs the {status} {paper} about {topic} for {friend}.",
+        "At the {court}, {person} rules about {topic}.",
+        "{person} regulates {topic} at the {court}.",
+        "There {person} enters the {court} and debates {topic}.",
     ),
-    questions=(
-        ("Where does {name} rule?", "At the {court}.", "court"),
-        ("What does the {paper} regulate?", "The {paper} regulates {topic}.", "topic"),
-        ("Who appeals the {paper}?", "{friend} appeals the {paper}.", "friend"),
-        ("What does {name} sign?", "{name} signs a {status} {paper}.", "status"),
-    ),
+    questions={
+        "status": ("How does {person} call it?", "It is {status}."),
+        "paper": ("What does {person} sign?", "The {paper}."),
+        "topic": ("What does {person} regulate?", "About {topic}."),
+        "court": ("Where does {person} rule?", "At the {court}."),
+    },
+    mentions={
+        "status": "The verdict of {person} is {status}.",
+        "paper": "Witnesses ask {person} for the {paper}.",
+        "topic": "An appeal lets {person} revise {topic}.",
+        "court": "Guards bring {person} from the {court}.",
+    },
 )
 _MUSIC = _Domain(
     attributes={
-        "instrument": ("violin", "trumpet", "piano", "flute"),
         "look": ("wooden", "vintage", "famous", "broken"),
+        "instrument": ("violin", "trumpet", "piano", "flute"),
+        "piece": ("sonatas", "marches", "waltzes", "melodies"),
         "stage": ("theater", "opera", "stadium", "chapel"),
     },
-    facts={
-        "piece": (
-            "instrument",
-            ("sonatas", "marches", "waltzes", "melodies"),
-        )
-    },
     openings=(
-        "The musician {name} plays {piece} on a {look} {instrument} in the {stage}.",
-        "In the {stage} is a {look} {instrument}, and the musician {name} plays {piece} on it.",
-        "{name} is a musician who practices {piece} on a {look} {instrument} in the {stage}.",
-    ),
-    introductions=(
-        "Every evening {friend} tunes the {look} {instrument} in the {stage}.",
-        "{friend} sings with {name} because the {instrument} plays {piece}.",
-        "When {name} practices in the {stage}, {friend} listens to the {instrument}.",
+        "The musician {person} tunes a {look} {instrument}.",
+        "{person}, a musician, owns a {look} {instrument}.",
+        "On a tour {person} plays a {look} {instrument}.",
     ),
     sequels=(
-        "Because {name} plays {piece}, {friend} sings {piece} in the {stage}.",
-        "{name}, who plays in the {stage}, lends {friend} the {look} {instrument}.",
-        "The {look} {instrument} is for {friend}, so {name} sings the {piece}.",
-        "{friend} listens to {piece}, and {name} tunes the {look} {instrument}.",
-        "The musician {name} practices {piece} when {friend} tunes the {instrument}.",
-        "In the {stage}, {name} plays {piece} on the {look} {instrument} with {friend}.",
+        "In the {stage}, {person} practices {piece}.",
+        "{person} rehearses {piece} inside the {stage}.",
+        "Then {person} rents the {stage} and sings {piece}.",
     ),
-    questions=(
-        ("Where does {name} play?", "In the {stage}.", "stage"),
-        ("What does the {instrument} play?", "The {instrument} plays {piece}.", "piece"),
-        ("Who tunes the {instrument}?", "{friend} tunes the {instrument}.", "friend"),
-        ("What does {name} practice?", "{name} practices on a {look} {instrument}.", "look"),
-    ),
+    questions={
+        "look": ("How does {person} describe it?", "It is {look}."),
+        "instrument": ("What does {person} play?", "The {instrument}."),
+        "piece": ("What does {person} practice?", "Old {piece}."),
+        "stage": ("Where does {person} rehearse?", "In the {stage}."),
+    },
+    mentions={
+        "look": "A poster of {person} calls it {look}.",
+        "instrument": "Fans hear {person} on the {instrument}.",
+        "piece": "A choir joins {person} for {piece}.",
+        "stage": "Applause greets {person} outside the {stage}.",
+    },
 )
 _WORLD: Mapping[str, _Domain] = {
     "animals": _ANIMALS,
@@ -329,9 +319,7 @@ def _documents(domain: str, seed: int, split: str) -> Iterator[str]:
     seen: set[str] = set()
     repeats = 0
     while repeats < _MAX_REPEATS:
-        text = _document(_WORLD[domain], rng)
-        if (stable_hash("test", text) % _TEST_ONE_IN == 0) != (split == "test"):
-            continue
+        text = _document(_WORLD[domain], rng, is_test=split == "test")
         repeats = repeats + 1 if text in seen else 0
         if not repeats:
             seen.add(text)
@@ -339,53 +327,44 @@ def _documents(domain: str, seed: int, split: str) -> Iterator[str]:
     raise ConfigError(f"the world has no more than {len(seen):,} different documents about {domain}; ask for fewer")
 
 
-def _document(domain: _Domain, rng: np.random.Generator) -> str:
-    """Opening, introduction, a sequel, and then nothing, another sequel, or a question with its answer."""
-    values = _draw_values(domain, rng)
-    num_sequels = 1 + int(rng.integers(2))
-    sentences = _draw_beginning(domain, rng, num_sequels)
-    if num_sequels == 1 and rng.random() < _QUESTION_SHARE:
-        question, answer, _ = domain.questions[rng.integers(len(domain.questions))]
-        sentences += [question, answer]
+def _document(domain: _Domain, rng: np.random.Generator, is_test: bool) -> str:
+    """A beginning that states the attributes, and then two to four of them again, as an answer or in a sentence."""
+    values, attributes = _draw_values(domain, rng, is_test), list(domain.attributes)
+    draws = rng.random(len(attributes)).tolist()
+    order = rng.permutation(len(attributes)).tolist()[: rng.integers(2, len(attributes) + 1)]
+    sentences = _draw_beginning(domain, rng)
+    for pick in order:
+        if draws[pick] < _QUESTION_SHARE:
+            sentences += domain.questions[attributes[pick]]
+        else:
+            sentences.append(domain.mentions[attributes[pick]])
     return " ".join(sentences).format_map(values)
 
 
-def _draw_values(domain: _Domain, rng: np.random.Generator) -> dict[str, str]:
-    """A value for each attribute of a document."""
-    pools = {**_PEOPLE, **domain.attributes}
+def _draw_values(domain: _Domain, rng: np.random.Generator, is_test: bool) -> dict[str, str]:
+    """The person of a document, and a value for each of its attributes."""
+    pools = {"person": _PEOPLE[is_test], **domain.attributes}
     picks = rng.integers([len(pool) for pool in pools.values()]).tolist()
-    index = dict(zip(pools, picks, strict=True))
-    drawn = {attribute: pool[index[attribute]] for attribute, pool in pools.items()}
-    implied = {fact: values[index[cause]] for fact, (cause, values) in domain.facts.items()}
-    return drawn | implied
+    return {attribute: pool[pick] for (attribute, pool), pick in zip(pools.items(), picks, strict=True)}
 
 
-def _draw_beginning(domain: _Domain, rng: np.random.Generator, num_sequels: int) -> list[str]:
-    """Sentences with open attributes."""
-    opening = domain.openings[rng.integers(len(domain.openings))]
-    introduction = domain.introductions[rng.integers(len(domain.introductions))]
-    order = rng.permutation(len(domain.sequels))[:num_sequels].tolist()
-    return [opening, introduction, *(domain.sequels[pick] for pick in order)]
+def _draw_beginning(domain: _Domain, rng: np.random.Generator) -> list[str]:
+    """Two sentences with open attributes, all of them."""
+    opening, sequel = rng.integers([len(domain.openings), len(domain.sequels)]).tolist()
+    return [domain.openings[opening], domain.sequels[sequel]]
 
 
 def _question(name: str, rng: np.random.Generator) -> Question:
     domain = _WORLD[name]
-    values = _draw_values(domain, rng)
-    context = " ".join(_draw_beginning(domain, rng, num_sequels=1)).format_map(values)
-    question, answer, asked = domain.questions[rng.integers(len(domain.questions))]
-    others = [value for value in _pool(domain, asked) if value != values[asked]]
-    options = [values[asked], *rng.permutation(others)[: NUM_CHOICES - 1].tolist()]
-    order = rng.permutation(NUM_CHOICES).tolist()
+    values = _draw_values(domain, rng, is_test=True)
+    context = " ".join(_draw_beginning(domain, rng)).format_map(values)
+    asked = list(domain.attributes)[rng.integers(len(domain.attributes))]
+    question, answer = domain.questions[asked]
+    options = rng.permutation(domain.attributes[asked]).tolist()
     return Question(
         context=context,
         question=question.format_map(values),
-        choices=tuple(answer.format_map({**values, asked: options[pick]}) for pick in order),
-        answer=order.index(0),
+        choices=tuple(answer.format_map({**values, asked: option}) for option in options),
+        answer=options.index(values[asked]),
         domain=name,
     )
-
-
-def _pool(domain: _Domain, attribute: str) -> tuple[str, ...]:
-    if attribute in domain.facts:
-        return domain.facts[attribute][1]
-    return {**_PEOPLE, **domain.attributes}[attribute]

@@ -1,14 +1,27 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
 from salad_ray.config import TinyLMConfig
-from salad_ray.model.tiny_lm import _build, _mean_loss, train_tiny_lm, train_tokenizer
-from salad_ray.tables import BadInput
+from salad_ray.evaluation.benchmarks import world_items
+from salad_ray.evaluation.scoring import batches, predict, score, text_query
+from salad_ray.model.tiny_lm import (
+    MAX_POSITIONS,
+    MAX_SPREAD,
+    _build,
+    _mean_loss,
+    _spread_positions,
+    train_tiny_lm,
+    train_tokenizer,
+)
+from salad_ray.tables import BadInput, Item
 from salad_ray.text.world import DOMAINS, world_passages
 
 SMALL = TinyLMConfig(
@@ -87,22 +100,55 @@ def test_unusable_texts_are_refused(tmp_path: Path) -> None:
         train_tiny_lm([TEXTS[0], "wolf " * 3000], SMALL, 0, tmp_path)
 
 
+def test_positions_reach_those_of_samples_that_hold_speech() -> None:
+    rng = np.random.default_rng(0)
+    drawn = [_spread_positions(48, rng) for _ in range(400)]
+    steps = [np.diff(positions) for positions in drawn]
+    assert all(positions[0] == 0 and len(positions) == 48 for positions in drawn)
+    assert all(step.min() >= 1 and step.max() <= MAX_SPREAD for step in steps)
+    assert 0.4 < np.mean([(step == 1).all() for step in steps]) < 0.65
+    assert max(positions[-1] for positions in drawn) > 250
+    assert max(_spread_positions(1000, rng)[-1] for _ in range(50)) < MAX_POSITIONS
+
+
+def test_a_jump_in_the_positions_hides_nothing() -> None:
+    tokenizer = train_tokenizer(TEXTS)
+    model = _build(SMALL, tokenizer, seed=0)
+    sample, other = (tokenizer(text)["input_ids"] for text in (TEXTS[0], TEXTS[6]))
+    changed = [*other[:4], *sample[4:]]  # of the same domain, so only what was read before the jump tells them apart
+    jump = np.arange(len(sample)) + 100 * (np.arange(len(sample)) >= 6)
+    assert _mean_loss(model, [sample], [jump]).item() != pytest.approx(_mean_loss(model, [sample]).item(), rel=1e-5)
+    losses = [_loss_after(model, ids, jump, start=8) for ids in (sample, changed)]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-5)
+
+
+def _loss_after(model: Qwen2ForCausalLM, sample: list[int], positions: np.ndarray, start: int) -> float:
+    """The summed loss of the tokens from `start` on."""
+    whole, before = (
+        _mean_loss(model, [sample[:end]], [positions[:end]]).item() * (end - 1) for end in (len(sample), start)
+    )
+    return whole - before
+
+
 @pytest.mark.slow
-def test_a_swapped_attribute_changes_what_the_lm_expects_later(tmp_path: Path) -> None:
-    texts = [passage.text for passage in world_passages(6000, DOMAINS, seed=0, split="train")]
-    summary = train_tiny_lm(texts, TinyLMConfig(), seed=0, folder=tmp_path)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    document = "The tiny {} Anna lives in the {} and eats meat. Because Anna eats meat, Hugo carries meat to the"
-    places, gains = ("forest", "desert", "river", "garden"), []
-    for animal in ("wolf", "bear", "fox"):
-        log_probs = torch.stack(
-            [
-                model(torch.tensor([tokenizer(document.format(animal, place))["input_ids"]])).logits[0, -1]
-                for place in places
-            ]
-        ).log_softmax(-1)[:, [tokenizer(f" {place}")["input_ids"][-1] for place in places]]
-        gains += (log_probs.diagonal() - (log_probs.sum(0) - log_probs.diagonal()) / (len(places) - 1)).tolist()
-    # Which of the places it has learnt best differs from machine to machine.
-    assert sum(gains) / len(gains) > 1, gains
-    assert max(gains) > 4, gains
-    assert summary["loss"] < 0.5
+def test_the_world_is_read_and_cannot_be_guessed(tmp_path: Path) -> None:
+    """The quickstart's text LLM: at least nine in ten with the prompt, and chance without it."""
+    quickstart = yaml.safe_load((Path(__file__).parents[2] / "configs" / "quickstart.yaml").read_text())
+    texts = [passage.text for passage in world_passages(quickstart["world"]["num_web"], DOMAINS, seed=0, split="web")]
+    config = TinyLMConfig(**quickstart["model"]["tiny_lm"])
+    train_tiny_lm(texts, config, seed=0, folder=tmp_path)
+    items = world_items(2000, DOMAINS, seed=0)
+    unread = [replace(item, spoken="") for item in items]
+    assert abs(accuracy_of(tmp_path, unread) - 0.25) <= 0.03
+    assert accuracy_of(tmp_path, items[:600]) >= 0.9
+
+
+def accuracy_of(folder: Path, items: list[Item]) -> float:
+    tokenizer, llm = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+    queries = [text_query(tokenizer, [], item, context=512) for item in items]
+    right = 0
+    for batch in batches(queries, max_positions=8192):
+        values = score(llm, [queries[index] for index in batch])
+        for index, value in zip(batch, values, strict=True):
+            right += predict(value, items[index].choices)[0] == items[index].answer
+    return right / len(items)

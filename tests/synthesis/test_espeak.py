@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from salad_ray.config import ESPEAK_VOICES, EVALUATION_VOICES, SpeechGates
+from salad_ray.speech.audio import check_speech
 from salad_ray.synthesis.espeak import SAMPLING_RATE, EspeakSynthesizer, phonemes, variants, voices
 from salad_ray.synthesis.speech import Speech
 from salad_ray.tables import BadInput
@@ -116,6 +118,47 @@ def test_a_seed_varies_the_manner_a_little() -> None:
 def test_voices_differ() -> None:
     spoken = {speak("Hello there.", voice).audio.tobytes() for voice in ("en-us", "en-gb", "en-us+f3", "en-us+m3")}
     assert len(spoken) == 4
+
+
+def test_default_voices_are_audible_unlike_each_other_and_have_words_where_sound_is() -> None:
+    text = "The keeper walked slowly through the cold forest, and she puts the bread on the wooden table."
+    names = [*ESPEAK_VOICES, *EVALUATION_VOICES["espeak"]]
+    assert len(set(names)) == len(names) == 34
+    spoken = EspeakSynthesizer().synthesize([text] * len(names), names)
+    for name, speech in zip(names, spoken, strict=True):
+        check_speech(speech.audio, SAMPLING_RATE, text, SpeechGates())
+        whole = level(speech, 0, speech.duration_secs)
+        assert whole > 0.05, name
+        assert min(level(speech, word.start_secs, word.end_secs) for word in speech.words) > 0.3 * whole, name
+        assert 0.85 < speech.duration_secs / spoken[0].duration_secs < 1.2, name
+        assert voicing(speech) > 0.5, name
+    timbres = np.array([timbre(speech) for speech in spoken])
+    distances = np.abs(timbres[:, None] - timbres).mean(axis=2)[np.triu_indices(len(names), 1)]
+    assert distances.min() > 0.05
+    assert np.median(distances) > 0.6
+
+
+def test_no_variant_is_both_trained_on_and_evaluated() -> None:
+    variant_of = {name: name.partition("+")[2] for name in (*ESPEAK_VOICES, *EVALUATION_VOICES["espeak"])}
+    heard = {variant_of[name] for name in ESPEAK_VOICES}
+    assert len(heard) == len(ESPEAK_VOICES) - 1  # two of them are plain
+    assert not heard & {variant_of[name] for name in EVALUATION_VOICES["espeak"]}
+
+
+def voicing(speech: Speech) -> float:
+    """Median over the louder frames (46 ms) of how much a frame is like itself one period (60 – 550 Hz) later."""
+    frames = speech.audio[: len(speech.audio) // 1024 * 1024].reshape(-1, 1024)
+    frames = frames - frames.mean(axis=1, keepdims=True)
+    power = np.square(frames).mean(axis=1)
+    correlation = np.fft.irfft(np.abs(np.fft.rfft(frames[power > power.mean() / 4], 2048)) ** 2)[:, :370]
+    return float(np.median(correlation[:, 40:].max(axis=1) / correlation[:, 0]))
+
+
+def timbre(speech: Speech) -> np.ndarray:
+    """Mean and spread over time of log power in 30 bands."""
+    frames = speech.audio[: len(speech.audio) // 512 * 512].reshape(-1, 512) * np.hanning(512)
+    power = np.log(np.abs(np.fft.rfft(frames)[:, :240]) ** 2 + 1e-6).reshape(len(frames), 30, 8).mean(axis=2)
+    return np.concatenate([power.mean(axis=0), power.std(axis=0)])
 
 
 @pytest.mark.parametrize("text", ["", " \n\t", "...", "—", "\ud800 hello"])

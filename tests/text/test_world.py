@@ -6,18 +6,31 @@ from collections import Counter, defaultdict
 import pytest
 
 from salad_ray.config import ConfigError
-from salad_ray.text.world import DOMAINS, world_passages, world_questions
+from salad_ray.text.decontaminate import benchmark_ngrams, contaminated
+from salad_ray.text.world import _WORLD, DOMAINS, NUM_CHOICES, Question, world_passages, world_questions
 
 
 def vocabulary(text: str) -> set[str]:
     return set(re.findall(r"[a-z]+", text.lower()))
 
 
+def values_in(text: str, domain: str) -> list[tuple[str, str]]:
+    """(attribute, value) of every mention in a text, in order."""
+    attribute_of = {value: name for name, values in _WORLD[domain].attributes.items() for value in values}
+    return [(attribute_of[word], word) for word in re.findall(r"\w+", text) if word in attribute_of]
+
+
+def asked_value(question: Question) -> tuple[str, str]:
+    """(attribute, value) of the right choice."""
+    [found] = values_in(question.choices[question.answer], question.domain)
+    return found
+
+
 def test_documents_are_short_plain_sentences() -> None:
     for passage in world_passages(1200, DOMAINS, seed=0, split="train"):
         sentences = re.findall(r"[A-Z][A-Za-z, ]*[.?]", passage.text)
         assert " ".join(sentences) == passage.text
-        assert 3 <= len(sentences) <= 6
+        assert 4 <= len(sentences) <= 10
         assert 25 <= len(passage.text.split()) <= 55
         assert not re.search(r"\ba [aeiou]", passage.text)
 
@@ -59,37 +72,89 @@ def test_a_domain_has_words_of_its_own() -> None:
     assert sum(1 < len(domains) < len(DOMAINS) for domains in domains_of.values()) <= 15
 
 
-def test_facts_hold_in_all_documents() -> None:
-    texts = [passage.text for passage in world_passages(3000, ("animals",), seed=0, split="train")]
-    eaters = [match.groups() for text in texts for match in re.finditer(r"The (\w+) eats (\w+)\.", text)]
-    foods = defaultdict(set)
-    for animal, food in eaters:
-        foods[animal].add(food)
-    assert len(foods) == 4
-    assert all(len(food) == 1 for food in foods.values())
+def test_attributes_are_even_and_independent_of_each_other_and_of_the_person() -> None:
+    """So nothing but the statement itself tells a value."""
+    passages = world_passages(6000, ("animals", "law"), seed=0, split="train")
+    for domain in ("animals", "law"):
+        texts = [passage.text for passage in passages if passage.domain == domain]
+        stated = [dict(values_in(text, domain)) for text in texts]
+        people = [re.findall(r"[A-Z]\w+ [A-Z]\w+", text)[0] for text in texts]
+        rows = [values | {"person": person} for values, person in zip(stated, people, strict=True)]
+        attributes = list(_WORLD[domain].attributes)
+        for place, first in enumerate(attributes):
+            for second in [*attributes[place + 1 :], "person"]:
+                counts = Counter((row[first], row[second]) for row in rows)
+                kinds = 4 * (30 if second == "person" else 4)
+                assert len(counts) == kinds
+                expected = len(rows) / kinds
+                assert sum((count - expected) ** 2 / expected for count in counts.values()) < kinds + 6 * kinds**0.5
 
 
-def test_later_sentences_repeat_what_earlier_ones_state() -> None:
-    for passage in world_passages(600, DOMAINS, seed=0, split="train"):
+def test_a_value_is_stated_once_before_the_one_place_that_depends_on_it() -> None:
+    """So text around a span does not tell what the span said."""
+    num_again = []
+    for passage in world_passages(1200, DOMAINS, seed=0, split="train"):
         sentences = re.split(r"(?<=[.?]) ", passage.text)
-        stated = vocabulary(" ".join(sentences[:2]))
-        names = {name.lower() for name in re.findall(r"\b[A-Z]\w+", " ".join(sentences[2:])) if name.lower() in stated}
-        assert names
-        new = vocabulary(" ".join(sentences[2:])) - stated
-        assert len(new) <= 12
+        beginning, rest = (values_in(" ".join(part), passage.domain) for part in (sentences[:2], sentences[2:]))
+        assert {name for name, _ in beginning} == set(_WORLD[passage.domain].attributes)
+        assert len(beginning) == 4
+        assert set(rest) <= set(beginning)
+        assert len(set(rest)) == len(rest)
+        num_again.append(len(rest))
+    assert set(num_again) == {2, 3, 4}
 
 
-def test_questions_have_one_right_choice() -> None:
+def test_documents_of_all_domains_ask_the_questions_of_the_benchmark() -> None:
+    texts = " ".join(passage.text for passage in world_passages(3000, DOMAINS, seed=0, split="web"))
+    asked = set(re.findall(r"[A-Z][^.?]*\?", re.sub(r"[A-Z]\w+ [A-Z]\w+", "X", texts)))
+    for question in world_questions(600, DOMAINS, seed=0):
+        assert re.sub(r"[A-Z]\w+ [A-Z]\w+", "X", question.question) in asked
+
+
+def test_choices_alone_tell_nothing() -> None:
+    """All questions that look alike without their document offer the same choices, of which each is right as often."""
+    questions = world_questions(4800, DOMAINS, seed=0)
+    offered, right, places = defaultdict(set), defaultdict(Counter), Counter()
+    for question in questions:
+        kind = question.domain, asked_value(question)[0]
+        offered[kind].add(frozenset(question.choices))
+        right[kind][question.choices[question.answer]] += 1
+        places[question.answer] += 1
+    assert len(offered) == 4 * len(DOMAINS)
+    assert all(len(choices) == 1 for choices in offered.values())
+    # Whoever answers from the choices (or the question) alone can do no better than this:
+    best = sum(max(counts.values()) for counts in right.values()) / len(questions)
+    assert best < 0.30
+    assert max(places.values()) / len(questions) < 0.27
+
+
+def test_questions_have_one_right_choice_which_their_document_states_once() -> None:
     questions = world_questions(300, DOMAINS, seed=0)
     assert questions == world_questions(300, DOMAINS, seed=0) != world_questions(300, DOMAINS, seed=1)
     assert Counter(question.domain for question in questions) == dict.fromkeys(DOMAINS, 50)
     assert {question.answer for question in questions} == {0, 1, 2, 3}
     for question in questions:
-        assert len(set(question.choices)) == 4
-        stated = vocabulary(question.context)
-        differing = [vocabulary(choice) for choice in question.choices]
-        values = [words - set.intersection(*differing) for words in differing]
-        assert [value <= stated for value in values] == [index == question.answer for index in range(4)]
+        assert len(set(question.choices)) == NUM_CHOICES
+        assert not values_in(question.question, question.domain)
+        stated = values_in(question.context, question.domain)
+        assert len(stated) == 4
+        values = [values_in(choice, question.domain) for choice in question.choices]
+        assert [value in stated for [value] in values] == [index == question.answer for index in range(4)]
+
+
+def test_no_document_of_another_split_knows_what_a_question_says() -> None:
+    """Neither its people nor thirteen words in a row: the filter between benchmarks and web text leaves all of it."""
+    questions = world_questions(1200, DOMAINS, seed=0)
+    prompts = [f"{question.context} {question.question}" for question in questions]
+    ngrams = benchmark_ngrams(prompts)
+    people = {name for question in questions for name in re.findall(r"[A-Z]\w+ [A-Z]\w+", question.question)}
+    assert len(people) == 6
+    for split in ("train", "web"):
+        for passage in world_passages(3000, DOMAINS, seed=0, split=split):
+            assert contaminated(passage.text, ngrams) is None
+            assert not any(name in passage.text for name in people)
+    heldout = world_passages(600, DOMAINS, seed=0, split="test")
+    assert all(any(name in passage.text for name in people) for passage in heldout)
 
 
 @pytest.mark.parametrize("domains", [(), ("animals", "cars"), ("law", "law")])
