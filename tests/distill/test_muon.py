@@ -236,7 +236,7 @@ def test_steps_make_of_their_gradients_what_plain_pytorch_does(folder: str, case
     found = outcome(folder, case)
     assert len(found["grads"]) == NUM_STEPS
     expected = moves(folder, case, replayed(folder, case, found["grads"], case.settings))
-    assert max(errors(moves(folder, case, found["weights"]), expected).values()) <= 1e-3
+    assert max(errors(moves(folder, case, found["weights"]), expected).values()) <= 2e-4
     for change in ({"muon_momentum": 0.0}, {"muon_weight_decay": 1.0}, {"max_grad_norm": 0.01}):
         other = replayed(folder, case, found["grads"], case.settings.model_copy(update=change))
         assert max(errors(moves(folder, case, other), expected).values()) >= 5e-3, f"{change} does not show"
