@@ -30,11 +30,12 @@ CPU_BLOCK = 1 << 20
 
 
 class DistillationLoss(NamedTuple):
-    """Means over the positions, in nats; only `loss` carries a gradient."""
+    """Means over the positions, in nats; only `loss` carries a gradient. `each_kl` (N,) is every position's KL."""
 
     loss: Tensor
     kl: Tensor
     nll: Tensor
+    each_kl: Tensor
 
 
 def distillation_loss(
@@ -99,7 +100,7 @@ def divergence(
 
 
 class _Distillation(torch.autograd.Function):
-    """(loss, kl, nll); the gradients are made in the forward."""
+    """(loss, kl, nll, each_kl); the gradients are made in the forward."""
 
     @staticmethod
     def forward(
@@ -112,15 +113,17 @@ class _Distillation(torch.autograd.Function):
         alpha: float,
         chunk_size: int,
         with_grad: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         for_hidden, for_head = (with_grad and needed for needed in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if for_hidden else None
         grad_head = torch.zeros_like(head) if for_head else None
         weight = alpha if for_hidden or for_head else None
         vocab = min(len(head), len(teacher_head))
         sums = torch.zeros(2, dtype=torch.float64, device=hidden.device)
+        each_kl = labels.new_empty(len(labels), dtype=_work_dtype(hidden))
         for rows, kl, nll, grad in _chunks(hidden, head, teacher_hidden, teacher_head, labels, chunk_size, weight):
             sums += torch.stack((kl.sum(dtype=torch.float64), nll.sum(dtype=torch.float64)))
+            each_kl[rows] = kl
             grad = grad.to(head.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, head[:vocab], out=grad_hidden[rows])
@@ -128,8 +131,8 @@ class _Distillation(torch.autograd.Function):
                 grad_head[:vocab].addmm_(grad.T, hidden[rows])
         ctx.save_for_backward(grad_hidden, grad_head)
         kl, nll = (sums / max(len(labels), 1)).to(_work_dtype(hidden))
-        ctx.mark_non_differentiable(kl, nll)
-        return alpha * kl + (1 - alpha) * nll, kl, nll
+        ctx.mark_non_differentiable(kl, nll, each_kl)
+        return alpha * kl + (1 - alpha) * nll, kl, nll, each_kl
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:

@@ -31,6 +31,7 @@ from torch import Tensor
 from salad_ray.config import Config, ConfigError, DistillConfig
 from salad_ray.configfile import parse_config
 from salad_ray.console import log_facts, say
+from salad_ray.distill.budget import mix_of
 from salad_ray.distill.checkpoints import (
     Checkpoint,
     CheckpointReader,
@@ -47,15 +48,15 @@ from salad_ray.distill.zero import optimizer_step, partitions, restored
 from salad_ray.model.loading import load_tokenizer, tokenizer_hash
 from salad_ray.model.speech_lm import EncoderSpec, ModelError, SpeechLM, load_text_lm, weights_fingerprint
 from salad_ray.sequences.batch import Batch, without_labels
-from salad_ray.sequences.loader import ActiveMix, LaneReader
+from salad_ray.sequences.loader import LaneReader
 from salad_ray.store import StoreError, for_ray, scratch_folder
 from salad_ray.tables import Table, TableError, delete_file, local_folder, put_folder, read_json, write_json
 
 MENDABLE = (ConfigError, ModelError, TableError)
 """What a user has to mend before another try can succeed."""
-GAUGES = ("step", "loss", "kl", "positions_per_sec", "waiting_share", "memory_gib", "mfu")
+GAUGES = ("step", "loss", "kl", "text_kl", "positions_per_sec", "waiting_share", "memory_gib", "mfu")
 """Of a row of the curve, what Ray's dashboard and Prometheus show, as `salad_train_…`."""
-SUMS = ("loss", "kl", "nll", "num_labels", "num_positions", "flops")
+SUMS = ("loss", "kl", "nll", "num_labels", "num_positions", "flops", "text_kl", "num_text_labels", "num_text_positions")
 
 
 class TrainingStopped(RuntimeError):
@@ -68,6 +69,9 @@ class Progress:
 
     step: int = 0
     num_positions: int = 0
+    """D of the scaling law: with those of text alone."""
+    num_text_positions: int = 0
+    """Of them, those of samples that are text alone."""
     train_seconds: float = 0.0
     log: list[dict[str, float]] = field(default_factory=list)
     sums: list[float] = field(default_factory=lambda: [0.0] * len(SUMS))
@@ -100,10 +104,12 @@ class Job:
     """Of another stage: training begins with its weights and optimizer; without, with the teacher's weights."""
     first_row: int = 0
     """Row of every lane of the natural plan at which step 0 begins."""
-    active: tuple[Table, Table] | None = None
-    """Plan and features of the active speech."""
-    active_share: float = 0.0
-    """Of the rows; they come from the active speech's plan."""
+    others: dict[str, tuple[Table, Table]] = field(default_factory=dict)
+    """Set → plan and what it refers to: features of active speech, passages of text alone."""
+    shares: dict[str, float] = field(default_factory=dict)
+    """Of the rows, by set; natural speech has what is missing to 1."""
+    earlier_shares: dict[str, float] | None = None
+    """Of the rows before `first_row`, where they were others."""
     branch_steps: tuple[int, ...] = ()
     """Steps whose checkpoints stay, since other trainings begin there."""
     exports: bool = True
@@ -163,7 +169,8 @@ def as_json(job: Job) -> str:
     content = {each.name: getattr(job, each.name) for each in fields(job)}
     content |= {name: content[name].model_dump(mode="json") for name in ("config", "settings")}
     content |= {name: asdict(content[name]) for name in ("encoder", "start", "table") if content[name]}
-    content |= {name: [asdict(table) for table in content[name] or ()] for name in ("natural", "active")}
+    content["natural"] = [asdict(table) for table in job.natural]
+    content["others"] = {name: [asdict(table) for table in pair] for name, pair in job.others.items()}
     return json.dumps(content)
 
 
@@ -180,7 +187,7 @@ def job_of(text: str) -> Job:
             "start": None if start is None else Checkpoint(**start),
             "table": Table(**content["table"]),
             "natural": tuple(Table(**each) for each in content["natural"]),
-            "active": tuple(Table(**each) for each in content["active"]) or None,
+            "others": {name: tuple(Table(**each) for each in tables) for name, tables in content["others"].items()},
             "branch_steps": tuple(content["branch_steps"]),
         }
     )
@@ -284,7 +291,7 @@ class Distiller:
         return make_engine(student, self.settings, self.reader.num_micro_batches, self.device)
 
     def _open_reader(self, path: str) -> LaneReader:
-        active = ActiveMix(*self.job.active, self.job.active_share) if self.job.active else None
+        earlier = self.job.earlier_shares
         return LaneReader(
             *self.job.natural,
             load_tokenizer(path, self.job.teacher["revision"]),
@@ -293,7 +300,9 @@ class Distiller:
             world_size=self.world_size,
             micro_batch_rows=self.settings.micro_batch_rows,
             first_row=self.job.first_row,
-            active=active,
+            others=self.job.others,
+            mix=mix_of(self.config, self.job.shares),
+            earlier=None if earlier is None else mix_of(self.config, earlier),
         )
 
     def _verify_start(self, student: SpeechLM) -> None:
@@ -359,7 +368,8 @@ class Distiller:
             self.engine.step()
         self.progress.sums = [a + b for a, b in zip(self.progress.sums, sums.tolist(), strict=True)]
         self.progress.step += 1
-        self.progress.num_positions += int(sums[SUMS.index("num_positions")])
+        for name in ("num_positions", "num_text_positions"):
+            setattr(self.progress, name, getattr(self.progress, name) + int(sums[SUMS.index(name)]))
 
     def _forward_backward(self, batch: Batch, num_labels: int) -> Tensor:
         """Accumulate the gradient of one micro-batch; returns its `SUMS`."""
@@ -369,8 +379,9 @@ class Distiller:
         )
         count = len(batch.labels)
         flops = training_flops(self.num_student, self.num_teacher, self.teacher.config, batch)
-        means = (loss.loss.item(), loss.kl.item(), loss.nll.item())
-        return torch.tensor([*(mean * count for mean in means), count, batch.num_positions, flops], dtype=torch.float64)
+        sums = [mean.item() * count for mean in (loss.loss, loss.kl, loss.nll)]
+        of_text = (loss.each_kl[batch.is_text].sum().item(), int(batch.is_text.sum()), batch.num_text_positions)
+        return torch.tensor([*sums, count, batch.num_positions, flops, *of_text], dtype=torch.float64)
 
     def _sum_over_workers(self, values: Tensor) -> Tensor:
         values = values.to(self.device, torch.float64)
@@ -425,6 +436,9 @@ class Distiller:
             "checkpoint_share": stalled_secs / secs,
             "memory_gib": peak_memory_gib(self.device),
         }
+        if "text" in self.job.shares:  # how far the student's text is from its teacher's: forgetting, as it comes
+            row["text_kl"] = sums["text_kl"] / max(sums["num_text_labels"], 1)
+            row["num_text_positions"] = self.progress.num_text_positions
         if (peak := peak_flops(self.device)) is not None:
             row["mfu"] = sums["flops"] / secs / peak / self.world_size
         self.progress.log.append(row)

@@ -45,6 +45,7 @@ _FACTS = (
         "speech",
         "step",
         "num_positions",
+        "num_text_positions",
         "train_seconds",
     ),
 )

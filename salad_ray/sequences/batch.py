@@ -44,6 +44,8 @@ class Batch:
     segment: (L,) number of the label's segment in the batch.
     num_positions, num_teacher_positions: student's and teacher's positions that are not padding.
     num_pairs, num_teacher_pairs: pairs (query, key) of positions that attend, the causal half of every segment.
+    is_text: (L,) true where the label's segment has no speech.
+    num_text_positions: those of `num_positions` in segments without speech.
     """
 
     token_ids: Tensor
@@ -62,6 +64,8 @@ class Batch:
     num_teacher_positions: int
     num_pairs: int
     num_teacher_pairs: int
+    is_text: Tensor
+    num_text_positions: int
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """The batch on a device, with its frames in `dtype`."""
@@ -128,10 +132,10 @@ def _float16_above(values: np.ndarray) -> NDArray[np.float16]:
 
 def without_labels(batch: Batch) -> Batch:
     """The batch with nothing to score or to count: for a worker that has to run one more than its rows fill."""
-    nothing = {
-        name: getattr(batch, name)[:0] for name in ("student_index", "teacher_index", "labels", "distance", "segment")
-    }
-    return replace(batch, **nothing, num_positions=0, num_teacher_positions=0, num_pairs=0, num_teacher_pairs=0)
+    of_labels = ("student_index", "teacher_index", "labels", "distance", "segment", "is_text")
+    numbers = ("num_positions", "num_teacher_positions", "num_pairs", "num_teacher_pairs", "num_text_positions")
+    nothing = {name: getattr(batch, name)[:0] for name in of_labels}
+    return replace(batch, **nothing, **dict.fromkeys(numbers, 0))
 
 
 def collate(rows: Sequence[Sequence[Sample]], context: int) -> Batch:
@@ -153,6 +157,7 @@ def collate(rows: Sequence[Sequence[Sample]], context: int) -> Batch:
     text = [[np.maximum(sample.segment.token_ids, 0) for sample in row] for row in rows]
     frames, frame_mask = _pad_spans([sample for row in rows for sample in row])
     num_labels = [len(segment.labels) for segment in segments]
+    is_text = np.array([len(segment.span_lengths) == 0 for segment in segments], dtype=bool)
     return Batch(
         token_ids=_grid(text, context),
         position_ids=_positions(student, context),
@@ -170,6 +175,8 @@ def collate(rows: Sequence[Sequence[Sample]], context: int) -> Batch:
         num_teacher_positions=sum(map(sum, teacher)),
         num_pairs=_num_pairs(student),
         num_teacher_pairs=_num_pairs(teacher),
+        is_text=torch.from_numpy(np.repeat(is_text, num_labels)),
+        num_text_positions=sum(len(segments[i].token_ids) for i in np.flatnonzero(is_text)),
     )
 
 
@@ -202,9 +209,10 @@ def _positions(lengths: Sequence[Sequence[int]], width: int) -> Tensor:
 
 
 def _pad_spans(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-    """Frames (P, S, C) and mask (P, S), one row per speech span."""
+    """Frames (P, S, C) and mask (P, S), one row per speech span; C is 0 where no sample has speech."""
     lengths = np.concatenate([np.zeros(0, np.int64), *(sample.segment.span_lengths for sample in samples)])
-    values = np.concatenate([sample.frames for sample in samples])
+    heard = [sample.frames for sample in samples if len(sample.frames)]
+    values = np.concatenate(heard) if heard else np.zeros((0, 0), np.float16)
     mask = np.arange(max(lengths, default=0)) < lengths[:, None]
     frames = np.zeros((*mask.shape, values.shape[1]), dtype=np.float32)
     frames[mask] = values

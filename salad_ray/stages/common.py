@@ -24,6 +24,7 @@ from salad_ray.config import PICKED_PER_SHARD, Condition, Config, identity
 from salad_ray.console import progress, say
 from salad_ray.flow import Step, steps
 from salad_ray.runs import Run
+from salad_ray.sequences.loader import TEXT
 from salad_ray.stages.ray_cluster import require_gpus, start_ray
 from salad_ray.stages.shards import ShardPart, StageError, Task, Worker, map_shards
 from salad_ray.tables import (
@@ -141,6 +142,13 @@ def finished(run: Run, label: str) -> dict[str, Any]:
         where = f" set={writer.set}" if writer.set else ""
         raise StageError(f"{label} is not finished; run `salad {writer.stage} CONFIG{where}` first")
     return manifest
+
+
+def training_tables(run: Run, step: Step) -> dict[str, tuple[Table, Table]]:
+    """Set → plan and what it refers to, of the plans that a training is made from."""
+    sets = [label.split("/")[0] for label in step.reads if label.endswith("/plan")]
+    sources = {name: "passages" if name == TEXT else "features" for name in sets}
+    return {name: (run.table(name, "plan"), run.table(name, source)) for name, source in sources.items()}
 
 
 def teacher_of(run: Run) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from salad_ray.console import clock, say
-from salad_ray.distill.budget import budget_of
+from salad_ray.distill.budget import budget_of, plans_of, stage1_row_shares
 from salad_ray.distill.checkpoints import checkpoint_at
 from salad_ray.distill.logger import where_curves_are
 from salad_ray.distill.trainer import Job, checkpoints_url, train
@@ -13,7 +13,7 @@ from salad_ray.flow import Step
 from salad_ray.model.speech_lm import EncoderSpec
 from salad_ray.report.card import model_card, speech_data
 from salad_ray.runs import Run
-from salad_ray.stages.common import Stage, teacher_of
+from salad_ray.stages.common import Stage, teacher_of, training_tables
 from salad_ray.stages.ray_cluster import start_ray
 from salad_ray.tables import read_json
 
@@ -27,8 +27,8 @@ def make(run: Run, step: Step) -> None:
     started = time.monotonic()
     stage.begin()
     start_ray(config)
-    plan = run.table("natural", "plan")
-    budget = budget_of(config, plan)
+    plans, tables = plans_of(run, step), training_tables(run, step)
+    budget = budget_of(config, plans)
     start = checkpoint_at(checkpoints_url(run.table("", "trunk")), budget.branch_step)
     num_steps = budget.num_steps - budget.branch_step
     teacher, encoder = teacher_of(run), stage.inputs["natural/features"]["encoder"]
@@ -36,7 +36,7 @@ def make(run: Run, step: Step) -> None:
     job = Job(
         config,
         stage.table,
-        (plan, run.table("natural", "features")),
+        tables["natural"],
         teacher,
         EncoderSpec(**encoder),
         config.distill,
@@ -45,10 +45,12 @@ def make(run: Run, step: Step) -> None:
         card=model_card("stage1", teacher, encoder, speech_data(run, ("natural",)), config.distill.alpha),
         start=start,
         first_row=budget.branch_step * config.pack.rows_per_lane,
+        others={name: pair for name, pair in tables.items() if name != "natural"},
+        shares=stage1_row_shares(config, plans),
     )
     facts = train(job)
     own = facts["num_positions"]
-    for name in ("num_positions", "train_seconds", "skipped_steps"):
+    for name in ("num_positions", "num_text_positions", "train_seconds", "skipped_steps"):
         facts[name] += start.state[name]
     facts["log"] = [*start.state["log"], *(row | {"step": row["step"] + start.step} for row in facts["log"])]
     starts = read_json(f"{stage.table.url}/starts.json") or {"starts": []}

@@ -1,6 +1,6 @@
-"""`stage2`: go on from before Stage I's decay, with natural and actively selected speech mixed.
+"""`stage2`: go on from before Stage I's decay, with natural speech, actively selected speech and text alone mixed.
 
-The control goes on as long with natural speech alone.
+The control goes on as long without active speech.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 
 from salad_ray.console import clock, say
-from salad_ray.distill.budget import active_share, budget_of
+from salad_ray.distill.budget import budget_of, plans_of, stage1_row_shares, stage2_row_shares
 from salad_ray.distill.checkpoints import checkpoint_at
 from salad_ray.distill.logger import where_curves_are
 from salad_ray.distill.trainer import Job, checkpoints_url, train
@@ -16,9 +16,11 @@ from salad_ray.flow import Step
 from salad_ray.model.speech_lm import EncoderSpec
 from salad_ray.report.card import model_card, speech_data
 from salad_ray.runs import Run
-from salad_ray.stages.common import Stage, teacher_of
+from salad_ray.stages.common import Stage, teacher_of, training_tables
 from salad_ray.stages.ray_cluster import start_ray
 from salad_ray.tables import read_json
+
+SET_NAMES = {"natural": "natural speech", "active": "active speech", "text": "text alone"}
 
 
 def make(run: Run, step: Step) -> None:
@@ -31,9 +33,9 @@ def make(run: Run, step: Step) -> None:
     started = time.monotonic()
     stage.begin()
     start_ray(config)
-    job = _job(run, stage, ("natural", "active") if "active/plan" in step.reads else ("natural",))
-    share = f"{job.active_share:.1%} of the rows active speech" if job.active else "natural speech alone"
-    say(f"{name}: training {job.num_steps:,} steps, {share}; curves: {where_curves_are(stage.table.url)}")
+    job = _job(run, stage)
+    mixed = ", ".join(f"{share:.1%} {SET_NAMES[name]}" for name, share in job.shares.items())
+    say(f"{name}: training {job.num_steps:,} steps, rows: {mixed}; curves: {where_curves_are(stage.table.url)}")
     facts = train(job)
     starts = read_json(f"{stage.table.url}/starts.json") or {"starts": []}
     stage.finish(
@@ -45,25 +47,26 @@ def make(run: Run, step: Step) -> None:
     say(f"{name}: {facts['num_positions']:,} positions in {clock(facts['train_seconds'])} → {stage.table.url}/model")
 
 
-def _job(run: Run, stage: Stage, sets: tuple[str, ...]) -> Job:
+def _job(run: Run, stage: Stage) -> Job:
     config, settings = run.config, run.config.stage2
     assert settings is not None
     teacher, encoder = teacher_of(run), stage.inputs["natural/features"]["encoder"]
-    speech = {name: (run.table(name, "plan"), run.table(name, "features")) for name in sets}
-    plans = [plan for plan, _ in speech.values()]
-    budget = budget_of(config, plans[0])
+    plans, tables = plans_of(run, stage.step), training_tables(run, stage.step)
+    budget = budget_of(config, plans)
+    speech = speech_data(run, [name for name in ("natural", "active") if name in tables])
     return Job(
         config,
         stage.table,
-        speech["natural"],
+        tables["natural"],
         teacher,
         EncoderSpec(**encoder),
         config.distill.model_copy(update={"alpha": settings.alpha}),
         budget.stage2_steps,
         decay_steps=round(budget.stage2_steps * settings.decay_share),
-        card=model_card(stage.table.name, teacher, encoder, speech_data(run, sets), settings.alpha),
+        card=model_card(stage.table.name, teacher, encoder, speech, settings.alpha),
         start=checkpoint_at(checkpoints_url(run.table("", "trunk")), budget.branch_step),
         first_row=budget.branch_step * config.pack.rows_per_lane,
-        active=speech.get("active"),
-        active_share=active_share(config, *plans) if len(plans) > 1 else 0.0,
+        others={name: pair for name, pair in tables.items() if name != "natural"},
+        shares=stage2_row_shares(config, plans),
+        earlier_shares=stage1_row_shares(config, plans),
     )

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from salad_ray.console import clock, say
-from salad_ray.distill.budget import budget_of
+from salad_ray.distill.budget import budget_of, plans_of, stage1_row_shares
 from salad_ray.distill.logger import where_curves_are
 from salad_ray.distill.trainer import Job, train
 from salad_ray.flow import Step
 from salad_ray.model.speech_lm import EncoderSpec
 from salad_ray.runs import Run
-from salad_ray.stages.common import Stage, teacher_of
+from salad_ray.stages.common import Stage, teacher_of, training_tables
 from salad_ray.stages.ray_cluster import start_ray
 from salad_ray.stages.shards import StageError
 from salad_ray.tables import read_json
@@ -25,7 +25,7 @@ from salad_ray.tables import read_json
 
 def make(run: Run, step: Step) -> None:
     """Write the trunk's checkpoint where this run's decay begins."""
-    lengthen(run, step, [budget_of(run.config, run.table("natural", "plan")).branch_step])
+    lengthen(run, step, [budget_of(run.config, plans_of(run, step)).branch_step])
 
 
 def lengthen(run: Run, step: Step, branch_steps: Sequence[int]) -> None:
@@ -54,17 +54,20 @@ def lengthen(run: Run, step: Step, branch_steps: Sequence[int]) -> None:
     longest = max(there, default=0)
     inner = [point for point in missing if point < longest]  # each is trained to from the checkpoint before it
     facts: dict[str, Any] = {}
+    tables = training_tables(run, step)
     for last in [*inner, *missing[-1:]] if missing[-1] > longest else inner:
         say(f"trunk: training to step {last:,}; curves: {where_curves_are(stage.table.url)}")
         job = Job(
             config,
             stage.table,
-            (run.table("natural", "plan"), run.table("natural", "features")),
+            tables["natural"],
             teacher_of(run),
             EncoderSpec(**stage.inputs["natural/features"]["encoder"]),
             config.distill,
             last,
             warmup_steps=warmup,
+            others={name: pair for name, pair in tables.items() if name != "natural"},
+            shares=stage1_row_shares(config, plans_of(run, step)),
             branch_steps=tuple(missing),
             exports=False,
         )

@@ -179,7 +179,7 @@ def cutter(folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, **ch
 
     monkeypatch.setattr(ingest, "cut_passages", cut)
     config = parse_config(web_config(folder, embed={"embedder": "tfidf"}) | changes)
-    return ingest.PassageCutter(config, benchmark_ngrams([], config.ingest.passages.ngram))
+    return ingest.PassageCutter(config, benchmark_ngrams([], config.ingest.passages.ngram), 0.1)
 
 
 GOOD, BAD = "We put the kettle on the fire and waited until it sang.", "We fail."
