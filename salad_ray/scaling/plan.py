@@ -5,8 +5,8 @@ weakest source of what it is made of: the config alone (derived), a run (measure
 Ray.
 
 Words are spoken or written by the spans of `pack`: with text spans of t words and speech spans of s words on average,
-s / (s + t) of the words are heard. Samples of text alone are shares of the samples; how long those of speech and of text
-are makes shares of the positions of them.
+s / (s + t) of the words are heard. Shares of text alone are shares of samples; with the lengths of samples of speech and
+of text they become shares of positions.
 """
 
 from __future__ import annotations
@@ -444,8 +444,8 @@ class Amounts:
         if second is not None:
             given = math.ceil(second.num_positions / step) if second.num_positions else None
             more = second.num_steps or given or max(1, round(STAGE2_SHARE * steps))
-            read = () if second.num_steps or given else ("Stage I, D",)
-            self._add("Stage II", more * step, "positions", f"{more:,} steps", "fill", *read)
+            ends = () if second.num_steps or given else ("Stage I, D",)
+            self._add("Stage II", more * step, "positions", f"{more:,} steps", "fill", *ends)
 
     def _flops(self) -> None:
         config = self.config
@@ -610,7 +610,9 @@ def memory_table(config: Config, data: Amounts, rates: Rates) -> list[Memory]:
     for stage in (1, 2, 3):
         for rows in sorted({size for size in MICRO_BATCHES if per_worker % size == 0} | {settings.micro_batch_rows}):
             changed = settings.model_copy(update={"zero_stage": stage, "micro_batch_rows": rows})
-            parts = training_memory(data.shape, changed, config.pack, least, data.speech_share)
+            mixes = (data.speech_share, *((0.0,) if "text" in config.trained_sets else ()))  # rows without speech, too
+            found_parts = [training_memory(data.shape, changed, config.pack, least, share) for share in mixes]
+            parts = max(found_parts, key=lambda each: each["peak"])
             own = (stage, rows) == (settings.zero_stage, settings.micro_batch_rows)
             fits = None if limit is None else parts["peak"] <= USABLE * limit
             found.append(Memory(stage, rows, own, parts, fits))

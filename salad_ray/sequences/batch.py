@@ -44,7 +44,6 @@ class Batch:
     segment: (L,) number of the label's segment in the batch.
     num_positions, num_teacher_positions: student's and teacher's positions that are not padding.
     num_pairs, num_teacher_pairs: pairs (query, key) of positions that attend, the causal half of every segment.
-    is_text: (L,) true where the label's segment has no speech.
     num_text_positions: those of `num_positions` in segments without speech.
     """
 
@@ -64,8 +63,13 @@ class Batch:
     num_teacher_positions: int
     num_pairs: int
     num_teacher_pairs: int
-    is_text: Tensor
-    num_text_positions: int
+    num_text_positions: int = 0
+
+    @property
+    def is_text(self) -> Tensor:
+        """(L,) true where the label's segment has no speech: none of its labels comes after a speech frame."""
+        heard = self.segment[self.distance >= 0]
+        return torch.isin(self.segment, heard, invert=True)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """The batch on a device, with its frames in `dtype`."""
@@ -132,10 +136,10 @@ def _float16_above(values: np.ndarray) -> NDArray[np.float16]:
 
 def without_labels(batch: Batch) -> Batch:
     """The batch with nothing to score or to count: for a worker that has to run one more than its rows fill."""
-    of_labels = ("student_index", "teacher_index", "labels", "distance", "segment", "is_text")
+    of_labels = ("student_index", "teacher_index", "labels", "distance", "segment")
     numbers = ("num_positions", "num_teacher_positions", "num_pairs", "num_teacher_pairs", "num_text_positions")
-    nothing = {name: getattr(batch, name)[:0] for name in of_labels}
-    return replace(batch, **nothing, **dict.fromkeys(numbers, 0))
+    nothing: dict[str, Any] = {name: getattr(batch, name)[:0] for name in of_labels}
+    return replace(batch, **nothing | dict.fromkeys(numbers, 0))
 
 
 def collate(rows: Sequence[Sequence[Sample]], context: int) -> Batch:
@@ -157,7 +161,6 @@ def collate(rows: Sequence[Sequence[Sample]], context: int) -> Batch:
     text = [[np.maximum(sample.segment.token_ids, 0) for sample in row] for row in rows]
     frames, frame_mask = _pad_spans([sample for row in rows for sample in row])
     num_labels = [len(segment.labels) for segment in segments]
-    is_text = np.array([len(segment.span_lengths) == 0 for segment in segments], dtype=bool)
     return Batch(
         token_ids=_grid(text, context),
         position_ids=_positions(student, context),
@@ -175,8 +178,7 @@ def collate(rows: Sequence[Sequence[Sample]], context: int) -> Batch:
         num_teacher_positions=sum(map(sum, teacher)),
         num_pairs=_num_pairs(student),
         num_teacher_pairs=_num_pairs(teacher),
-        is_text=torch.from_numpy(np.repeat(is_text, num_labels)),
-        num_text_positions=sum(len(segments[i].token_ids) for i in np.flatnonzero(is_text)),
+        num_text_positions=sum(len(segment.token_ids) for segment in segments if not len(segment.span_lengths)),
     )
 
 

@@ -158,7 +158,7 @@ class PackText:
         if rejects and self.config.strict:
             raise StageError(f"pack: {rejects[0].key}: {rejects[0].reason}")
         num_planned = sum(len(row.segments) for row in rows)
-        totals = {"tokens cut off at the context": num_cut}
+        totals = {"tokens cut off at the context": float(num_cut)}
         yield ShardPart(to_arrow(PlanRow, rows), num_input, num_planned, rejects, totals)
 
 
