@@ -5,8 +5,8 @@ weakest source of what it is made of: the config alone (derived), a run (measure
 Ray.
 
 Words are spoken or written by the spans of `pack`: with text spans of t words and speech spans of s words on average,
-s / (s + t) of the words are heard. Shares of text alone are shares of samples; with the lengths of samples of speech and
-of text they become shares of positions.
+s / (s + t) of the words are heard. Shares of text alone are shares of samples; the lengths of samples of speech
+and of text make shares of positions of them.
 """
 
 from __future__ import annotations
