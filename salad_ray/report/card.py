@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from salad_ray import __version__
+from salad_ray.config import path_name
 from salad_ray.runs import Places, Run
 from salad_ray.text.documents import text_corpus_name
 
@@ -43,14 +44,30 @@ def _credit(corpus: str, credits: Mapping[str, str]) -> str:
     return credits.get(corpus, credits.get(re.sub(r" \((espeak|kokoro)\)$", "", corpus), ""))
 
 
+def text_alone(ingest: Mapping[str, Any]) -> list[str]:
+    """What was read in training and never heard, with licence and whom to name, from the config's section as data."""
+    corpora = [corpus if isinstance(corpus, dict) else {"path": corpus} for corpus in ingest.get("text") or ()]
+    found = []
+    for corpus in corpora:
+        facts = [corpus.get("license") or "licence as its documents state it", corpus.get("attribution")]
+        found.append(f"{corpus.get('name') or path_name(corpus['path'])} ({', '.join(filter(None, facts))})")
+    return found or ["the embedded world's documents (CC0-1.0)"]
+
+
 def model_card(
-    stage: str, teacher: dict[str, Any], encoder: dict[str, Any], speech: Sequence[SpeechData], alpha: float
+    stage: str,
+    teacher: dict[str, Any],
+    encoder: dict[str, Any],
+    speech: Sequence[SpeechData],
+    alpha: float,
+    text: Sequence[str] = (),
 ) -> str:
     """The card as Markdown.
 
     Args:
         teacher: the manifest of the stage `teacher`.
         encoder: what `encode` wrote about the encoder.
+        text: corpora of text alone that it was trained on (`text_alone`).
     """
     revision = f" at revision {teacher['revision']}" if teacher["revision"] else ""
     source = encoder["path"] or "no weights"
@@ -74,6 +91,8 @@ def model_card(
         ),
         "",
     ]
+    if text:
+        lines += [f"Text alone that it was trained on: {cell('; '.join(text))}.", ""]
     if any(re.search(r"\bNC\b", row.license.upper()) for row in speech):
         lines += ["Some of this speech is licensed for non-commercial use only.", ""]
     return "\n".join(lines)

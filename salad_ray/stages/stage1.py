@@ -11,8 +11,9 @@ from salad_ray.distill.logger import where_curves_are
 from salad_ray.distill.trainer import Job, checkpoints_url, train
 from salad_ray.flow import Step
 from salad_ray.model.speech_lm import EncoderSpec
-from salad_ray.report.card import model_card, speech_data
+from salad_ray.report.card import model_card, speech_data, text_alone
 from salad_ray.runs import Run
+from salad_ray.sequences.loader import TEXT
 from salad_ray.stages.common import Stage, teacher_of, training_tables
 from salad_ray.stages.ray_cluster import start_ray
 from salad_ray.tables import read_json
@@ -32,6 +33,7 @@ def make(run: Run, step: Step) -> None:
     start = checkpoint_at(checkpoints_url(run.table("", "trunk")), budget.branch_step)
     num_steps = budget.num_steps - budget.branch_step
     teacher, encoder = teacher_of(run), stage.inputs["natural/features"]["encoder"]
+    text = text_alone(config.ingest.model_dump()) if TEXT in tables else ()
     say(f"stage1: training {num_steps:,} steps more; curves: {where_curves_are(stage.table.url)}")
     job = Job(
         config,
@@ -42,7 +44,7 @@ def make(run: Run, step: Step) -> None:
         config.distill,
         num_steps,
         decay_steps=num_steps,
-        card=model_card("stage1", teacher, encoder, speech_data(run, ("natural",)), config.distill.alpha),
+        card=model_card("stage1", teacher, encoder, speech_data(run, ("natural",)), config.distill.alpha, text),
         start=start,
         first_row=budget.branch_step * config.pack.rows_per_lane,
         others={name: pair for name, pair in tables.items() if name != "natural"},

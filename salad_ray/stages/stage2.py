@@ -14,8 +14,9 @@ from salad_ray.distill.logger import where_curves_are
 from salad_ray.distill.trainer import Job, checkpoints_url, train
 from salad_ray.flow import Step
 from salad_ray.model.speech_lm import EncoderSpec
-from salad_ray.report.card import model_card, speech_data
+from salad_ray.report.card import model_card, speech_data, text_alone
 from salad_ray.runs import Run
+from salad_ray.sequences.loader import TEXT
 from salad_ray.stages.common import Stage, teacher_of, training_tables
 from salad_ray.stages.ray_cluster import start_ray
 from salad_ray.tables import read_json
@@ -54,6 +55,7 @@ def _job(run: Run, stage: Stage) -> Job:
     plans, tables = plans_of(run, stage.step), training_tables(run, stage.step)
     budget = budget_of(config, plans)
     speech = speech_data(run, [name for name in ("natural", "active") if name in tables])
+    text = text_alone(config.ingest.model_dump()) if TEXT in tables else ()
     return Job(
         config,
         stage.table,
@@ -63,7 +65,7 @@ def _job(run: Run, stage: Stage) -> Job:
         config.distill.model_copy(update={"alpha": settings.alpha}),
         budget.stage2_steps,
         decay_steps=round(budget.stage2_steps * settings.decay_share),
-        card=model_card(stage.table.name, teacher, encoder, speech, settings.alpha),
+        card=model_card(stage.table.name, teacher, encoder, speech, settings.alpha, text),
         start=checkpoint_at(checkpoints_url(run.table("", "trunk")), budget.branch_step),
         first_row=budget.branch_step * config.pack.rows_per_lane,
         others={name: pair for name, pair in tables.items() if name != "natural"},
