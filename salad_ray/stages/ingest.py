@@ -177,23 +177,24 @@ class WorldPassages:
 
 
 class WorldText:
-    """Documents of a draw of its own, but those that the web text has, too (the probe is taken of it), and those that
-    share a run of words with a question. The held-out ones are of texts that no other draw has (`world_passages`)."""
+    """Documents of a draw of its own, but none that the web text has, too (the probe is taken of it), and none that
+    shares a run of words with a question. The held-out ones are of texts that no other draw has (`world_passages`)."""
 
     def __init__(self, config: Config) -> None:
-        world = config.world
-        drawn = world_passages(world.num_text, DOMAINS, config.seed, "text")
-        self.passages = [replace(row, split="train") for row in drawn]
-        self.web = {row.text: row.passage_id for row in world_passages(world.num_web, DOMAINS, config.seed, "web")}
-        self.ngrams = benchmark_ngrams(_world_benchmark_texts(config), config.ingest.passages.ngram)
+        world, num_drawn = config.world, config.world.num_text
+        web = {row.text: row.passage_id for row in world_passages(world.num_web, DOMAINS, config.seed, "web")}
+        ngrams = benchmark_ngrams(_world_benchmark_texts(config), config.ingest.passages.ngram)
         self.num_shards = config.ingest.num_shards
+        self.passages: list[Passage] = []
+        while len(self.passages) < world.num_text:  # a longer draw begins with the shorter one
+            drawn = world_passages(num_drawn, DOMAINS, config.seed, "text")
+            checked = [_not_in_web(_decontaminated(row, ngrams), web) for row in drawn]
+            usable = [replace(row, split="train") for row in checked if isinstance(row, Passage)]
+            self.passages, num_drawn = usable[: world.num_text], 2 * num_drawn
 
     def __call__(self, index: int) -> Iterator[ShardPart]:
         rows = self.passages[index :: self.num_shards]
-        checked = [_not_in_web(_decontaminated(row, self.ngrams), self.web) for row in rows]
-        kept = [row for row in checked if isinstance(row, Passage)]
-        rejects = [row for row in checked if isinstance(row, Reject)]
-        yield ShardPart(to_arrow(Passage, kept), len(rows), len(kept), rejects)
+        yield ShardPart(to_arrow(Passage, rows), len(rows), len(rows))
 
 
 def _decontaminated(passage: Passage, ngrams: NGrams) -> Passage | Reject:

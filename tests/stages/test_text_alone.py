@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
-from factories import rejects_of, table_of
+from factories import table_of
 
 from salad_ray.config import Config
+from salad_ray.configfile import parse_config
+from salad_ray.evaluation.benchmarks import prompt_of, world_items
 from salad_ray.stages.ingest import WorldText
 from salad_ray.tables import Item, Passage, PlanRow
 from salad_ray.text.decontaminate import benchmark_ngrams, contaminated
+from salad_ray.text.world import DOMAINS, world_passages
 
 
 def passages_of(config: Config, set_name: str) -> list[Passage]:
@@ -21,7 +24,7 @@ def passages_of(config: Config, set_name: str) -> list[Passage]:
 
 def test_text_has_nothing_that_is_measured_by_text_or_by_id(finished_run: Config) -> None:
     text = passages_of(finished_run, "text")
-    assert 0.5 * finished_run.world.num_text < len(text) <= finished_run.world.num_text
+    assert len(text) == finished_run.world.num_text
     assert {row.split for row in text} == {"train"}
     assert len({row.domain for row in text}) == 6  # unheard ones, too
     for name in ("heldout", "probe", "active", "web"):
@@ -34,21 +37,24 @@ def test_text_has_nothing_that_is_measured_by_text_or_by_id(finished_run: Config
     assert not {row.text for row in text} & {row.spoken for row in asked}
     prompts = benchmark_ngrams([f"{row.before}{row.spoken}{row.after}" for row in asked], 13)
     assert not any(contaminated(row.text, prompts) for row in text)
-    lost = rejects_of(finished_run, "text", "passages")
-    assert len(text) + len(lost) == finished_run.world.num_text
 
 
-def test_a_document_of_the_web_or_of_a_question_is_a_reject() -> None:
-    """As many documents as there is chance to draw one twice."""
-    config = Config.model_validate({"world": {"num_text": 4000, "num_web": 4000, "num_questions": 240}})
+def test_documents_of_the_web_and_of_questions_are_passed_over() -> None:
+    """So many documents that both are drawn."""
+    config = parse_config({"world": {"num_text": 3000, "num_web": 6000, "num_questions": 240}})
+    drawn = world_passages(3000, DOMAINS, config.seed, "text")
+    web = {row.text for row in world_passages(6000, DOMAINS, config.seed, "web")}
+    asked = benchmark_ngrams([prompt_of(row) for row in world_items(240, DOMAINS, config.seed)], 13)
     worker = WorldText(config)
-    reasons = [reject.reason for index in range(16) for part in worker(index) for reject in part.rejects]
-    assert any("with a benchmark" in reason for reason in reasons)
-    worker.web |= {row.text: row.passage_id for row in worker.passages[:40]}
-    parts = [part for index in range(16) for part in worker(index)]
-    found = [reject for part in parts for reject in part.rejects if "may be measured" in reject.reason]
-    assert 0 < len(found) <= 40 + len(reasons)
-    assert sum(part.num_kept + len(part.rejects) for part in parts) == sum(part.num_input for part in parts) == 4000
+    rows = [row for index in range(config.ingest.num_shards) for part in worker(index) for row in part.rows.to_pylist()]
+    texts = {row["text"] for row in rows}
+    assert len(rows) == len(texts) == 3000
+    assert {row.text for row in drawn} & web
+    assert not texts & web
+    assert any(contaminated(row.text, asked) for row in drawn)
+    assert not any(contaminated(text, asked) for text in texts)
+    kept = [row.passage_id for row in drawn if row.text not in web and not contaminated(row.text, asked)]
+    assert [row.passage_id for row in worker.passages][: len(kept)] == kept
 
 
 def test_the_plan_of_text_is_one_epoch_of_all_passages(finished_run: Config) -> None:
