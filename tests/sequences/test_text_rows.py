@@ -22,6 +22,7 @@ from salad_ray.sequences.interleave import tokenize
 from salad_ray.sequences.loader import LaneReader, LaneStream, Mix
 from salad_ray.sequences.plan import plan_lane, plan_shard_name, read_without_features, shards_of_lane
 from salad_ray.sequences.text_rows import Text, plan_text_lane, text_segment
+from salad_ray.stages.pack import active_rows, natural_rows
 from salad_ray.tables import BadInput, Features, Passage, PlanRow, Table, TableError, to_arrow
 
 TOKENIZER = make_tokenizer("bos")
@@ -304,3 +305,30 @@ def test_the_kl_of_text_is_that_of_its_labels_in_a_mixed_batch(folder: str, mode
     assert mixed.num_text_positions == sum(len(sample.segment.token_ids) for row in text for sample in row)
     assert loss.each_kl[mixed.is_text].mean().item() == pytest.approx(alone.kl.item(), rel=1e-4) != 0
     assert loss.each_kl.mean().item() == pytest.approx(loss.kl.item(), rel=1e-5)
+
+
+def test_the_plans_are_as_long_as_both_stages_and_the_control_take(folder: str) -> None:
+    """Counted in the rows that are read: none is missing, and hardly any is planned for nothing."""
+    plans = {name: tables(folder, name)[0] for name in SETS}
+    without_active = {name: plans[name] for name in ("natural", "text")}
+    pack = CONFIG.model_dump(mode="json") | {"text_share": 0.3}
+    config = config_of(pack=pack, distill={"num_steps": 10, "decay_share": 0.5}, stage2={"num_steps": 9})
+    trunk = budget.mix_of(config, budget.stage1_row_shares(config, plans))
+    second = {"first_row": 5 * CONFIG.rows_per_lane, "earlier": trunk}
+    shares = [
+        (budget.stage1_row_shares(config, plans), {}, 10),
+        (budget.stage2_row_shares(config, plans), second, 9),
+        (budget.stage2_row_shares(config, without_active), second, 9),
+    ]
+    most = dict.fromkeys(("natural", "active"), 0)
+    for own, options, num_steps in shares:
+        mixed = {name: share for name, share in own.items() if name != "natural"}
+        read = steps(make_reader(folder, mixed, **options), num_steps)
+        for lane in range(CONFIG.num_lanes):
+            rows = {row for step in read for row in step[lane :: CONFIG.num_lanes]}
+            for name in most:
+                stream = LaneStream(*tables(folder, name), TOKENIZER, lane).rows(0)
+                places = [place for place, row in enumerate(islice(stream, 30), 1) if row_key(row) in rows]
+                most[name] = max(most[name], *places, 0)
+    assert 0 <= natural_rows(config, without_active) - most["natural"] <= 1
+    assert active_rows(config, plans) == most["active"] > 0
