@@ -88,7 +88,8 @@ def job_of(config: Config, name: str) -> Job:
     """What the trainer is told by the stages, warm-up and decay in one."""
     run, settings = pipeline.resolve(config), config.distill
     plan, features = (run.table("natural", each) for each in ("plan", "features"))
-    encoder, num_steps = EncoderSpec(**finished(run, features.label)["encoder"]), budget_of(config, plan).num_steps
+    encoder = EncoderSpec(**finished(run, features.label)["encoder"])
+    num_steps = budget_of(config, {"natural": plan}).num_steps
     return Job(
         config, a_table(config.run_dir, "", name), (plan, features), teacher_of(run), encoder, settings, num_steps,
         settings.warmup_steps, num_steps - decay_start(num_steps, settings.decay_share),

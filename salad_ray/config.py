@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-SetName = Literal["web", "natural", "heldout", "probe", "active", "benchmark"]
+SetName = Literal["web", "text", "natural", "heldout", "probe", "active", "benchmark"]
 
 
 class ConfigError(ValueError):
@@ -54,6 +54,8 @@ PICKED_PER_SHARD = 256
 """Passages that are picked out of the web; a shard of speech is the unit of work and of retry."""
 STAGE2_SHARE = 0.08
 """Of Stage I's steps, where Stage II's are not given: the paper's 1.9 B positions of 24 B."""
+SHARES_TOLERANCE = 1e-3
+"""A third is written 0.333; what is missing to 1 is dealt to all."""
 POSITIONS_PER_WORD = 6
 """Of spoken words: 12.5 frames a second, at 130 words a minute."""
 
@@ -76,6 +78,9 @@ class WorldConfig(Section):
     """Documents of all domains, kept for `measure`."""
     num_web: int = Field(6000, ge=1)
     """Documents of all domains, as web text; the tiny text LM is trained on them."""
+    num_text: int = Field(0, ge=0)
+    """Documents of all domains to train on as text alone, where ingest.text names none. They are drawn apart: none is
+    one of the web's or of the held-out ones, or shares 13 words in a row with a question."""
     num_questions: int = Field(240, ge=0)
     """Questions about documents of all domains, for `evaluate`; asked where the text LM is the world's own."""
     unheard: tuple[str, ...] = ("law", "music")
@@ -199,6 +204,9 @@ class IngestConfig(Section):
     """Recorded speech; without any, natural speech is the embedded world's."""
     web: tuple[Annotated[WebTextConfig, BeforeValidator(_path_only)], ...] = ()
     """Web text; without any, and without corpora, it is the embedded world's."""
+    text: tuple[Annotated[WebTextConfig, BeforeValidator(_path_only)], ...] = ()
+    """What is trained on as text alone (pack.text_share, stage2.shares), in the formats of ingest.web and cut alike; a
+    passage that the web text has too is left out, as it may be measured."""
     passages: PassageConfig = PassageConfig()
     languages: tuple[str, ...] = ()
     """Languages of recordings to keep, as two-letter codes; none keeps all. Web text has filters of its own."""
@@ -219,6 +227,7 @@ class IngestConfig(Section):
     def _distinct(self) -> IngestConfig:
         self._require_names("ingest.corpora", self.corpora)
         self._require_names("ingest.web", self.web)
+        self._require_names("ingest.text", self.text)
         return self
 
     @staticmethod
@@ -483,6 +492,9 @@ class PackConfig(Section):
     """Streams of rows; at most so many training workers, and best a number that divides it."""
     rows_per_lane: int = Field(1, ge=1)
     """Rows that each lane gives to one step; the global batch is num_lanes × rows_per_lane rows."""
+    text_share: float = Field(0.0, ge=0, lt=1)
+    """Share of Stage I's samples that are text alone (ingest.text, world.num_text), against forgetting; the paper has
+    a third."""
 
     @model_validator(mode="after")
     def _ordered(self) -> PackConfig:
@@ -614,6 +626,25 @@ class DistillConfig(Section):
         return self
 
 
+class SharesConfig(Section):
+    """Shares of Stage II's samples; together 1."""
+
+    natural: float = Field(gt=0, lt=1)
+    active: float = Field(gt=0, lt=1)
+    text: float = Field(0.0, ge=0, lt=1)
+    """Text alone."""
+
+    @model_validator(mode="after")
+    def _together_one(self) -> SharesConfig:
+        total = self.natural + self.active + self.text
+        if abs(total - 1) > SHARES_TOLERANCE:
+            raise ValueError(
+                f"stage2.shares: natural={self.natural:g}, active={self.active:g} and text={self.text:g} make "
+                f"{total:g}, and must make 1"
+            )
+        return self
+
+
 class Stage2Config(Section):
     """Stage II: natural and active speech mixed, from Stage I's weights and optimizer before its decay. What is not
     said here is as in `distill`."""
@@ -623,12 +654,24 @@ class Stage2Config(Section):
     """Optimizer steps; give either this or num_positions."""
     num_positions: float | None = Field(None, gt=0)
     """Non-padding student positions; none of both is 8 % of Stage I's steps, the paper's 1.9 B of 24 B."""
-    active_weight: float = Field(10.0, gt=0)
-    """An hour of active speech is seen as often as so many hours of natural speech (ours)."""
+    shares: SharesConfig | None = None
+    """Shares of the samples, such as {natural: 0.4, active: 0.4, text: 0.2}; none takes the paper's third of each, or
+    half natural and half active where there is no text (ingest.text, world.num_text). The control has the same share of
+    text, and the rest is natural speech."""
     decay_share: float = Field(0.5, ge=0, le=1)
     """Share of the steps, at the end, in which the rate falls linearly to zero; the rest keeps the peak."""
     control: bool = operational(False)
-    """Also train a control: Stage I continued on natural speech alone for as many steps."""
+    """Also train a control: Stage I continued without active speech for as many steps."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_weight(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "active_weight" in data:
+            raise ValueError(
+                "stage2.active_weight is gone; say the shares of Stage II's samples instead, such as "
+                "stage2.shares: {natural: 0.4, active: 0.4, text: 0.2}"
+            )
+        return data
 
     @model_validator(mode="after")
     def _one_end(self) -> Stage2Config:
@@ -782,6 +825,32 @@ class Config(Section):
         return bool(self.ingest.web) or not self.ingest.corpora
 
     @property
+    def has_text(self) -> bool:
+        """Whether there is text to train on alone: configured corpora, or the embedded world's."""
+        in_world = not self.ingest.corpora and not self.ingest.web
+        return bool(self.ingest.text) or (in_world and self.world.num_text > 0)
+
+    @property
+    def stage1_shares(self) -> dict[str, float]:
+        """Share of each set in the samples of Stage I."""
+        return _without_zeros({"natural": 1 - self.pack.text_share, "text": self.pack.text_share})
+
+    @property
+    def stage2_shares(self) -> dict[str, float]:
+        """Share of each set in the samples of Stage II."""
+        assert self.stage2 is not None
+        shares = self.stage2.shares
+        if shares is not None:
+            return _without_zeros(shares.model_dump())
+        names = ("natural", "active", "text") if self.has_text else ("natural", "active")
+        return dict.fromkeys(names, 1 / len(names))
+
+    @property
+    def trained_sets(self) -> frozenset[str]:
+        """The sets that training takes its samples from."""
+        return frozenset(self.stage1_shares) | frozenset(self.stage2_shares if self.stage2 is not None else ())
+
+    @property
     def measured_sets(self) -> tuple[SetName, ...]:
         """The sets whose `split=test` passages are measured, the main one first: broad web text that is spoken, as in
         the paper; and recordings, which are held out of their own set."""
@@ -826,6 +895,12 @@ class Config(Section):
             )
         if "voice" in self.evaluate.conditions and len(self.synthesize.evaluation_voices) < 2:
             raise ValueError("evaluate.conditions: 'voice' needs two voices in synthesize.evaluation_voices")
+        if "text" in self.trained_sets and not self.has_text:
+            key = f"pack.text_share={self.pack.text_share:g}" if self.pack.text_share else "stage2.shares.text"
+            remedy = "name some in ingest.text"
+            if not self.ingest.corpora and not self.ingest.web:
+                remedy += ", or set world.num_text to the number of the embedded world's documents to take"
+            raise ValueError(f"{key} asks for samples of text alone, and there is no text for them; {remedy}")
         if self.stage2 is not None and not self.has_web:
             raise ValueError("stage2 needs web text to select from; name some in ingest.web")
         workers = self.distill.num_workers
@@ -849,6 +924,11 @@ class Config(Section):
                 f"ingest.num_shards={self.ingest.num_shards} must be a multiple of pack.num_lanes={self.pack.num_lanes}"
             )
         return self
+
+
+def _without_zeros(shares: dict[str, float]) -> dict[str, float]:
+    """The shares above 0, which together make 1."""
+    return {name: share / sum(shares.values()) for name, share in shares.items() if share}
 
 
 def identity(config: Config, *keys: str, without: typing.Sequence[str] = ()) -> dict[str, Any]:

@@ -52,9 +52,11 @@ def _absolute(config: Config) -> Config:
         for corpus in config.ingest.corpora
     )
     web = tuple(corpus.model_copy(update={"path": if_there(corpus.path)}) for corpus in config.ingest.web)
+    text = tuple(corpus.model_copy(update={"path": if_there(corpus.path)}) for corpus in config.ingest.text)
     benchmarks = tuple(resolve(path) for path in config.ingest.passages.benchmarks)
     passages = config.ingest.passages.model_copy(update={"benchmarks": benchmarks})
-    ingest = config.ingest.model_copy(update={"corpora": corpora, "web": web, "passages": passages})
+    changes = {"corpora": corpora, "web": web, "text": text, "passages": passages}
+    ingest = config.ingest.model_copy(update=changes)
     synthesize = config.synthesize.model_copy(
         update={"path": if_there(config.synthesize.path), "recogniser": if_there(config.synthesize.recogniser)}
     )

@@ -35,7 +35,7 @@ STAGES = {
     "pack": About("Draw interleavings and pack them into training rows.", ("pack",)),
     "trunk": About("Distil at a constant rate, with a checkpoint where each decay begins.", ("distill", "model")),
     "stage1": About("Distil the text LLM into the speech-adapted one.", ("distill", "model")),
-    "stage2": About("Continue before Stage I's decay, on natural and active speech.", ("stage2", "distill")),
+    "stage2": About("Continue before Stage I's decay, on natural and active speech and text.", ("stage2", "distill")),
     "measure": About("Measure forgetting, misalignment and distillation loss on held-out passages.", ("measure",)),
     "evaluate": About("Answer the benchmarks' items, read as text and heard as speech.", ("evaluate",)),
     "report": About("Print the gap tables; write report/metrics.json and report/page.html."),
@@ -43,8 +43,17 @@ STAGES = {
 TRUNK = "trunk"
 TRAINED = ("stage1", "stage2", "control")
 """The speech-adapted models of a run."""
+SPEECH_SHARES = ("stage2.shares.natural", "stage2.shares.active")
+"""Which only tell Stage II from its control, whose share of text is the same."""
 LENGTHS = ("distill.num_steps", "distill.num_positions", "distill.decay_share")
 """Where Stage I branches off its trunk. Plan and trunk do not depend on them: a longer budget lengthens both."""
+
+
+CUT = (
+    *(f"ingest.passages.{name}" for name in ("max_word_pieces", "min_words", "max_words", "ngram")),
+    *("ingest.num_shards", "embed.embedder", "embed.path", "embed.revision"),
+)
+"""How documents become passages and are dealt to shards."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,7 @@ class Step:
 
 def steps(config: Config) -> list[Step]:
     """The whole flow for this config, in order: steps of one stage stand together where they can, and share actors."""
-    flow = [*_texts(config), *_speech(config, _first_sets(config)), _teacher(config), *_stage1()]
+    flow = [*_texts(config), *_speech(config, _first_sets(config)), _teacher(config), *_stage1(config)]
     trained = ["stage1"]
     if config.stage2 is not None:
         flow += _data_engine(config)
@@ -118,12 +127,12 @@ def _texts(config: Config) -> list[Step]:
         found.append(Step("ingest", "benchmark", ("items", *own), keys=keys))
         found.append(Step("ingest", "benchmark", ("passages",), ("benchmark/items",)))
     if config.ingest.web:
-        cut = (f"ingest.passages.{name}" for name in ("max_word_pieces", "min_words", "max_words", "ngram"))
-        keys = ("ingest.web", *cut, "ingest.heldout_share", "ingest.num_shards")
-        keys += ("embed.embedder", "embed.path", "embed.revision")
+        keys = ("ingest.web", *CUT, "ingest.heldout_share")
         found.append(Step("ingest", "web", ("passages",), keys=keys))
     elif config.has_web or config.model.teacher == "world":
         found.append(Step("ingest", "web", ("passages",), keys=("world.num_web", *world), by_shard=True, version=2))
+    if "text" in config.trained_sets:
+        found.append(_text_alone(config))
     if config.ingest.corpora:
         read = (f"ingest.{name}" for name in ("corpora", "languages", "heldout_share", "split_by", "num_shards"))
         found.append(Step("ingest", "natural", ("catalog",), keys=tuple(read)))
@@ -139,6 +148,16 @@ def _texts(config: Config) -> list[Step]:
         keys = ("world.num_heldout", *world)
         found.append(Step("ingest", "heldout", ("passages",), keys=keys, by_shard=True, version=2))
     return found
+
+
+def _text_alone(config: Config) -> Step:
+    """Passages that are read in training and never heard; those that the web text has, too, are left out."""
+    if config.ingest.text:
+        web = ("web/passages",) if config.ingest.web else ()
+        return Step("ingest", "text", ("passages",), web, ("ingest.text", *CUT))
+    asked = () if config.evaluate.benchmarks else ("world.num_questions",)
+    keys = ("world.num_text", "world.num_web", "ingest.num_shards", "seed", "ingest.passages.ngram", *asked)
+    return Step("ingest", "text", ("passages",), keys=keys, by_shard=True)
 
 
 def _teacher(config: Config) -> Step:
@@ -176,11 +195,18 @@ def _pack(name: str, *others: str) -> Step:
     return Step("pack", name, ("plan",), reads, keys, grows=True)
 
 
-def _stage1() -> list[Step]:
-    read = ("teacher", "natural/features", "natural/plan")
-    keys = ("distill", "model.adapter", "pack.rows_per_lane", "seed")
+def _pack_text() -> Step:
+    keys = ("pack.context", "pack.num_lanes", "seed")
+    return Step("pack", "text", ("plan",), ("teacher", "text/passages"), keys)
+
+
+def _stage1(config: Config) -> list[Step]:
+    text = ("text/plan",) if config.pack.text_share else ()  # what text Stage II alone has does not change the trunk
+    read = ("teacher", "natural/features", "natural/plan", *text)
+    keys = ("distill", "model.adapter", "pack.rows_per_lane", "pack.text_share", "seed")
     return [
-        _pack("natural"),
+        *([_pack_text()] if "text" in config.trained_sets else []),
+        _pack("natural", *text),
         Step("trunk", "", ("trunk",), read, keys, LENGTHS, grows=True, trains=True),
         Step("stage1", "", ("stage1",), ("trunk", *read), LENGTHS, trains=True),
     ]
@@ -191,7 +217,8 @@ def _data_engine(config: Config) -> list[Step]:
     clusters = ("web/clusters", "web/centroids")
     probed = ("probe/passages", "probe/utterances", "probe/measurements_stage1")
     embed = ("embed",) if config.embed.embedder == "sentence_transformers" else ("embed", "seed")
-    trunk = ("trunk", "teacher", "natural/features", "natural/plan")
+    text = ("text/plan",) if "text" in config.trained_sets else ()
+    trunk = ("trunk", "teacher", "natural/features", "natural/plan", *text)
     active = ("active/features", "active/plan")
     found = [
         Step("embed", "web", ("embeddings",), ("web/passages",), embed, by_shard=True),
@@ -203,14 +230,13 @@ def _data_engine(config: Config) -> list[Step]:
         Step("select", "active", ("selection", "passages"),
              ("web/passages", *clusters, *probed, "natural/features"), ("select",)),
         *_speech(config, ["active"]),
-        _pack("active", "active/selection", "natural/plan"),
+        _pack("active", "active/selection", "natural/plan", *text),
         Step("stage2", "", ("stage2",), (*trunk, *active), ("stage2", *LENGTHS), trains=True),
     ]  # fmt: skip
     assert config.stage2 is not None
     if config.stage2.control:
         keys = ("stage2", *LENGTHS)
-        without = ("stage2.active_weight",)
-        found.append(Step("stage2", "", ("control",), trunk, keys, without, trains=True))
+        found.append(Step("stage2", "", ("control",), trunk, keys, SPEECH_SHARES, trains=True))
     return found
 
 

@@ -308,6 +308,7 @@ CALIBRATION: dict[str, Any] = {
     "world.num_questions": 64,
     "ingest.corpora": [],
     "ingest.web": [],
+    "ingest.text": [],
     "cluster.num_clusters": 12,
     "probe.passages_per_cluster": 6,
     "select.budget_hours": None,
@@ -384,6 +385,7 @@ def calibration(config: Config) -> Config:
         actors = max(1, int(len(gpus) / config.synthesize.num_gpus))
     num_shards = -(-CALIBRATION_WAVES * actors // lanes) * lanes
     changes |= {f"world.{name}": rows * num_shards for name, rows in CALIBRATION_ROWS.items()}
+    changes |= {"world.num_text": changes["world.num_web"] if "text" in config.trained_sets else 0}
     small = replaced(config, changes | {"ingest.num_shards": num_shards}, "calibration")
     decisive = small.model_dump(mode="json", exclude={"run_dir", "set", "strict"})
     name = fingerprint(decisive | {"gpus": [gpu.name for gpu in gpus]})[:8]

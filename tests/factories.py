@@ -107,9 +107,9 @@ def small_world_config(folder: Path) -> dict[str, Any]:
     return {
         "run_dir": str(folder / "run"),
         "ray": {"num_cpus": 2},
-        "world": {"num_natural": 64, "num_heldout": 24, "num_web": 200, "num_questions": 24},
+        "world": {"num_natural": 64, "num_heldout": 24, "num_web": 200, "num_text": 60, "num_questions": 24},
         "ingest": {"num_shards": 4},
-        "pack": {"context": 256, "text_words": [4, 9], "speech_words": [4, 9], "num_lanes": 2},
+        "pack": {"context": 256, "text_words": [4, 9], "speech_words": [4, 9], "num_lanes": 2, "text_share": 0.25},
         "model": {
             "adapter": {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "ffn_size": 64},
             "tiny_lm": {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "ffn_size": 64, "num_steps": 10},

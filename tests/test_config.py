@@ -132,8 +132,10 @@ def test_a_pattern_of_web_text_is_made_absolute_where_its_folder_is_here(
     (tmp_path / "mine.yaml").write_text("{}")
     monkeypatch.chdir(tmp_path)
     for path, found in (("texts/*.jsonl", f"{tmp_path}/texts/*.jsonl"), ("org/name/sample/*.parquet", None)):
-        [corpus] = load_config("mine.yaml", [f"ingest.web=[{{path: '{path}', name: x}}]"]).ingest.web
-        assert corpus.path == (found or path)
+        for key in ("web", "text"):
+            ingest = load_config("mine.yaml", [f"ingest.{key}=[{{path: '{path}', name: x}}]"]).ingest
+            [corpus] = getattr(ingest, key)
+            assert corpus.path == (found or path)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
@@ -150,8 +152,46 @@ def test_the_paper_recipe_says_what_the_paper_says() -> None:
         assert config.model.teacher == teacher
         assert (config.distill.alpha, config.distill.num_positions, config.pack.context) == (1.0, 24e9, 2048)
         assert (config.encode.encoder, config.model.adapter.num_layers) == ("mimi", 12)
+        assert config.pack.text_share == pytest.approx(1 / 3, abs=1e-3)
+        assert config.stage2_shares == pytest.approx(dict.fromkeys(("natural", "active", "text"), 1 / 3), abs=1e-3)
+        assert [corpus.path.startswith("HuggingFaceTB/smollm-corpus/") for corpus in config.ingest.text] == [True, True]
         rows = config.pack.num_lanes * config.pack.rows_per_lane
         assert rows * config.pack.context == pytest.approx(1e6, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("given", "shares"),
+    [
+        ({}, {"natural": 1 / 2, "active": 1 / 2}),
+        ({"world": {"num_text": 9}}, {"natural": 1 / 3, "active": 1 / 3, "text": 1 / 3}),
+        ({"ingest": {"text": ["t"]}}, {"natural": 1 / 3, "active": 1 / 3, "text": 1 / 3}),
+        ({"stage2": {"shares": {"natural": 0.7, "active": 0.3}}}, {"natural": 0.7, "active": 0.3}),
+        ({"world": {"num_text": 9}, "stage2": {"shares": {"natural": 0.333, "active": 0.333, "text": 0.333}}},
+         {"natural": 1 / 3, "active": 1 / 3, "text": 1 / 3}),
+    ],
+)  # fmt: skip
+def test_shares_of_stage_two_are_equal_parts_of_what_there_is(given: dict, shares: dict[str, float]) -> None:
+    assert parse_config({"stage2": {}} | given).stage2_shares == pytest.approx(shares)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"stage2": {"active_weight": 13}}, ["stage2.active_weight is gone", "stage2.shares"]),
+        ({"stage2": {"shares": {"natural": 0.5, "active": 0.3}}}, ["stage2.shares", "make 0.8, and must make 1"]),
+        ({"stage2": {"shares": {"natural": 1.0, "active": 0.0}}}, ["stage2.shares.natural"]),
+        ({"pack": {"text_share": 0.3}}, ["pack.text_share=0.3", "ingest.text", "world.num_text"]),
+        ({"pack": {"text_share": 1.0}}, ["pack.text_share"]),
+        ({"stage2": {"shares": {"natural": 0.5, "active": 0.3, "text": 0.2}}},
+         ["stage2.shares.text", "ingest.text", "world.num_text"]),
+        ({"pack": {"text_share": 0.3}, "world": {"num_text": 9}, "ingest": {"corpora": ["c"]}}, ["ingest.text"]),
+        ({"ingest": {"text": ["a/x", "b/x"]}}, ["ingest.text", "'x'"]),
+    ],
+)  # fmt: skip
+def test_shares_that_cannot_be_are_an_error_with_the_key_to_mend(given: dict, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_config(given)
+    assert all(word in str(error.value) for word in words), error.value
 
 
 def test_every_key_is_read_somewhere() -> None:

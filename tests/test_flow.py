@@ -98,7 +98,7 @@ def test_sets_that_are_not_named_are_all_but_the_probe() -> None:
 
 def test_a_stage_on_a_set_that_it_does_not_work_on_is_refused(tmp_path: Path) -> None:
     config = parse_config(small_world_config(tmp_path))
-    with pytest.raises(ConfigError, match="works on natural"):
+    with pytest.raises(ConfigError, match="works on text, natural, active, not on set=heldout"):
         pipeline.make(config, "pack", "heldout")
 
 

@@ -49,10 +49,11 @@ class Logger:
         with suppress(OSError):  # a store that fails now may work at the next note
             write_json(f"{self.url}/progress.json", note)
         mfu = f" · MFU {row['mfu']:.0%}" if "mfu" in row else ""
+        text = f" (of text alone {row['text_kl']:.4f})" if "text_kl" in row else ""
         ends = f" · KL at word ends {row['word_end_kl']:.4f}" if "word_end_kl" in row else ""
         skipped = f" · {row['skipped_steps']:.0f} steps skipped" if row["skipped_steps"] else ""
         say(
-            f"{self.name}: step {step}/{self.num_steps} · loss {row['loss']:.4f} · KL {row['kl']:.4f} · "
+            f"{self.name}: step {step}/{self.num_steps} · loss {row['loss']:.4f} · KL {row['kl']:.4f}{text} · "
             f"NLL {row['nll']:.4f}{ends} · {row['positions_per_sec']:,.0f} positions/s{mfu} · "
             f"{row['memory_gib']:.1f} GiB · waiting {row['waiting_share']:.0%}{skipped} · ETA {clock(eta)}",
             stage=self.name,

@@ -68,12 +68,26 @@ def distillation_loss(
     Raises:
         ValueError: on shapes that do not fit, a label outside the shared ids, or alpha or chunk_size out of range.
     """
+    return loss_and_each_kl(student_hidden, student_head, teacher_hidden, teacher_head, labels, alpha, chunk_size)[0]
+
+
+def loss_and_each_kl(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    labels: Tensor,
+    alpha: float = 1.0,
+    chunk_size: int | None = None,
+) -> tuple[DistillationLoss, Tensor]:
+    """`distillation_loss`, and the KL of every position, (N,), without gradient."""
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}, but it is a weight between 0 and 1")
     student_hidden, teacher_hidden = student_hidden.to(student_head.dtype), teacher_hidden.to(teacher_head.dtype)
     chunk_size = _check(student_hidden, student_head, teacher_hidden, teacher_head, labels, chunk_size)
     tensors = (student_hidden, student_head, teacher_hidden.detach(), teacher_head.detach(), labels)
-    return DistillationLoss(*_Distillation.apply(*tensors, alpha, chunk_size, torch.is_grad_enabled()))
+    *means, each_kl = _Distillation.apply(*tensors, alpha, chunk_size, torch.is_grad_enabled())
+    return DistillationLoss(*means), each_kl
 
 
 @torch.no_grad()
@@ -99,7 +113,7 @@ def divergence(
 
 
 class _Distillation(torch.autograd.Function):
-    """(loss, kl, nll); the gradients are made in the forward."""
+    """(loss, kl, nll, each_kl); the gradients are made in the forward."""
 
     @staticmethod
     def forward(
@@ -112,15 +126,17 @@ class _Distillation(torch.autograd.Function):
         alpha: float,
         chunk_size: int,
         with_grad: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         for_hidden, for_head = (with_grad and needed for needed in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if for_hidden else None
         grad_head = torch.zeros_like(head) if for_head else None
         weight = alpha if for_hidden or for_head else None
         vocab = min(len(head), len(teacher_head))
         sums = torch.zeros(2, dtype=torch.float64, device=hidden.device)
+        each_kl = labels.new_empty(len(labels), dtype=_work_dtype(hidden))
         for rows, kl, nll, grad in _chunks(hidden, head, teacher_hidden, teacher_head, labels, chunk_size, weight):
             sums += torch.stack((kl.sum(dtype=torch.float64), nll.sum(dtype=torch.float64)))
+            each_kl[rows] = kl
             grad = grad.to(head.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, head[:vocab], out=grad_hidden[rows])
@@ -128,8 +144,8 @@ class _Distillation(torch.autograd.Function):
                 grad_head[:vocab].addmm_(grad.T, hidden[rows])
         ctx.save_for_backward(grad_hidden, grad_head)
         kl, nll = (sums / max(len(labels), 1)).to(_work_dtype(hidden))
-        ctx.mark_non_differentiable(kl, nll)
-        return alpha * kl + (1 - alpha) * nll, kl, nll
+        ctx.mark_non_differentiable(kl, nll, each_kl)
+        return alpha * kl + (1 - alpha) * nll, kl, nll, each_kl
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:

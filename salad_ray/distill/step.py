@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from salad_ray.config import DistillConfig
-from salad_ray.distill.losses import distillation_loss
+from salad_ray.distill.losses import distillation_loss, loss_and_each_kl
 from salad_ray.model.speech_lm import hidden_states, lm_head
 from salad_ray.sequences.batch import Batch
 
@@ -26,12 +26,13 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L
 
 class BatchLoss(NamedTuple):
     """Means in nats; only `loss` carries a gradient. `kl` and `nll` are of the text labels, L of them, `word_end_kl` of
-    the E word ends."""
+    the E word ends; `each_kl` (L,) is the KL of every text label."""
 
     loss: Tensor
     kl: Tensor
     nll: Tensor
     word_end_kl: Tensor
+    each_kl: Tensor
 
 
 def batch_loss(
@@ -68,14 +69,14 @@ def batch_loss(
     heard = _gathered(student(batch), at)
     gather_head()
     teacher_head = lm_head(teacher)
-    text = distillation_loss(heard[0], student_head, read[0], teacher_head, batch.labels, alpha, chunk_size)
+    text, each_kl = loss_and_each_kl(heard[0], student_head, read[0], teacher_head, batch.labels, alpha, chunk_size)
     if not word_end_weight:
-        return BatchLoss(*text, word_end_kl=torch.zeros_like(text.kl))
+        return BatchLoss(*text, torch.zeros_like(text.kl), each_kl)
     next_ids = batch.teacher_ids.flatten()[batch.word_end_teacher + 1]
     ends = distillation_loss(heard[1], student_head, read[1], teacher_head, next_ids, 1.0, chunk_size)
     num_ends, total = word_end_weight * len(next_ids), label_weight(batch, word_end_weight)
     loss = (len(batch.labels) * text.loss + num_ends * ends.loss) / (total or 1.0)
-    return BatchLoss(loss, text.kl, text.nll, ends.kl)
+    return BatchLoss(loss, text.kl, text.nll, ends.kl, each_kl)
 
 
 def _gathered(hidden: Tensor, indices: Sequence[Tensor]) -> list[Tensor]:

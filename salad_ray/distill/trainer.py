@@ -34,6 +34,7 @@ from torch import Tensor
 from salad_ray.config import Config, ConfigError, DistillConfig
 from salad_ray.configfile import parse_config
 from salad_ray.console import log_facts, say
+from salad_ray.distill.budget import mix_of
 from salad_ray.distill.checkpoints import (
     Checkpoint,
     CheckpointReader,
@@ -58,15 +59,19 @@ from salad_ray.distill.zero import optimizer_step, partitions, restored
 from salad_ray.model.loading import load_tokenizer, tokenizer_hash
 from salad_ray.model.speech_lm import EncoderSpec, ModelError, SpeechLM, load_text_lm, weights_fingerprint
 from salad_ray.sequences.batch import Batch, without_labels
-from salad_ray.sequences.loader import ActiveMix, LaneReader
+from salad_ray.sequences.loader import LaneReader
 from salad_ray.store import StoreError, for_ray, scratch_folder
 from salad_ray.tables import Table, TableError, delete_file, local_folder, put_folder, read_json, write_json
 
 MENDABLE = (ConfigError, ModelError, TableError)
 """What a user has to mend before another try can succeed."""
-GAUGES = ("step", "loss", "kl", "word_end_kl", "positions_per_sec", "waiting_share", "memory_gib", "mfu")
+GAUGES = ("step", "loss", "kl", "word_end_kl", "text_kl", "positions_per_sec", "waiting_share", "memory_gib", "mfu")
 """Of a row of the curve, what Ray's dashboard and Prometheus show, as `salad_train_…`."""
-SUMS = ("loss", "kl", "nll", "word_end_kl", "label_weight", "num_labels", "num_word_ends", "num_positions", "flops")
+SUMS = (
+    *("loss", "kl", "nll", "word_end_kl", "text_kl"),
+    *("label_weight", "num_labels", "num_word_ends", "num_text_labels"),
+    *("num_positions", "num_text_positions", "flops"),
+)
 
 
 class TrainingStopped(RuntimeError):
@@ -79,6 +84,9 @@ class Progress:
 
     step: int = 0
     num_positions: int = 0
+    """D of the scaling law: with those of text alone."""
+    num_text_positions: int = 0
+    """Of them, those of samples that are text alone."""
     train_seconds: float = 0.0
     log: list[dict[str, float]] = field(default_factory=list)
     sums: list[float] = field(default_factory=lambda: [0.0] * len(SUMS))
@@ -112,10 +120,12 @@ class Job:
     begins; without, it begins with the teacher's weights."""
     first_row: int = 0
     """Row of every lane of the natural plan at which step 0 begins."""
-    active: tuple[Table, Table] | None = None
-    """Plan and features of the active speech."""
-    active_share: float = 0.0
-    """Of the rows; they come from the active speech's plan."""
+    others: dict[str, tuple[Table, Table]] = field(default_factory=dict)
+    """Set → plan and what it refers to: features of active speech, passages of text alone."""
+    shares: dict[str, float] = field(default_factory=dict)
+    """Of the rows, by set; natural speech has what is missing to 1."""
+    earlier_shares: dict[str, float] | None = None
+    """Of the rows before `first_row`, where they were others."""
     branch_steps: tuple[int, ...] = ()
     """Steps whose checkpoints stay, since other trainings begin there."""
     exports: bool = True
@@ -187,7 +197,8 @@ def as_json(job: Job) -> str:
     content = {each.name: getattr(job, each.name) for each in fields(job)}
     content |= {name: content[name].model_dump(mode="json") for name in ("config", "settings")}
     content |= {name: asdict(content[name]) for name in ("encoder", "table")}
-    content |= {name: [asdict(table) for table in content[name] or ()] for name in ("natural", "active")}
+    content["natural"] = [asdict(table) for table in job.natural]
+    content["others"] = {name: [asdict(table) for table in pair] for name, pair in job.others.items()}
     return json.dumps(content)
 
 
@@ -204,7 +215,7 @@ def job_of(text: str) -> Job:
             "start": None if start is None else tuple(start),
             "table": Table(**content["table"]),
             "natural": tuple(Table(**each) for each in content["natural"]),
-            "active": tuple(Table(**each) for each in content["active"]) or None,
+            "others": {name: tuple(Table(**each) for each in tables) for name, tables in content["others"].items()},
             "branch_steps": tuple(content["branch_steps"]),
         }
     )
@@ -349,7 +360,7 @@ class Distiller:
         return make_engine(student, self.settings, self.reader.num_micro_batches, self.device)
 
     def _open_reader(self, path: str) -> LaneReader:
-        active = ActiveMix(*self.job.active, self.job.active_share) if self.job.active else None
+        earlier = self.job.earlier_shares
         return LaneReader(
             *self.job.natural,
             load_tokenizer(path, self.job.teacher["revision"]),
@@ -358,7 +369,9 @@ class Distiller:
             world_size=self.world_size,
             micro_batch_rows=self.settings.micro_batch_rows,
             first_row=self.job.first_row,
-            active=active,
+            others=self.job.others,
+            mix=mix_of(self.config, self.job.shares),
+            earlier=None if earlier is None else mix_of(self.config, earlier),
             stride=self.config.model.adapter.stride,
         )
 
@@ -426,7 +439,8 @@ class Distiller:
             self.engine.step()
         self.progress.sums = [a + b for a, b in zip(self.progress.sums, sums.tolist(), strict=True)]
         self.progress.step += 1
-        self.progress.num_positions += int(sums[SUMS.index("num_positions")])
+        for name in ("num_positions", "num_text_positions"):
+            setattr(self.progress, name, getattr(self.progress, name) + int(sums[SUMS.index(name)]))
 
     def _forward_backward(self, batch: Batch, num_labels: float) -> Tensor:
         """Accumulate the gradient of one micro-batch; returns its `SUMS`."""
@@ -437,9 +451,11 @@ class Distiller:
         count, num_ends = len(batch.labels), len(batch.word_end_student)
         weight = label_weight(batch, self.word_end_weight)
         counts = (weight, count, count, num_ends)  # what each of the loss's means is taken over
-        sums = [mean.item() * number for mean, number in zip(loss, counts, strict=True)]
+        sums = [mean.item() * number for mean, number in zip(loss[:4], counts, strict=True)]
         flops = training_flops(self.num_student, self.num_teacher, self.teacher.config, batch)
-        return torch.tensor([*sums, weight, count, num_ends, batch.num_positions, flops], dtype=torch.float64)
+        text_kl, num_text = loss.each_kl[batch.is_text].sum().item(), int(batch.is_text.sum())
+        counted = (weight, count, num_ends, num_text, batch.num_positions, batch.num_text_positions, flops)
+        return torch.tensor([*sums, text_kl, *counted], dtype=torch.float64)
 
     def _sum_over_workers(self, values: Tensor) -> Tensor:
         values = values.to(self.device, torch.float64)
@@ -497,6 +513,9 @@ class Distiller:
             "checkpoint_share": stalled_secs / secs,
             "memory_gib": peak_memory_gib(self.device),
         }
+        if "text" in self.job.shares:  # how far the student's text is from its teacher's: forgetting, as it comes
+            row["text_kl"] = sums["text_kl"] / max(sums["num_text_labels"], 1)
+            row["num_text_positions"] = self.progress.num_text_positions
         if (peak := peak_flops(self.device)) is not None:
             row["mfu"] = sums["flops"] / secs / peak / self.world_size
         self.progress.log.append(row)

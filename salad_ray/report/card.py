@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from salad_ray import __version__
+from salad_ray.config import path_name
 from salad_ray.runs import Places, Run
 from salad_ray.text.documents import text_corpus_name
 
@@ -43,6 +44,16 @@ def _credit(corpus: str, credits: Mapping[str, str]) -> str:
     return credits.get(corpus, credits.get(re.sub(r" \((espeak|kokoro)\)$", "", corpus), ""))
 
 
+def text_alone(ingest: Mapping[str, Any]) -> list[str]:
+    """What was read in training and never heard, with licence and whom to name, from the config's section as data."""
+    corpora = [corpus if isinstance(corpus, dict) else {"path": corpus} for corpus in ingest.get("text") or ()]
+    found = []
+    for corpus in corpora:
+        facts = [corpus.get("license") or "licence as its documents state it", corpus.get("attribution")]
+        found.append(f"{corpus.get('name') or path_name(corpus['path'])} ({', '.join(filter(None, facts))})")
+    return found or ["the embedded world's documents (CC0-1.0)"]
+
+
 def model_card(
     stage: str,
     teacher: dict[str, Any],
@@ -51,6 +62,7 @@ def model_card(
     alpha: float,
     stride: int = 1,
     word_ends: bool = False,
+    text: Sequence[str] = (),
 ) -> str:
     """The card as Markdown.
 
@@ -59,6 +71,7 @@ def model_card(
         encoder: what `encode` wrote about the encoder.
         stride: frames side by side at a position.
         word_ends: whether the ends of spoken words were compared, too.
+        text: corpora of text alone that it was trained on (`text_alone`).
     """
     ends = ", with a comparison at the end of every spoken word" if word_ends else ""
     rate = f"{encoder['frame_rate']:g} frames a second"
@@ -85,6 +98,8 @@ def model_card(
         ),
         "",
     ]
+    if text:
+        lines += [f"Text alone that it was trained on: {cell('; '.join(text))}.", ""]
     if any(re.search(r"\bNC\b", row.license.upper()) for row in speech):
         lines += ["Some of this speech is licensed for non-commercial use only.", ""]
     return "\n".join(lines)

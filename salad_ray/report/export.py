@@ -21,7 +21,7 @@ from salad_ray.config import ConfigError, path_name
 from salad_ray.distill.step import DTYPES
 from salad_ray.model.loading import is_hub_id, weights_fingerprint
 from salad_ray.model.speech_lm import SpeechLM
-from salad_ray.report.card import SpeechData, model_card, speech_of_run
+from salad_ray.report.card import SpeechData, model_card, speech_of_run, text_alone
 from salad_ray.report.metrics import NAMES
 from salad_ray.runs import Places, open_places
 from salad_ray.speech.readers import language_code
@@ -45,6 +45,7 @@ _FACTS = (
         "speech",
         "step",
         "num_positions",
+        "num_text_positions",
         "train_seconds",
     ),
 )
@@ -268,12 +269,14 @@ def _card(run: _Run, model: SpeechLM) -> str:
     training = run.config["distill" if run.system == "stage1" else "stage2"]
     recipe = (training["alpha"], model.config.adapter.stride, run.config["distill"].get("word_ends", False))
     hours = sum(_training_hours(run.places.table(name, "features")) for name in SETS[run.system])
+    text = text_alone(run.config.get("ingest") or {}) if run.manifest.get("num_text_positions") else ()
     front_text = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
     parts = [
         f"---\n{front_text}---\n",
-        model_card(run.system, teacher, encoder, run.speech, *recipe),
+        model_card(run.system, teacher, encoder, run.speech, *recipe, text),
         f"Held-out utterances aside, {hours:,.2f} hours were encoded for training; it saw "
-        f"{run.manifest['num_positions']:,} positions (text tokens and speech frames) in this stage.\n",
+        f"{run.manifest['num_positions']:,} positions (text tokens and speech frames) in this stage"
+        f"{_of_text(run.manifest)}.\n",
         _licence(front["license"]),
         _use(model),
         "\n".join(_numbers(run)),
@@ -281,6 +284,11 @@ def _card(run: _Run, model: SpeechLM) -> str:
         "the fingerprints of all weights, `metrics.json` all that was measured. `llm/` alone is a plain causal LM.\n",
     ]
     return "\n".join(parts)
+
+
+def _of_text(manifest: dict[str, Any]) -> str:
+    number = manifest.get("num_text_positions", 0)
+    return f", {number:,} of them of samples of text alone" if number else ""
 
 
 def _front_matter(run: _Run) -> dict[str, Any]:

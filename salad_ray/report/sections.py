@@ -371,6 +371,7 @@ def _changed(row: dict[str, Any], first: dict[str, Any], quantity: str) -> str:
 CURVES = (
     ("kl", "KL to the teacher, nats per label"),
     ("word_end_kl", "KL to the teacher at the ends of spoken words, nats"),
+    ("text_kl", "KL to the teacher on text alone, nats per label"),
     ("loss", "Loss, nats per label"),
     ("nll", "NLL of the text, nats per label"),
     ("learning_rate", "Learning rate of the LLM"),
@@ -390,7 +391,8 @@ def training_section(pairs: Sequence[tuple[str, RunFacts]]) -> Section:
             continue  # α = 1: the loss is the KL
         lines = [line for place, (_, run) in enumerate(pairs) for line in _lines(run, key, place)]
         if lines:
-            log = key in ("kl", "word_end_kl", "loss", "nll") and is_wide([y for line in lines for y in line.y])
+            is_log = key in ("kl", "word_end_kl", "text_kl", "loss", "nll")
+            log = is_log and is_wide([y for line in lines for y in line.y])
             alt = f"{title} by training step; " + "; ".join(_line_words(line) for line in lines) + "."
             svg = line_plot(f"curve-{key}", alt, lines, "step", log)
             plots.append(
@@ -417,7 +419,18 @@ def _line_words(line: Line) -> str:
 
 
 def training_grid(pairs: Sequence[tuple[str, RunFacts]]) -> Grid:
-    columns = ["state", "step", "positions", "time", "last KL", "last NLL", "positions/s", "skipped", "memory, GiB"]
+    columns = [
+        "state",
+        "step",
+        "positions",
+        "of text alone",
+        "time",
+        "last KL",
+        "last NLL",
+        "positions/s",
+        "skipped",
+        "memory, GiB",
+    ]
     rows: list[list[Cell | str]] = []
     for name, run in pairs:
         for curve in run.curves:
@@ -430,6 +443,7 @@ def training_grid(pairs: Sequence[tuple[str, RunFacts]]) -> Grid:
                     curve.state,
                     number(last.get("step")),
                     number(last.get("num_positions")),
+                    number(last.get("num_text_positions")),
                     secs(manifest.get("train_seconds")),
                     number(last.get("kl")),
                     number(last.get("nll")),
@@ -438,7 +452,10 @@ def training_grid(pairs: Sequence[tuple[str, RunFacts]]) -> Grid:
                     number(last.get("memory_gib"), 1),
                 ]
             )
-    notes = ["Control: Stage I continued on natural speech alone for as many steps as Stage II."]
+    notes = [
+        "Control: Stage I continued without active speech for as many steps as Stage II.",
+        "Positions are D of the scaling law and count samples of text alone, too.",
+    ]
     return Grid("Training", ["training", *columns], rows, notes=notes, num_text_columns=2)
 
 

@@ -6,7 +6,8 @@ Ray.
 
 Words are spoken or written by the spans of `pack`: with text spans of t words and speech spans of s words on average,
 s / (s + t) of the words are heard; of a sample that is spoken whole, all but its last (1 + longest text span) / 2. With
-n frames side by side a word takes the n-th part of its frames and (1 − 1/n) / 2 more: its last is seldom full.
+n frames side by side the last position of a span is half full on average. Shares of text alone are shares of samples;
+the lengths of samples of speech and of text make shares of positions of them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,15 @@ from typing import Any
 from rich.table import Table as RichTable
 from transformers import AutoConfig, PreTrainedConfig, Qwen2Config
 
-from salad_ray.config import PICKED_PER_SHARD, STAGE2_SHARE, Config, ConfigError, DistillConfig, path_name
+from salad_ray.config import (
+    PICKED_PER_SHARD,
+    STAGE2_SHARE,
+    Config,
+    ConfigError,
+    DistillConfig,
+    WebTextConfig,
+    path_name,
+)
 from salad_ray.console import clock
 from salad_ray.distill.step import DTYPES, PEAK_FLOPS
 from salad_ray.flow import Step, merged, steps
@@ -51,6 +60,7 @@ USABLE = 0.92
 """Share of a GPU's memory; the rest is CUDA's and fragmentation."""
 PASSAGES = {
     "web": "web text",
+    "text": "text alone",
     "natural": "training utterances",
     "heldout": "held-out passages",
     "probe": "probe passages",
@@ -67,6 +77,8 @@ SPEECH = {
 """Lines of the derivation, by set."""
 TRAINED = {"stage1": "Stage I, D", "stage2": "Stage II"}
 """Of a training, the line that says how many positions it sees; the trunk's are Stage I's but those of its decay."""
+TEXT_SHARES = {"stage1": "text of Stage I", "stage2": "text of Stage II"}
+"""Of a training, the line with the share of its positions that are samples of text alone."""
 
 
 @dataclass(frozen=True)
@@ -279,6 +291,8 @@ class Amounts:
         """Web text, and what is spoken of it and of benchmarks."""
         config = self.config
         self.passage_words, self.passage_rates = self._web_text()
+        if "text" in config.trained_sets:
+            self._text_alone()
         if "heldout" in config.measured_sets:
             own, key = config.world.num_heldout, "world.num_heldout"
             if config.ingest.web:
@@ -296,13 +310,26 @@ class Amounts:
         if not corpora:
             self._add("web text", world.num_web, "passages", "world.num_web")
             return world_words(), ("words_per_sec",)
-        names = [corpus.name or path_name(corpus.path) for corpus in corpora]
-        found = {
-            name: known(self.rates.web, name, "web", "passages") * corpus.share
-            for name, corpus in zip(names, corpora, strict=True)
-        }
-        self._add("web text", sum(found.values()), "passages", _sum(found), "web")
+        self._add_passages("web", corpora)
         return self.rates.speech.words_per_passage, ("words_per_passage", "words_per_sec")
+
+    def _text_alone(self) -> None:
+        """What is read in training and never heard; and the positions of a sample of it."""
+        corpora, speech = self.config.ingest.text, self.rates.speech
+        words, read = (speech.words_per_passage, ("words_per_passage",)) if corpora else (world_words(), ())
+        if corpora:
+            self._add_passages("text", corpora)
+        else:
+            self._add(PASSAGES["text"], self.config.world.num_text, "passages", "world.num_text")
+        how = f"{words:.1f} words × {speech.tokens_per_word:.3g} tokens"
+        self._add("a sample of text", words * speech.tokens_per_word, "positions", how, *read, "tokens_per_word")
+
+    def _add_passages(self, name: str, corpora: Sequence[WebTextConfig]) -> None:
+        found: dict[str, float] = {}
+        for corpus in corpora:
+            own = corpus.name or path_name(corpus.path)
+            found[own] = known(self.rates.web, own, "web", "passages") * corpus.share
+        self._add(PASSAGES[name], sum(found.values()), "passages", _sum(found), "web")
 
     @property
     def _passage_secs(self) -> float:
@@ -361,6 +388,9 @@ class Amounts:
         )
         self.speech_share, self.teacher_share = heard * frames / epoch, tokens / epoch
         self.word_end_share = heard * words / epoch
+        for stage, shares in self._sample_shares().items():
+            if "text" in self.config.trained_sets:
+                self._add_text_share(stage, shares.get("text", 0.0), epoch)
         self._training(epoch)
 
     @property
@@ -389,47 +419,91 @@ class Amounts:
         share = (1 - pack.whole_share) * share + pack.whole_share * (1 - tail / length)
         return self._add("share of words heard", share, "", how)
 
+    def _sample_shares(self) -> dict[str, dict[str, float]]:
+        """Of the samples, by stage and set."""
+        second = {} if self.config.stage2 is None else {"stage2": self.config.stage2_shares}
+        return {"stage1": self.config.stage1_shares} | second
+
+    def _add_text_share(self, stage: str, share: float, epoch: float) -> None:
+        """Share of a stage's positions that are text alone, from the share of its samples."""
+        each = epoch / self["training utterances"]
+        how, read = "an utterance", ("positions of an epoch", "training utterances")
+        if self.config.ingest.corpora:  # neighbours are joined, up to a length with density ∝ 1/√length
+            joined = MAX_FILL * self.config.pack.context / 3
+            each, how = max(each, joined), f"utterances, joined to {joined:,.0f} positions on average or more"
+        speech = self._add("a sample of speech", each, "positions", how, *read)
+        text = self["a sample of text"]
+        value = share * text / (share * text + (1 - share) * speech)
+        how = f"{share:.1%} of the samples, of {text:,.0f} positions; those of speech have {speech:,.0f}"
+        self._add(TEXT_SHARES[stage], value, "of the positions", how, "a sample of speech", "a sample of text")
+
+    def text_share(self, stage: str) -> float:
+        """Share of a training's positions that are text alone."""
+        line = self.lines.get(TEXT_SHARES["stage2" if stage == "stage2" else "stage1"])
+        return line.value if line else 0.0
+
+    def flop_of_position(self, stage: str) -> float:
+        """On average over a training's positions of speech and of text alone."""
+        share = self.text_share(stage)
+        of_text = self["FLOP of a position of text"] if share else 0.0
+        return (1 - share) * self["FLOP of a position"] + share * of_text
+
     def _training(self, epoch: float) -> None:
         """Positions that both stages see, and epochs that the plan must last."""
         config, settings, second = self.config, self.config.distill, self.config.stage2
         step = config.pack.num_lanes * config.pack.rows_per_lane * config.pack.context * self.rates.training.fill
-        steps = settings.num_steps or math.ceil((settings.num_positions or epoch) / step)
+        all_of_it = epoch / (1 - self.text_share("stage1"))  # one epoch of the speech, and its share of text
+        steps = settings.num_steps or math.ceil((settings.num_positions or all_of_it) / step)
         ends = () if settings.num_steps or settings.num_positions else ("positions of an epoch",)
         trained = self._add("Stage I, D", steps * step, "positions", f"{steps:,} steps", "fill", *ends)
-        how = "D / positions of an epoch"
-        epochs = self._add("epochs of Stage I", trained / epoch, "", how, "Stage I, D", "positions of an epoch")
+        text = self.text_share("stage1")
+        how, read = "D / positions of an epoch", ["Stage I, D", "positions of an epoch"]
+        if text:
+            how, read = "D without text alone / positions of an epoch", [*read, TEXT_SHARES["stage1"]]
+        epochs = self._add("epochs of Stage I", trained * (1 - text) / epoch, "", how, *read)
+        if text:
+            one = self[PASSAGES["text"]] * self["a sample of text"]
+            how = f"{text:.1%} of D / ({PASSAGES['text']} × a sample of text)"
+            read = ["Stage I, D", TEXT_SHARES["stage1"], PASSAGES["text"], "a sample of text"]
+            self._add("passes over the text", trained * text / one, "", how, *read)
         planned, how = self["training utterances"] * math.ceil(epochs), "training utterances × whole epochs"
         self._add("planned utterances", planned, "", how, "training utterances", "epochs of Stage I")
         if second is not None:
             given = math.ceil(second.num_positions / step) if second.num_positions else None
             more = second.num_steps or given or max(1, round(STAGE2_SHARE * steps))
-            read = () if second.num_steps or given else ("Stage I, D",)
-            self._add("Stage II", more * step, "positions", f"{more:,} steps", "fill", *read)
+            ends = () if second.num_steps or given else ("Stage I, D",)
+            self._add("Stage II", more * step, "positions", f"{more:,} steps", "fill", *ends)
 
     def _flops(self) -> None:
         config = self.config
         student, teacher = self.shape.num_llm + self.shape.num_adapter, self.shape.num_llm
         self._add("text LLM", teacher, "parameters", config.model.teacher)
         self._add("adapter", self.shape.num_adapter, "parameters", "model.adapter")
-        each = self._add(
+        self._add(
             "FLOP of a position",
             6 * student + 2 * teacher * self.teacher_share,
             "",
             f"6 × {student:,.4g} student + 2 × {teacher:,.4g} teacher × {self.teacher_share:.3f} of the positions",
             "positions of an epoch",
         )
-        trained = [line for line in TRAINED.values() if line in self.lines]
-        trained += ["Stage II"] * has_control(config)
-        how = f"FLOP of a position × ({' + '.join(trained)})"
-        total = each * sum(self[line] for line in trained)
-        self._add("FLOP in all", total, "", how, "FLOP of a position", *trained)
+        trained = [(stage, line) for stage, line in TRAINED.items() if line in self.lines]
+        trained += [("stage2", TRAINED["stage2"])] * has_control(config)
+        names = [line for _, line in trained]
+        how, read = f"FLOP of a position × ({' + '.join(names)})", ["FLOP of a position", *names]
+        if "text" in config.trained_sets:
+            how_each = f"6 × {student:,.4g} student + 2 × {teacher:,.4g} teacher"
+            self._add("FLOP of a position of text", 6 * student + 2 * teacher, "", how_each)
+            how = f"FLOP of a position, of speech and of text by their shares × ({' + '.join(names)})"
+            read += [TEXT_SHARES[stage] for stage, _ in trained]
+        total = sum(self.flop_of_position(stage) * self[line] for stage, line in trained)
+        self._add("FLOP in all", total, "", how, *read)
         size = bytes_per_hour(config)
         how = f"natural speech × {size:,.0f} bytes an hour ({config.encode.storage})"
         self._add("features", self["natural speech"] * size, "bytes", how, "natural speech")
 
 
 def has_control(config: Config) -> bool:
-    """Whether Stage II is trained a second time, on natural speech alone."""
+    """Whether Stage II is trained a second time, without active speech."""
     return config.stage2 is not None and config.stage2.control
 
 
@@ -542,7 +616,7 @@ def _training_cost(config: Config, step: Step, data: Amounts, rates: Rates) -> S
         busy, source = rate.unit * positions, rate.source
     else:
         peak = training.mfu * PEAK_FLOPS[rates.cluster.gpu] if settings.use_gpu else training.cpu_flops
-        busy = data["FLOP of a position"] * positions / peak
+        busy = data.flop_of_position(step.stage) * positions / peak
         source = weakest((rate.source, rates.source_of("mfu" if settings.use_gpu else "cpu_flops")))
     secs = rate.start * len(step.tables) + busy / workers
     gpu_hours = secs * workers / 3600 if settings.use_gpu else 0.0  # a GPU's price has its machine's cores in it
@@ -563,7 +637,10 @@ def memory_table(config: Config, data: Amounts, rates: Rates) -> list[Memory]:
     for stage in (1, 2, 3):
         for rows in sorted({size for size in MICRO_BATCHES if per_worker % size == 0} | {settings.micro_batch_rows}):
             changed = settings.model_copy(update={"zero_stage": stage, "micro_batch_rows": rows})
-            parts = training_memory(data.shape, changed, config.pack, least, data.speech_share, data.word_end_share)
+            kinds = [(data.speech_share, data.word_end_share)]
+            kinds += [(0.0, 0.0)] if "text" in config.trained_sets else []  # rows without speech, too
+            found_parts = [training_memory(data.shape, changed, config.pack, least, *shares) for shares in kinds]
+            parts = max(found_parts, key=lambda each: each["peak"])
             own = (stage, rows) == (settings.zero_stage, settings.micro_batch_rows)
             fits = None if limit is None else parts["peak"] <= USABLE * limit
             found.append(Memory(stage, rows, own, parts, fits))
@@ -622,6 +699,9 @@ def storage_lines(config: Config, data: Amounts, rates: Rates) -> list[Line]:
         times("web text", "text_passage", PASSAGES["web"]),
         times("plan", "plan_utterance", "planned utterances"),
     ]
+    if PASSAGES["text"] in data.lines:
+        found.append(times("text alone", "text_passage", PASSAGES["text"]))
+        found.append(times("plan of text alone", "plan_utterance", PASSAGES["text"]))
     if config.stage2 is not None:
         found.append(times("embeddings", "bytes of an embedding", PASSAGES["web"]))
     return found + _models(config, data)

@@ -32,7 +32,7 @@ from ray import tune
 from salad_ray.config import Config, ConfigError, SweepConfig, identity
 from salad_ray.configfile import replaced
 from salad_ray.console import clock, console, say, user_error
-from salad_ray.distill.budget import budget_of
+from salad_ray.distill.budget import budget_of, plans_of
 from salad_ray.distill.checkpoints import checkpoint_at
 from salad_ray.distill.trainer import checkpoints_url, worker_resources
 from salad_ray.flow import LENGTHS, Step, made_from, steps, with_needs
@@ -241,7 +241,8 @@ def _make_once(sharing: Sharing, flow: Flow, errors: dict[str, str]) -> None:
 
 
 def _branch_step(trial: Trial) -> int:
-    return budget_of(trial.config, trial.labelled("natural/plan")).branch_step
+    assert trial.run is not None
+    return budget_of(trial.config, plans_of(trial.run, _trunk_step(trial))).branch_step
 
 
 def _has_branch(trial: Trial) -> bool:
@@ -253,11 +254,14 @@ def _has_branch(trial: Trial) -> bool:
     return True
 
 
+def _trunk_step(trial: Trial) -> Step:
+    return next(step for step in trial.steps(evaluate=False) if step.stage == "trunk")
+
+
 def _trunk(trial: Trial, points: dict[str, list[int]]) -> None:
     assert trial.run is not None
-    step = next(step for step in trial.steps(evaluate=False) if step.stage == "trunk")
     with held(trial.labelled("trunk").url):
-        lengthen(trial.run, step, points[trial.name])
+        lengthen(trial.run, _trunk_step(trial), points[trial.name])
 
 
 def _whole_run(trial: Trial, flow: Flow, evaluate: bool) -> None:
@@ -398,7 +402,8 @@ def measured_row(trial: Trial) -> dict[str, Any]:
     system = "stage2" if "stage2" in metrics else "stage1"
     facts = metrics[system]
     names = ("misalignment", "forgetting", "distillation")
-    row = {"system": system, "num_positions": facts["num_positions"]}
+    row = {"system": system, "num_positions": facts["num_positions"]}  # the law's D, as the paper's: with text alone
+    row |= {"num_text_positions": facts.get("num_text_positions", 0)}
     row |= {key: facts[key] for name in names for key in (name, f"{name}_standard_error")}
     for label, heard in (("heard", True), ("unheard", False)):
         chosen = [found for found in facts["by_domain"].values() if found["heard"] is heard]

@@ -50,6 +50,7 @@ class Batch:
     num_positions, num_teacher_positions: student's and teacher's positions that are not padding.
     num_pairs, num_teacher_pairs: pairs (query, key) of positions that attend, the causal half of every segment.
     word_end_student: (E,) flat in B · T, and word_end_teacher: (E,) flat in B · U, the ends of words inside speech.
+    num_text_positions: those of `num_positions` in segments without speech.
     """
 
     token_ids: Tensor
@@ -70,6 +71,13 @@ class Batch:
     num_teacher_pairs: int
     word_end_student: Tensor = field(default_factory=_no_positions)
     word_end_teacher: Tensor = field(default_factory=_no_positions)
+    num_text_positions: int = 0
+
+    @property
+    def is_text(self) -> Tensor:
+        """(L,) true where the label's segment has no speech: none of its labels comes after a speech frame."""
+        heard = self.segment[self.distance >= 0]
+        return torch.isin(self.segment, heard, invert=True)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """The batch on a device, with its frames in `dtype`."""
@@ -149,8 +157,9 @@ def _float16_above(values: np.ndarray) -> NDArray[np.float16]:
 def without_labels(batch: Batch) -> Batch:
     """The batch with nothing to score or to count: for a worker that has to run one more than its rows fill."""
     scored = ("student_index", "teacher_index", "labels", "distance", "segment", "word_end_student", "word_end_teacher")
-    nothing = {name: getattr(batch, name)[:0] for name in scored}
-    return replace(batch, **nothing, num_positions=0, num_teacher_positions=0, num_pairs=0, num_teacher_pairs=0)
+    numbers = ("num_positions", "num_teacher_positions", "num_pairs", "num_teacher_pairs", "num_text_positions")
+    nothing: dict[str, Any] = {name: getattr(batch, name)[:0] for name in scored}
+    return replace(batch, **nothing | dict.fromkeys(numbers, 0))
 
 
 def collate(rows: Sequence[Sequence[Sample]], context: int) -> Batch:
@@ -191,6 +200,7 @@ def collate(rows: Sequence[Sequence[Sample]], context: int) -> Batch:
         num_teacher_pairs=_num_pairs(teacher),
         word_end_student=_flat([segment.word_end_student for segment in segments], student_starts),
         word_end_teacher=_flat([segment.word_end_teacher for segment in segments], teacher_starts),
+        num_text_positions=sum(len(segment.token_ids) for segment in segments if not len(segment.span_lengths)),
     )
 
 
@@ -223,9 +233,10 @@ def _positions(lengths: Sequence[Sequence[int]], width: int) -> Tensor:
 
 
 def _pad_spans(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-    """Frames (P, S, C) and mask (P, S), one row per speech span."""
+    """Frames (P, S, C) and mask (P, S), one row per speech span; C is 0 where no sample has speech."""
     lengths = np.concatenate([np.zeros(0, np.int64), *(sample.segment.span_lengths for sample in samples)])
-    values = np.concatenate([sample.frames for sample in samples])
+    heard = [sample.frames for sample in samples if len(sample.frames)]
+    values = np.concatenate(heard) if heard else np.zeros((0, 0), np.float16)
     mask = np.arange(max(lengths, default=0)) < lengths[:, None]
     frames = np.zeros((*mask.shape, values.shape[1]), dtype=np.float32)
     frames[mask] = values

@@ -407,8 +407,8 @@ def build_segment(units: Units, spans: Sequence[Span], stride: int = 1) -> Segme
     for span in spans:
         start, end = units.token_starts[span.start], units.token_starts[span.end]
         if span.is_speech:
-            bounds = units.frame_starts[[span.start, span.end]].tolist()
-            frames.append(frame_groups(*bounds, stride))
+            first, last = units.frame_starts[[span.start, span.end]].tolist()
+            frames.append(frame_groups(first, last, stride))
             students.append(np.full(len(frames[-1]), -1))
             ends.append(_word_ends(units, span, stride, position))
         else:

@@ -4,8 +4,8 @@ Lane l belongs to rank l % world_size, and step s takes rows s·b … (s + 1)·b
 endless stream of its epochs' plans. So every world size up to the number of lanes trains on the same rows at the same
 step, and a run resumes at any step without reading what lies before it.
 
-In Stage II a lane is two such streams, natural and active speech, of which the active one gives a fixed share of the
-rows, evenly spread and staggered over the lanes, so that every step holds about that share.
+A lane may be several such streams: natural speech, active speech, text alone. Each gives a fixed share of the lane's
+rows, evenly spread and staggered over the lanes, so that every step holds about that share (`Mix`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count
@@ -33,20 +33,28 @@ from salad_ray.sequences.interleave import (
     tokenize,
 )
 from salad_ray.sequences.plan import plan_shard_name
+from salad_ray.sequences.text_rows import text_samples
 from salad_ray.tables import BadInput, Features, PlanRow, PlanSegment, Table, TableError, from_arrow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PLAN_ROWS = 64  # planned rows that are Python objects at a time
+NATURAL, TEXT = "natural", "text"
+GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples, modulo 1, are spread evenly however many they are
 
 
 @dataclass
 class LaneStream:
-    """The rows of one lane from any position on, across epochs, holding the features of at most two shards."""
+    """The rows of one lane from any position on, across epochs, holding at most two shards of what they refer to.
+
+    Args:
+        plan: of speech, or of text alone (set=text), whose single epoch is read again and again.
+        source: what the plan refers to: features, or passages.
+    """
 
     plan: Table
-    features: Table
+    source: Table
     tokenizer: PreTrainedTokenizerBase
     lane: int
     stride: int = 1
@@ -54,6 +62,8 @@ class LaneStream:
 
     def rows(self, position: int) -> Iterator[list[Sample]]:
         """The samples of row `position` and all that follow; raises `TableError` when the epochs are used up."""
+        if self.plan.set == TEXT:
+            yield from self._repeated(plan_shard_name(self.lane, 0), position)
         planned = set(self.plan.shards())
         for epoch in count():
             name = plan_shard_name(self.lane, epoch)
@@ -67,6 +77,16 @@ class LaneStream:
                 yield from self._epoch(name, position)
             position = max(0, position - num_rows)
 
+    def _repeated(self, name: str, position: int) -> Iterator[list[Sample]]:
+        """Rows of the one epoch of text, without end."""
+        num_rows = self.plan.metadata(name).num_rows
+        if not num_rows:
+            raise TableError(f"{self.plan.url}/{name} has no rows; run `salad pack CONFIG set=text --redo`")
+        position %= num_rows
+        while True:
+            yield from self._epoch(name, position)
+            position = 0
+
     def _epoch(self, name: str, position: int) -> Iterator[list[Sample]]:
         """Rows from `position` on; a shard is dropped after the last row that refers to it, before another is read."""
         plan = self.plan.read(name)
@@ -76,32 +96,38 @@ class LaneStream:
             rows: list[PlanRow] = from_arrow(PlanRow, plan.slice(start, PLAN_ROWS))
             for row in rows:
                 self.shards = {shard: table for shard, table in self.shards.items() if last_use[shard] >= row.row}
-                passages = [self._utterances(segment) for segment in row.segments]
+                referred = [self._referred(segment) for segment in row.segments]
                 try:
-                    yield samples_of(row.segments, passages, self.tokenizer, self.stride)
+                    yield self._samples(row.segments, referred)
                 except BadInput as error:
                     where = f"row {row.row} of {self.plan.url}/{name}"
                     raise TableError(f"{where}: {error}; run `salad pack CONFIG --redo`") from None
 
-    def _utterances(self, segment: PlanSegment) -> list[Features]:
-        shard = self._shard(segment.shard, max(segment.rows))
-        return from_arrow(Features, shard.take(segment.rows))
+    def _referred(self, segment: PlanSegment) -> pa.Table:
+        """What a segment refers to: rows of features, or a passage."""
+        return self._shard(segment.shard, max(segment.rows)).take(segment.rows)
+
+    def _samples(self, segments: Sequence[PlanSegment], referred: Sequence[pa.Table]) -> list[Sample]:
+        if self.plan.set == TEXT:
+            return text_samples(segments, [table["text"][0].as_py() for table in referred], self.tokenizer)
+        return samples_of(segments, [from_arrow(Features, table) for table in referred], self.tokenizer, self.stride)
 
     def _shard(self, shard: str, row: int) -> pa.Table:
-        """A feature shard that has this row at least."""
+        """A shard of the source that has this row at least."""
         if shard not in self.shards:
-            self.shards[shard] = self.features.read(shard).combine_chunks()  # rows of chunks are slow to take
+            columns = ["text"] if self.plan.set == TEXT else None
+            self.shards[shard] = self.source.read(shard, columns).combine_chunks()  # rows of chunks are slow to take
         table = self.shards[shard]
         if row >= table.num_rows:
             raise TableError(
-                f"{self.features.url}/{shard} has {table.num_rows} rows, and {self.plan.url} refers to row {row}; it "
-                "was encoded anew from other speech, so run `salad pack CONFIG --redo`"
+                f"{self.source.url}/{shard} has {table.num_rows} rows, and {self.plan.url} refers to row {row}; it "
+                "was made anew from something else, so run `salad pack CONFIG --redo`"
             )
         return table
 
 
 def _last_uses(plan: pa.Table) -> dict[str, int]:
-    """The last row that refers to each feature shard."""
+    """The last row that refers to each shard."""
     segments = plan["segments"].combine_chunks()
     rows = plan["row"].combine_chunks().take(pc.list_parent_indices(segments))
     uses = pa.table({"shard": segments.flatten().field("shard"), "row": rows})
@@ -132,24 +158,40 @@ def samples_of(
 
 
 @dataclass(frozen=True)
-class ActiveMix:
-    """Actively selected speech that takes the place of a `share` of the natural speech's rows, 0 < share < 1."""
+class Mix:
+    """Which rows of a lane are of which set; a rule without state, so that reading begins anywhere.
 
-    plan: Table
-    features: Table
-    share: float
+    Set by set a share of the rows that the sets before have left is taken, and natural speech has the rest. Over any n
+    rows of a lane a set is at most one row for each set before it, and one for itself, away from its share of n.
 
-    def rows_before(self, row: int, phase: float) -> int:
-        """Active rows among the first `row` rows of a lane; `phase` in [0, 1) staggers the lanes."""
-        return math.floor(row * self.share + phase)
+    Args:
+        shares: of the lane's rows, of every set but natural speech; above 0, and together below 1.
+        num_lanes: over which the rows are staggered.
+    """
 
-    def mixed(
-        self, natural: Iterator[list[Sample]], active: Iterator[list[Sample]], row: int, phase: float
-    ) -> Iterator[list[Sample]]:
-        """The rows of a lane from `row` on."""
-        for number in count(row):
-            is_active = self.rows_before(number + 1, phase) > self.rows_before(number, phase)
-            yield next(active) if is_active else next(natural)
+    shares: Mapping[str, float]
+    num_lanes: int
+
+    def rows_before(self, row: int, lane: int) -> dict[str, int]:
+        """Rows of each set among the first `row` rows of a lane."""
+        left, share_left, found = row, 1.0, {}
+        for level, (name, share) in enumerate(self.shares.items()):
+            phase = (lane / self.num_lanes + level * GOLDEN * lane) % 1.0  # another one for each set
+            found[name] = math.floor(left * min(share / share_left, 1.0) + phase)
+            left, share_left = left - found[name], share_left - share
+        return found | {NATURAL: left}
+
+    def most_rows(self, name: str, rows: int) -> int:
+        """Rows of a set among the first `rows` of the lane that has most of them."""
+        return max(self.rows_before(rows, lane)[name] for lane in range(self.num_lanes))
+
+    def sets(self, row: int, lane: int) -> Iterator[str]:
+        """The set of each row of a lane from `row` on."""
+        before = self.rows_before(row, lane)
+        for number in count(row + 1):
+            after = self.rows_before(number, lane)
+            yield next(name for name in after if after[name] > before[name])
+            before = after
 
 
 @dataclass
@@ -167,7 +209,9 @@ class LaneReader:
         config: context, num_lanes and rows_per_lane, as in the plan.
         start_step: first step to give; the feature shards of earlier steps are not read.
         first_row: row of every lane at which step 0 begins, where an earlier training took those before it.
-        active: speech to mix in.
+        others: set → plan and what it refers to, of each set that the mix names.
+        mix: the shares of the rows; none has natural speech alone.
+        earlier: the mix of the rows before `first_row`, where it was another one.
         stride: frames side by side at a speech position, as in the plan.
 
     Raises:
@@ -185,7 +229,9 @@ class LaneReader:
     micro_batch_rows: int = 1
     prefetch_steps: int = 2
     first_row: int = 0
-    active: ActiveMix | None = None
+    others: Mapping[str, tuple[Table, Table]] = field(default_factory=dict)
+    mix: Mix | None = None
+    earlier: Mix | None = None
     stride: int = 1
     wait_secs: float = field(default=0.0, init=False)
 
@@ -230,11 +276,17 @@ class LaneReader:
 
     def _lane(self, lane: int, row: int) -> Iterator[list[Sample]]:
         """A lane from its row number `row` on."""
-        natural = LaneStream(self.plan, self.features, self.tokenizer, lane, self.stride)
-        if self.active is None:
-            return natural.rows(self.first_row + row)
-        phase = lane / self.config.num_lanes
-        num_active = self.active.rows_before(row, phase)
-        mixed = LaneStream(self.active.plan, self.active.features, self.tokenizer, lane, self.stride)
-        active = mixed.rows(num_active)
-        return self.active.mixed(natural.rows(self.first_row + row - num_active), active, row, phase)
+        mix = self.mix or Mix({}, self.config.num_lanes)
+        taken = dict.fromkeys((NATURAL, *mix.shares), 0)
+        if self.earlier is None:
+            row += self.first_row
+        else:
+            taken |= self.earlier.rows_before(self.first_row, lane)
+        given = mix.rows_before(row, lane)
+        tables = {NATURAL: (self.plan, self.features), **self.others}
+        streams = {
+            name: LaneStream(*tables[name], self.tokenizer, lane, self.stride).rows(taken[name] + number)
+            for name, number in given.items()
+        }
+        for name in mix.sets(row, lane):
+            yield next(streams[name])

@@ -101,23 +101,45 @@ def plan_lane(
     Returns:
         The rows in reading order, and what was left out with its reason.
     """
+    rejects: list[Reject] = []
+
+    def drafts_of(shard: str) -> list[Draft]:
+        clips, unusable = usable_clips(load_rows(shard), split)
+        drafts, rejected = draft_shard(shard, clips, tokenizer, config, (seed, epoch), stride)
+        rejects.extend(unusable + rejected)
+        return drafts
+
+    return pack_lane(shards, drafts_of, config.context, lane=lane, epoch=epoch, seed=seed), rejects
+
+
+def pack_lane(
+    shards: Sequence[str],
+    drafts_of: Callable[[str], list[Draft]],
+    context: int,
+    *,
+    lane: int,
+    epoch: int,
+    seed: int,
+) -> list[PlanRow]:
+    """The rows of a lane: its shards in an order drawn for (seed, epoch, lane), packed as they come.
+
+    Args:
+        drafts_of: gives the samples of a shard.
+        context: positions of a row.
+    """
     rng = np.random.default_rng(stable_hash(seed, epoch, lane, "order"))
     order = [shards[i] for i in rng.permutation(len(shards))]
     rows: list[PlanRow] = []
-    rejects: list[Reject] = []
     carried: list[Draft] = []
     for number, shard in enumerate(order):
-        clips, unusable = usable_clips(load_rows(shard), split)
-        drafts, rejected = draft_shard(shard, clips, tokenizer, config, (seed, epoch), stride)
-        rejects += unusable + rejected
-        num_carried, drafts = len(carried), carried + drafts
+        num_carried, drafts = len(carried), carried + drafts_of(shard)
         lengths = [(draft.num_positions, draft.num_teacher_positions) for draft in drafts]
         is_last = number == len(order) - 1
-        closed, again = pack_window(lengths, config.context, len(drafts) if is_last else num_carried)
+        closed, again = pack_window(lengths, context, len(drafts) if is_last else num_carried)
         for i in rng.permutation(len(closed)):
             rows.append(_plan_row([drafts[j] for j in closed[i]], lane, epoch, len(rows)))
         carried = [drafts[i] for i in again]
-    return rows, rejects
+    return rows
 
 
 def _plan_row(drafts: Sequence[Draft], lane: int, epoch: int, row: int) -> PlanRow:

@@ -17,7 +17,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
@@ -111,10 +111,12 @@ def sources(config: Config, step: Step) -> dict[str, Any]:
         if step.reads:
             return {"voices": len(_voices(config))}
         return {"items": fingerprint({"rows": [asdict(row) for row in (*_items(config), *_exemplars(config))]})}
-    if config.ingest.web and step.set == "web":
-        stamps = {text_corpus_name(corpus): _text_stamp(corpus) for corpus in config.ingest.web}
+    if step.set in ("web", "text") and _text_corpora(config, step.set):
+        stamps = {text_corpus_name(corpus): _text_stamp(corpus) for corpus in _text_corpora(config, step.set)}
         texts = fingerprint({"texts": _benchmark_texts(config)})
         return {"corpora": stamps, "benchmarks": texts, "max_words": config.max_words}
+    if step.set == "text":
+        return {"benchmarks": fingerprint({"texts": _world_benchmark_texts(config)})}
     if "catalog" in step.tables:
         return {corpus_name(corpus): _stamp(find_sources(corpus)) for corpus in config.ingest.corpora}
     return {}
@@ -126,7 +128,7 @@ def make(run: Run, step: Step) -> None:
         make_benchmark_passages(run, step) if step.reads else make_items(run, step)
     elif "catalog" in step.tables:
         make_catalog(run, step)
-    elif step.reads:
+    elif step.set == "heldout":
         keep_aside(run, step)
     else:
         make_passages(run, step)
@@ -141,6 +143,8 @@ def work(run: Run, step: Step, ahead: Ahead) -> Work:
         return Work(stage, {name: name for name in catalog["shards"]}, worker)
     _require_domains(config)
     items = {name: index for index, name in enumerate(shard_names(config))}
+    if step.set == "text":
+        return Work(stage, items, partial(WorldText, config))
     return Work(stage, items, partial(WorldPassages, config, step.set))
 
 
@@ -170,6 +174,42 @@ class WorldPassages:
     def __call__(self, index: int) -> Iterator[ShardPart]:
         rows = self.passages[index :: self.num_shards]
         yield ShardPart(to_arrow(Passage, rows), len(rows), len(rows))
+
+
+class WorldText:
+    """Documents of a draw of its own, but none that the web text has, too (the probe is taken of it), and none that
+    shares a run of words with a question. The held-out ones are of texts that no other draw has (`world_passages`)."""
+
+    def __init__(self, config: Config) -> None:
+        world, num_drawn = config.world, config.world.num_text
+        web = {row.text: row.passage_id for row in world_passages(world.num_web, DOMAINS, config.seed, "web")}
+        ngrams = benchmark_ngrams(_world_benchmark_texts(config), config.ingest.passages.ngram)
+        self.num_shards = config.ingest.num_shards
+        self.passages: list[Passage] = []
+        while len(self.passages) < world.num_text:  # a longer draw begins with the shorter one
+            drawn = world_passages(num_drawn, DOMAINS, config.seed, "text")
+            checked = [_not_in_web(_decontaminated(row, ngrams), web) for row in drawn]
+            usable = [replace(row, split="train") for row in checked if isinstance(row, Passage)]
+            self.passages, num_drawn = usable[: world.num_text], 2 * num_drawn
+
+    def __call__(self, index: int) -> Iterator[ShardPart]:
+        rows = self.passages[index :: self.num_shards]
+        yield ShardPart(to_arrow(Passage, rows), len(rows), len(rows))
+
+
+def _decontaminated(passage: Passage, ngrams: NGrams) -> Passage | Reject:
+    match = contaminated(passage.text, ngrams)
+    if match is None:
+        return passage
+    return Reject("ingest", passage.passage_id, f"shares the words '{match}' with a benchmark")
+
+
+def _not_in_web(passage: Passage | Reject, web: Mapping[str, str]) -> Passage | Reject:
+    """Of text that is trained on: a reject where it is the web's, which may be held out or probed. `web`: text → id."""
+    if isinstance(passage, Reject) or passage.text not in web:
+        return passage
+    reason = f"the same text as {web[passage.text]} of the web text, which may be measured"
+    return Reject("ingest", passage.passage_id, reason)
 
 
 class CheckShard(WindowWorker):
@@ -554,7 +594,8 @@ def _write_rows(run: Run, stage: Stage, row_type: type, rows: Sequence[Any]) -> 
 
 
 def make_passages(run: Run, step: Step) -> None:
-    """Read the web text, cut it into passages and deal them to shards; an interrupted one is begun again.
+    """Read web text, or what is trained on as text alone, cut it into passages and deal them to shards; what was
+    interrupted is begun again.
 
     Raises:
         ConfigError: a corpus that is not there, or without the columns that it must have.
@@ -565,10 +606,10 @@ def make_passages(run: Run, step: Step) -> None:
         check_strict(config, stage)
         say(f"{stage.label}: done already, {stage.table.url}")
         return
-    found = [(corpus, find_text_sources(corpus)) for corpus in config.ingest.web]
+    found = [(corpus, find_text_sources(corpus)) for corpus in _text_corpora(config, step.set)]
     texts = _benchmark_texts(config)
     if not texts:
-        say(f"ingest set=web: no benchmarks are named, so none is kept out of the text; {DECONTAMINATE}")
+        say(f"{stage.label}: no benchmarks are named, so none is kept out of the text; {DECONTAMINATE}")
     started = time.monotonic()
     stage.begin()
     items = [
@@ -578,26 +619,41 @@ def make_passages(run: Run, step: Step) -> None:
     ]
     ngrams = benchmark_ngrams(texts, config.ingest.passages.ngram)
     start_ray(config)
-    scan = partial(_scan_text, config, ray.put(ngrams))
-    write_group = partial(_write_passages, config, stage.table)
+    heldout_share = config.ingest.heldout_share if step.set == "web" else 0.0
+    scan = partial(_scan_text, config, heldout_share, ray.put(ngrams))
+    web = run.labelled(step.reads[0]) if step.reads else None
+    write_group = partial(_write_passages, config, stage.table, web)
     counts = _deal(config, stage.label, stage, items, scan, write_group, Passage)
     stage.finish(**counts, seconds=round(time.monotonic() - started, 2))
     check_strict(config, stage)
     say(f"{stage.label}: {counts['num_kept']:,} passages in {time.monotonic() - started:.1f} s → {stage.table.url}")
 
 
+def _text_corpora(config: Config, set_name: str) -> tuple[WebTextConfig, ...]:
+    return config.ingest.text if set_name == "text" else config.ingest.web
+
+
 def _benchmark_texts(config: Config) -> list[str]:
     """What web text must not contain: the named files' strings, and the items that will be evaluated."""
     items = (row for b in config.evaluate.benchmarks for row in read_items(b.name, b.path, b.revision))
-    texts = [text for row in items if isinstance(row, Item) for text in (prompt_of(row), *row.choices)]
-    return read_benchmark_texts(config.ingest.passages.benchmarks) + texts
+    return read_benchmark_texts(config.ingest.passages.benchmarks) + _texts_of(items)
 
 
-def _scan_text(config: Config, ngrams: Any, item: dict[str, Any]) -> Iterator[pa.Table]:
+def _world_benchmark_texts(config: Config) -> list[str]:
+    """The same for the world's text, with the world's own questions where they are asked."""
+    own = config.has_benchmark and not config.evaluate.benchmarks
+    return _benchmark_texts(config) + (_texts_of(_items(config)) if own else [])
+
+
+def _texts_of(items: Iterable[Item | Reject]) -> list[str]:
+    return [text for row in items if isinstance(row, Item) for text in (prompt_of(row), *row.choices)]
+
+
+def _scan_text(config: Config, heldout_share: float, ngrams: Any, item: dict[str, Any]) -> Iterator[pa.Table]:
     """The passages of one source, some thousands at a time."""
     corpus = WebTextConfig.model_validate_json(item["corpus"][0])
     source = TextSource(**json.loads(item["source"][0]))
-    cut = PassageCutter(config, ray.get(ngrams))
+    cut = PassageCutter(config, ray.get(ngrams), heldout_share)
     documents = (row for row in read_documents(source, corpus) if _is_taken(row, corpus))
     rows = (row for document in documents for row in cut(document, text_corpus_name(corpus)))
     with _reading(source.url):
@@ -612,8 +668,8 @@ def _is_taken(row: Document | Reject, corpus: WebTextConfig) -> bool:
 class PassageCutter:
     """Cuts documents into passages that the embedder reads whole, that fit into the context and can be spoken."""
 
-    def __init__(self, config: Config, ngrams: NGrams) -> None:
-        self.config, self.ngrams = config, ngrams
+    def __init__(self, config: Config, ngrams: NGrams, heldout_share: float) -> None:
+        self.config, self.ngrams, self.heldout_share = config, ngrams, heldout_share
         self.num_cut = self.num_failed = 0
         settings, embed = config.ingest.passages, config.embed
         self.limits = Limits(settings.max_word_pieces, config.max_words, settings.min_words)
@@ -655,25 +711,30 @@ class PassageCutter:
 
     def _cut(self, document: Document, corpus: str) -> tuple[list[tuple[Passage | Reject, str]], dict[str, int]]:
         passages, rejects, cut = cut_passages(document, self.limits, self.count_pieces)
-        split = split_of(document.doc_id, self.config.ingest.heldout_share)
+        split = split_of(document.doc_id, self.heldout_share)
         rows: list[tuple[Passage | Reject, str]] = [(row, row.key) for row in rejects]
         for row in passages:
             # A document's id may occur twice; with the text in it, equal ids meet in one shard, where they are seen.
             key = f"{row.passage_id}-{stable_hash(row.text) & 0xFFFFFF:06x}"
-            rows.append(self._checked(replace(row, passage_id=key, source=corpus, split=split)))
+            passage = replace(row, passage_id=key, source=corpus, split=split)
+            rows.append((_decontaminated(passage, self.ngrams), passage.text))
         return rows, cut
 
-    def _checked(self, passage: Passage) -> tuple[Passage | Reject, str]:
-        match = contaminated(passage.text, self.ngrams)
-        if match is None:
-            return passage, passage.text
-        return Reject("ingest", passage.passage_id, f"shares the words '{match}' with a benchmark"), passage.text
 
+def _write_passages(config: Config, table: Table, web: Table | None, group: pa.Table) -> dict[str, Any]:
+    """Write one shard of passages: of those with the same text the first, by id, is kept.
 
-def _write_passages(config: Config, table: Table, group: pa.Table) -> dict[str, Any]:
-    """Write one shard of passages: of those with the same text the first, by id, is kept."""
+    Args:
+        web: passages that must not be among them; they are dealt to shards by their text, too.
+    """
     name = shard_names(config)[group["shard"][0].as_py()]
     rows, rejects = _undealt(Passage, group)
+    if web is not None:
+        columns = web.read(name, ["text", "passage_id"])
+        known = dict(zip(*columns.to_pydict().values(), strict=True))
+        checked = [_not_in_web(row, known) for row in rows]
+        rows = [row for row in checked if isinstance(row, Passage)]
+        rejects += [row for row in checked if isinstance(row, Reject)]
     kept: dict[str, Passage] = {}
     ids: set[str] = set()
     for row in sorted(rows, key=lambda row: row.passage_id):

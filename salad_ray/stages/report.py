@@ -111,9 +111,10 @@ def rows_of(row_type: type, table: Table) -> list[Any]:
 
 
 def training_facts(run: Run, system: str) -> dict[str, Any]:
-    """Positions and seconds of training; none for the untrained model."""
+    """Positions (D, which counts text alone, too), those of text alone, and seconds of training; none for the untrained
+    model."""
     manifest = run.table("", system).manifest() or {}
-    return {name: manifest.get(name, 0) for name in ("num_positions", "train_seconds")}
+    return {name: manifest.get(name, 0) for name in ("num_positions", "num_text_positions", "train_seconds")}
 
 
 def heard_domains(features: dict[str, Any]) -> set[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from salad_ray.distill.budget import budget_of
+from salad_ray.distill.budget import budget_of, plans_of
 from salad_ray.distill.checkpoints import checkpoint_at
 from salad_ray.distill.trainer import Job
 from salad_ray.flow import Step
@@ -18,9 +18,9 @@ def training(run: Run, step: Step, ahead: AheadTrainings) -> Training | None:
     stage = missing(run, step, ahead)
     if stage is None:
         return None
-    budget = budget_of(run.config, run.table("natural", "plan"))
+    budget = budget_of(run.config, plans_of(run, step))
     num_steps = budget.num_steps - budget.branch_step
-    job = branch_job(run, stage, num_steps, ("natural",), run.config.distill.alpha, ahead)
+    job = branch_job(run, stage, num_steps, run.config.distill.alpha, ahead)
     job = replace(job, decay_steps=num_steps)
     return Training(stage, job, f"training {num_steps:,} steps more", lambda facts: _with_trunk(job, facts))
 
@@ -30,7 +30,6 @@ def _with_trunk(job: Job, facts: dict[str, Any]) -> dict[str, Any]:
     assert job.start is not None
     trunk = checkpoint_at(*job.start)
     log = [*trunk.state["log"], *(row | {"step": row["step"] + trunk.step} for row in facts["log"])]
-    sums = {
-        name: facts[name] + trunk.state[name] for name in ("step", "num_positions", "train_seconds", "skipped_steps")
-    }
+    names = ("step", "num_positions", "num_text_positions", "train_seconds", "skipped_steps")
+    sums = {name: facts[name] + trunk.state[name] for name in names}
     return facts | sums | {"log": log, "own_positions": facts["num_positions"]}

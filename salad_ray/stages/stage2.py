@@ -1,16 +1,18 @@
-"""`stage2`: go on from before Stage I's decay, with natural and actively selected speech mixed.
+"""`stage2`: go on from before Stage I's decay, with natural speech, actively selected speech and text alone mixed.
 
-The control goes on as long with natural speech alone.
+The control goes on as long without active speech.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from salad_ray.distill.budget import active_share, budget_of
+from salad_ray.distill.budget import budget_of, plans_of, stage1_row_shares, stage2_row_shares
 from salad_ray.flow import Step
 from salad_ray.runs import Run
 from salad_ray.stages.training import AheadTrainings, Training, branch_job, missing
+
+SET_NAMES = {"natural": "natural speech", "active": "active speech", "text": "text alone"}
 
 
 def training(run: Run, step: Step, ahead: AheadTrainings) -> Training | None:
@@ -20,15 +22,13 @@ def training(run: Run, step: Step, ahead: AheadTrainings) -> Training | None:
         return None
     config, settings = run.config, run.config.stage2
     assert settings is not None
-    active = (run.table("active", "plan"), run.table("active", "features")) if "active/plan" in step.reads else None
-    plan = run.table("natural", "plan")
-    num_steps = budget_of(config, plan).stage2_steps
-    sets = ("natural", "active") if active else ("natural",)
+    plans = plans_of(run, step)
+    num_steps = budget_of(config, plans).stage2_steps
     job = replace(
-        branch_job(run, stage, num_steps, sets, settings.alpha, ahead),
+        branch_job(run, stage, num_steps, settings.alpha, ahead),
         decay_steps=round(num_steps * settings.decay_share),
-        active=active,
-        active_share=active_share(config, plan, active[0]) if active else 0.0,
+        shares=stage2_row_shares(config, plans),
+        earlier_shares=stage1_row_shares(config, plans),
     )
-    share = f"{job.active_share:.1%} of the rows active speech" if active else "natural speech alone"
-    return Training(stage, job, f"training {num_steps:,} steps, {share}")
+    mixed = ", ".join(f"{share:.1%} {SET_NAMES[name]}" for name, share in job.shares.items())
+    return Training(stage, job, f"training {num_steps:,} steps, rows: {mixed}")

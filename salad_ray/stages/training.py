@@ -8,17 +8,18 @@ from typing import Any
 
 from salad_ray.config import Config
 from salad_ray.console import clock, say
-from salad_ray.distill.budget import budget_of
+from salad_ray.distill.budget import budget_of, plans_of, stage1_row_shares
 from salad_ray.distill.checkpoints import checkpoint_at
 from salad_ray.distill.logger import where_curves_are
 from salad_ray.distill.trainer import Job, checkpoints_url, train
 from salad_ray.flow import Step
 from salad_ray.model.speech_lm import EncoderSpec
-from salad_ray.report.card import model_card, speech_data
+from salad_ray.report.card import model_card, speech_data, text_alone
 from salad_ray.runs import Run
+from salad_ray.sequences.loader import NATURAL, TEXT
 from salad_ray.stages.common import Stage, teacher_of
 from salad_ray.stages.ray_cluster import start_ray
-from salad_ray.tables import read_json
+from salad_ray.tables import Table, read_json
 
 
 @dataclass(frozen=True)
@@ -83,35 +84,43 @@ def missing(run: Run, step: Step, ahead: AheadTrainings) -> Stage | None:
     return stage
 
 
-def natural_job(run: Run, stage: Stage, num_steps: int) -> Job:
-    """A training on the natural speech that begins with the teacher's weights."""
+def training_tables(run: Run, step: Step) -> dict[str, tuple[Table, Table]]:
+    """Set → plan and what it refers to, of the plans that a training is made from."""
+    sources = {name: "passages" if name == TEXT else "features" for name in plans_of(run, step)}
+    return {name: (run.table(name, "plan"), run.table(name, source)) for name, source in sources.items()}
+
+
+def stage1_job(run: Run, stage: Stage, num_steps: int) -> Job:
+    """A training on the rows of Stage I that begins with the teacher's weights."""
+    tables = training_tables(run, stage.step)
     return Job(
         run.config,
         stage.table,
-        (run.table("natural", "plan"), run.table("natural", "features")),
+        tables.pop(NATURAL),
         teacher_of(run),
         EncoderSpec(**stage.inputs["natural/features"]["encoder"]),
         run.config.distill,
         num_steps,
+        others=tables,
+        shares=stage1_row_shares(run.config, plans_of(run, stage.step)),
     )
 
 
-def branch_job(run: Run, stage: Stage, num_steps: int, sets: Sequence[str], alpha: float, ahead: AheadTrainings) -> Job:
+def branch_job(run: Run, stage: Stage, num_steps: int, alpha: float, ahead: AheadTrainings) -> Job:
     """A training that goes on from this run's checkpoint of the trunk, with the rows that follow, to a model.
 
     Args:
-        sets: whose speech it hears, for the model card.
         alpha: of its loss, Eq. (3).
 
     Raises:
         TableError: the trunk has no such checkpoint, and is not trained before it in the same job.
     """
     config, trunk = run.config, run.table("", "trunk")
-    step = budget_of(config, run.table("natural", "plan")).branch_step
+    step = budget_of(config, plans_of(run, stage.step)).branch_step
     start = (checkpoints_url(trunk), step)
     if trunk.label not in ahead:
         checkpoint_at(*start)
-    job = natural_job(run, stage, num_steps)
+    job = stage1_job(run, stage, num_steps)
     return replace(
         job,
         settings=config.distill.model_copy(update={"alpha": alpha}),
@@ -119,10 +128,11 @@ def branch_job(run: Run, stage: Stage, num_steps: int, sets: Sequence[str], alph
             job.name,
             job.teacher,
             stage.inputs["natural/features"]["encoder"],
-            speech_data(run, sets),
+            speech_data(run, [name for name in (NATURAL, *job.others) if name != TEXT]),
             alpha,
             config.model.adapter.stride,
             config.distill.word_ends,
+            text_alone(config.ingest.model_dump()) if TEXT in job.others else (),
         ),
         start=start,
         first_row=step * config.pack.rows_per_lane,

@@ -11,19 +11,19 @@ from dataclasses import replace
 from typing import Any
 
 from salad_ray.console import say
-from salad_ray.distill.budget import budget_of
+from salad_ray.distill.budget import budget_of, plans_of
 from salad_ray.distill.trainer import train
 from salad_ray.flow import Step
 from salad_ray.runs import Run
 from salad_ray.stages.common import Stage
 from salad_ray.stages.ray_cluster import start_ray
 from salad_ray.stages.shards import StageError
-from salad_ray.stages.training import AheadTrainings, Training, begun_trainings, natural_job, run_trainings
+from salad_ray.stages.training import AheadTrainings, Training, begun_trainings, run_trainings, stage1_job
 
 
 def training(run: Run, step: Step, ahead: AheadTrainings) -> Training | None:
     """To the checkpoint where this run's decay begins."""
-    return _training_to(run, step, [budget_of(run.config, run.table("natural", "plan")).branch_step])
+    return _training_to(run, step, [budget_of(run.config, plans_of(run, step)).branch_step])
 
 
 def lengthen(run: Run, step: Step, branch_steps: Sequence[int]) -> None:
@@ -52,7 +52,7 @@ def _training_to(run: Run, step: Step, branch_steps: Sequence[int]) -> Training 
     if not missing:
         say(f"trunk: done already, {stage.table.url}")
         return None
-    job = replace(natural_job(run, stage, missing[-1]), warmup_steps=warmup, branch_steps=tuple(missing), exports=False)
+    job = replace(stage1_job(run, stage, missing[-1]), warmup_steps=warmup, branch_steps=tuple(missing), exports=False)
     seconds = done.get("seconds", 0.0)
     for last in missing[:-1]:
         if last < max(there, default=0):

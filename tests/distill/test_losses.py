@@ -135,7 +135,9 @@ def test_bfloat16_softmaxes_are_in_fp32() -> None:
 
 
 def test_parts_add_up_and_only_the_loss_has_a_gradient() -> None:
-    loss, kl, nll = distillation_loss(*make_inputs(), alpha=0.3)
+    loss, kl, nll, each_kl = distillation_loss(*make_inputs(), alpha=0.3)
+    torch.testing.assert_close(each_kl, divergence(*make_inputs())[0])
+    assert not each_kl.requires_grad
     torch.testing.assert_close(loss, 0.3 * kl + 0.7 * nll)
     assert loss.requires_grad
     assert not kl.requires_grad
@@ -185,7 +187,7 @@ def test_huge_logits_stay_finite(alpha: float, dtype: torch.dtype) -> None:
 def test_teacher_that_excludes_ids_gives_no_nan() -> None:
     hidden, head, teacher_hidden, teacher_head, labels = make_inputs(dims=(8, 1))
     teacher_head[10:] = -1e30
-    loss, kl, _ = distillation_loss(hidden, head, teacher_hidden.abs() + 1, teacher_head, labels)
+    loss, kl, *_ = distillation_loss(hidden, head, teacher_hidden.abs() + 1, teacher_head, labels)
     loss.backward()
     assert torch.isfinite(kl)
     assert hidden.grad is not None

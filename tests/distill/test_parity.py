@@ -26,6 +26,8 @@ from salad_ray.distill.step import DTYPES, batch_loss, label_weight, weight_of_w
 from salad_ray.model.speech_lm import EncoderSpec, SpeechLM, load_text_lm, parameter_groups
 from salad_ray.sequences.batch import Batch, Sample, collate, sample_of, without_labels
 from salad_ray.sequences.interleave import interleave
+from salad_ray.sequences.text_rows import text_samples
+from salad_ray.tables import PlanSegment, Span
 
 NUM_WORKERS = 2
 NUM_MICRO_BATCHES = 3  # not a power of two, so that dividing by it rounds
@@ -88,10 +90,12 @@ def save_teacher(folder: Path) -> None:
 
 
 def micro_batches(rank: int) -> list[Batch]:
-    """Micro-batches with different numbers of labels; the last of rank 1 has none, as it has a row less."""
+    """Micro-batches with different numbers of labels. The first of rank 1 is text alone, so that its adapter is not
+    heard there, and the last has no labels, as it has a row less."""
     tokenizer, rng = make_tokenizer("byte_level"), np.random.default_rng(rank)
     batches = [collate([make_row(tokenizer, rng) for _ in range(1 + i)], 192) for i in range(NUM_MICRO_BATCHES)]
-    return batches if rank == 0 else [*batches[:-1], without_labels(batches[-1])]
+    text = collate([text_row(tokenizer, rng)], 192)
+    return batches if rank == 0 else [text, *batches[1:-1], without_labels(batches[-1])]
 
 
 def make_row(tokenizer: Any, rng: np.random.Generator) -> list[Sample]:
@@ -103,6 +107,12 @@ def make_row(tokenizer: Any, rng: np.random.Generator) -> list[Sample]:
         utterance = replace(utterance, features=frames.tobytes())
         samples.append(sample_of(interleave([utterance], tokenizer, (1, 3), (1, 3), rng), [utterance]))
     return samples
+
+
+def text_row(tokenizer: Any, rng: np.random.Generator) -> list[Sample]:
+    texts = [" ".join(rng.choice(["people", "said", "union,"], rng.integers(5, 12))) for _ in range(2)]
+    planned = [PlanSegment("shard", [0], [Span(0, len(tokenizer(text)["input_ids"]), False)]) for text in texts]
+    return text_samples(planned, texts, tokenizer)
 
 
 def load(folder: str, dtype: torch.dtype) -> tuple[nn.Module, SpeechLM]:
@@ -267,6 +277,14 @@ def test_the_micro_batches_differ_in_labels_and_one_has_none() -> None:
 def test_word_ends_change_the_gradient(references: dict[tuple[str, bool], References]) -> None:
     without, with_ends = (references["fp32", word_ends].exact.grads for word_ends in (False, True))
     assert min(errors(with_ends, without).values()) > 0.1
+
+
+def test_one_worker_begins_with_text_alone_while_the_other_hears_speech() -> None:
+    (speech, *_), (text, *_) = (micro_batches(rank) for rank in range(NUM_WORKERS))
+    assert text.frames.numel() == len(text.speech_index) == 0 < len(text.labels)
+    assert text.is_text.all()
+    assert text.num_text_positions == text.num_positions
+    assert len(speech.speech_index) > 0 == speech.num_text_positions
 
 
 @pytest.mark.parametrize("case", of_precision("fp32"), ids=str)

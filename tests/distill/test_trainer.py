@@ -303,7 +303,7 @@ def test_a_job_travels_as_text_and_comes_back_as_it_was() -> None:
     speech = Table("p", "natural", "plan"), Table("f", "natural", "features")
     job = Job(
         config, Table("u", "", "stage2"), speech, {"path": "p", "revision": None}, encoder, config.distill, 10,
-        warmup_steps=1, decay_steps=2, card="c", start=("url", 3), first_row=3, active=speech, active_share=0.4,
-        branch_steps=(1, 2), exports=False,
+        warmup_steps=1, decay_steps=2, card="c", start=("url", 3), first_row=3, branch_steps=(1, 2), exports=False,
+        others={"active": speech}, shares={"natural": 0.6, "active": 0.4}, earlier_shares={"natural": 1.0},
     )  # fmt: skip
     assert job_of(as_json(job)) == job

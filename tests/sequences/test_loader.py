@@ -19,7 +19,7 @@ from factories import a_table, make_features, make_tokenizer
 
 from salad_ray.config import ConfigError, PackConfig
 from salad_ray.sequences.batch import Batch, Sample
-from salad_ray.sequences.loader import ActiveMix, LaneReader, LaneStream
+from salad_ray.sequences.loader import LaneReader, LaneStream, Mix
 from salad_ray.sequences.plan import plan_lane, plan_shard_name, read_without_features, shards_of_lane
 from salad_ray.tables import Features, PlanRow, Table, TableError, to_arrow, write_json
 
@@ -279,8 +279,13 @@ def active_dir(run_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
-def mix_of(active_dir: str, share: float) -> ActiveMix:
-    return ActiveMix(a_table(active_dir, "active", "plan"), a_table(active_dir, "active", "features"), share)
+def mix_of(active_dir: str, share: float) -> dict[str, Any]:
+    """Options of a reader that mixes active speech in."""
+    tables = a_table(active_dir, "active", "plan"), a_table(active_dir, "active", "features")
+    return {"others": {"active": tables}, "mix": Mix({"active": share}, CONFIG.num_lanes), "earlier": NATURAL_ALONE}
+
+
+NATURAL_ALONE = Mix({}, CONFIG.num_lanes)
 
 
 @pytest.fixture(scope="module")
@@ -297,17 +302,17 @@ def active_rows(active_dir: str) -> set[bytes]:
 def test_every_step_holds_the_active_share(
     run_dir: str, active_dir: str, active_rows: set[bytes], share: float
 ) -> None:
-    reader = make_reader(run_dir, active=mix_of(active_dir, share))
+    reader = make_reader(run_dir, **mix_of(active_dir, share))
     rows = CONFIG.num_lanes * CONFIG.rows_per_lane
     for step in steps(reader, 10):
         assert abs(len(active_rows.intersection(step)) - share * rows) < CONFIG.rows_per_lane + 1
-    mix = mix_of(active_dir, share)
+    mix = Mix({"active": share}, CONFIG.num_lanes)
     for lane in range(CONFIG.num_lanes):
-        assert abs(mix.rows_before(1000, lane / CONFIG.num_lanes) - 1000 * share) <= 1
+        assert abs(mix.rows_before(1000, lane)["active"] - 1000 * share) <= 1
 
 
 def test_a_mix_is_the_same_at_every_world_size_and_after_every_resume(run_dir: str, active_dir: str) -> None:
-    options = {"active": mix_of(active_dir, 0.4), "first_row": 3}
+    options = mix_of(active_dir, 0.4) | {"first_row": 3}
     alone = steps(make_reader(run_dir, **options), 8)
     for start in (1, 4, 7):
         assert steps(make_reader(run_dir, start_step=start, **options), 8 - start) == alone[start:]
@@ -323,6 +328,6 @@ def test_a_mix_takes_the_natural_rows_in_order_from_the_first_row_on(
         LaneStream(a_table(run_dir, "natural", "plan"), a_table(run_dir, "natural", "features"), TOKENIZER, 2).rows(5)
     ]
     expected = [row_key(row) for row in islice(lane[0], 9)]
-    reader = make_reader(run_dir, rank=2, world_size=4, active=mix_of(active_dir, 0.4), first_row=5)
+    reader = make_reader(run_dir, rank=2, world_size=4, first_row=5, **mix_of(active_dir, 0.4))
     found = [row for step in steps(reader, 8) for row in step if row not in active_rows]
     assert found[:9] == expected

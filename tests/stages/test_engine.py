@@ -21,7 +21,7 @@ from factories import run_stage, table_of
 
 from salad_ray.config import Config
 from salad_ray.configfile import dump_config
-from salad_ray.distill.budget import active_share, decay_start
+from salad_ray.distill.budget import decay_start, stage2_row_shares
 from salad_ray.model.speech_lm import SpeechLM, weights_fingerprint
 from salad_ray.selection.draw import priorities
 from salad_ray.tables import Cluster, Membership, Passage, Selected, Utterance
@@ -142,8 +142,10 @@ def test_stage2_begins_before_the_decay_of_stage1_and_ends_elsewhere_than_its_co
         models[name] = weights_fingerprint(SpeechLM.from_pretrained(f"{finished_run.run_dir}/{name}/model"))
     models["stage1"] = weights_fingerprint(SpeechLM.from_pretrained(f"{finished_run.run_dir}/stage1/model"))
     assert len(set(models.values())) == 3
-    plans = (table_of(finished_run, name, "plan") for name in ("natural", "active"))
-    assert 0 < active_share(finished_run, *plans) < 1
+    plans = {name: table_of(finished_run, name, "plan") for name in ("natural", "active", "text")}
+    shares = stage2_row_shares(finished_run, plans)
+    assert shares.keys() == plans.keys()
+    assert all(0 < share < 1 for share in shares.values())
 
 
 def test_all_four_systems_are_measured_on_the_same_passages(finished_run: Config) -> None:

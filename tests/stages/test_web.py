@@ -47,6 +47,13 @@ def documents() -> list[dict[str, Any]]:
     return [row | {"language": "en", "url": f"https://example.org/{row['id']}"} for row in rows]
 
 
+def texts_alone() -> list[dict[str, Any]]:
+    """Documents that the web has not, twelve that it has, and the leak; under other ids."""
+    new = [{"text": row.text} for row in world_passages(276, DOMAINS, 0, "train")[240:]]
+    there = [{"text": row["text"]} for row in (*documents()[:12], documents()[62])]
+    return [row | {"id": f"t{number:02d}"} for number, row in enumerate([*new, *there])]
+
+
 def web_config(folder: Path, **changes: Any) -> dict[str, Any]:
     return {
         "run_dir": str(folder / "run"),
@@ -74,8 +81,17 @@ def web_run(tmp_path_factory: pytest.TempPathFactory) -> Config:
     with gzip.open(folder / "web" / "b.jsonl.gz", "wt") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows[1::2])
     (folder / "items.jsonl").write_text(json.dumps({"question": ITEM, "choices": ["wool", "iron"]}) + "\n")
-    config = parse_config(web_config(folder))
-    for stage, name in (("ingest", "web"), ("ingest", "heldout"), ("embed", "web"), ("cluster", "web")):
+    given = web_config(folder)
+    given["ingest"]["text"] = [{"path": str(folder / "text.parquet"), "name": "alone"}]
+    pq.write_table(pa.Table.from_pylist(texts_alone()), folder / "text.parquet")
+    config = parse_config(given)
+    for stage, name in (
+        ("ingest", "web"),
+        ("ingest", "heldout"),
+        ("ingest", "text"),
+        ("embed", "web"),
+        ("cluster", "web"),
+    ):
         run_stage(config, stage, name)
     return config
 
@@ -119,6 +135,22 @@ def test_what_is_kept_aside_is_whole_documents_and_is_neither_clustered_for_nor_
     assert {row.passage_id for row in heldout} <= aside
     centroids = table_of(web_run, "web", "centroids").read("part-00000")
     assert sum(centroids["num_passages"].to_pylist()) == len(passages) - len(aside)
+
+
+def test_text_alone_has_what_the_web_has_not_and_nothing_of_it_is_kept_aside(web_run: Config) -> None:
+    web, text = (rows_of(web_run, name, "passages", Passage) for name in ("web", "text"))
+    rejects = rejects_of(web_run, "text", "passages")
+    assert {row.split for row in text} == {"train"}
+    assert {row.split for row in web} == {"train", "test"}
+    assert {row.doc_id for row in text} == {f"alone/t{number:02d}" for number in range(36)}
+    assert not {row.text for row in text} & {row.text for row in web}
+    there = [row for row in rejects if "of the web text, which may be measured" in row.reason]
+    assert {row.key.partition("#")[0].partition("-")[0] for row in there} >= {"alone/t36"} or len(there) >= 12
+    assert any("benchmark" in row.reason for row in rejects)
+    manifest = table_of(web_run, "text", "passages").manifest()
+    assert manifest is not None
+    assert manifest["num_input"] == len(text) + len(rejects)
+    assert manifest["totals"]["passages kept aside"] == 0
 
 
 def test_minilm_embeds_every_passage_and_clusters_are_purer_than_chance(web_run: Config) -> None:
@@ -180,7 +212,7 @@ def cutter(folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, **ch
 
     monkeypatch.setattr(ingest, "cut_passages", cut)
     config = parse_config(web_config(folder, embed={"embedder": "tfidf"}) | changes)
-    return ingest.PassageCutter(config, benchmark_ngrams([], config.ingest.passages.ngram))
+    return ingest.PassageCutter(config, benchmark_ngrams([], config.ingest.passages.ngram), 0.1)
 
 
 GOOD, BAD = "We put the kettle on the fire and waited until it sang.", "We fail."
@@ -235,7 +267,7 @@ def test_a_row_that_is_lost_between_machines_is_noticed(tmp_path: Path, monkeypa
     (tmp_path / "web").mkdir()
     pq.write_table(pa.Table.from_pylist(documents()), tmp_path / "web" / "a.parquet")
     whole = ingest._write_passages
-    monkeypatch.setattr(ingest, "_write_passages", lambda config, table, group: whole(config, table, group.slice(1)))
+    monkeypatch.setattr(ingest, "_write_passages", lambda *given: whole(*given[:-1], given[-1].slice(1)))
     config = web_config(tmp_path, embed={"embedder": "tfidf"})
     config["ingest"]["passages"] |= {"benchmarks": []}
     with pytest.raises(StageError, match=r"rows were lost \(\d+ were read, \d+ came to shards\)"):

@@ -1,0 +1,85 @@
+"""Text alone on real Ray, a shrunken quickstart: what it is made of, and what training says of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from factories import table_of
+
+from salad_ray.config import Config
+from salad_ray.configfile import parse_config
+from salad_ray.evaluation.benchmarks import prompt_of, world_items
+from salad_ray.stages.ingest import WorldText
+from salad_ray.tables import Item, Passage, PlanRow
+from salad_ray.text.decontaminate import benchmark_ngrams, contaminated
+from salad_ray.text.world import DOMAINS, world_passages
+
+
+def passages_of(config: Config, set_name: str) -> list[Passage]:
+    table = table_of(config, set_name, "passages")
+    return [row for shard in table.shards() for row in table.read_rows(Passage, shard)]
+
+
+def test_text_has_nothing_that_is_measured_by_text_or_by_id(finished_run: Config) -> None:
+    text = passages_of(finished_run, "text")
+    assert len(text) == finished_run.world.num_text
+    assert {row.split for row in text} == {"train"}
+    assert len({row.domain for row in text}) == 6  # unheard ones, too
+    for name in ("heldout", "probe", "active", "web"):
+        others = passages_of(finished_run, name)
+        assert others
+        assert not {row.text for row in text} & {row.text for row in others}, name
+        assert not {row.passage_id for row in text} & {row.passage_id for row in others}, name
+    items = table_of(finished_run, "benchmark", "items")
+    asked = [row for shard in items.shards() for row in items.read_rows(Item, shard)]
+    assert not {row.text for row in text} & {row.spoken for row in asked}
+    prompts = benchmark_ngrams([f"{row.before}{row.spoken}{row.after}" for row in asked], 13)
+    assert not any(contaminated(row.text, prompts) for row in text)
+
+
+def test_documents_of_the_web_and_of_questions_are_passed_over() -> None:
+    """So many documents that both are drawn."""
+    config = parse_config({"world": {"num_text": 3000, "num_web": 6000, "num_questions": 240}})
+    drawn = world_passages(3000, DOMAINS, config.seed, "text")
+    web = {row.text for row in world_passages(6000, DOMAINS, config.seed, "web")}
+    asked = benchmark_ngrams([prompt_of(row) for row in world_items(240, DOMAINS, config.seed)], 13)
+    worker = WorldText(config)
+    rows = [row for index in range(config.ingest.num_shards) for part in worker(index) for row in part.rows.to_pylist()]
+    texts = {row["text"] for row in rows}
+    assert len(rows) == len(texts) == 3000
+    assert {row.text for row in drawn} & web
+    assert not texts & web
+    assert any(contaminated(row.text, asked) for row in drawn)
+    assert not any(contaminated(text, asked) for text in texts)
+    kept = [row.passage_id for row in drawn if row.text not in web and not contaminated(row.text, asked)]
+    assert [row.passage_id for row in worker.passages][: len(kept)] == kept
+
+
+def test_the_plan_of_text_is_one_epoch_of_all_passages(finished_run: Config) -> None:
+    plan = table_of(finished_run, "text", "plan")
+    rows = [row for shard in plan.shards() for row in plan.read_rows(PlanRow, shard)]
+    assert {row.epoch for row in rows} == {0}
+    placed = [(segment.shard, *segment.rows) for row in rows for segment in row.segments]
+    assert len(placed) == len(set(placed)) == len(passages_of(finished_run, "text"))
+    assert (plan.manifest() or {})["totals"] == {"tokens cut off at the context": 0}
+
+
+@pytest.mark.parametrize("name", ["trunk", "stage1", "stage2", "control"])
+def test_training_tells_text_apart(finished_run: Config, name: str) -> None:
+    manifest = table_of(finished_run, "", name).manifest() or {}
+    assert 0 < manifest["num_text_positions"] < manifest["num_positions"]
+    for row in manifest["log"]:
+        assert row["text_kl"] >= 0
+        assert 0 < row["num_text_positions"] < row["num_positions"]
+    if name == "trunk":
+        assert manifest["log"][0]["text_kl"] < 0.1 * manifest["log"][0]["kl"]  # the student began as its teacher
+
+
+def test_metrics_have_positions_with_and_without_text(finished_run: Config) -> None:
+    metrics = json.loads(Path(finished_run.run_dir, "report/metrics.json").read_text())
+    for name in ("stage1", "stage2", "control"):
+        manifest = table_of(finished_run, "", name).manifest() or {}
+        assert metrics[name]["num_positions"] == manifest["num_positions"]
+        assert metrics[name]["num_text_positions"] == manifest["num_text_positions"] > 0
