@@ -149,7 +149,8 @@ def test_what_comes_from_an_assumption_is_called_one(paper: Plan) -> None:
     marks = sources(paper)
     derived = {name for name, source in marks.items() if source == "derived"}
     assert derived == {
-        "held-out passages", "probe passages", "FLOP of a position of text", "share of words heard", "text LLM", "adapter", "checkpoints", "models",
+        "held-out passages", "probe passages", "FLOP of a position of text",
+        "share of words heard", "text LLM", "adapter", "checkpoints", "models",
     }  # fmt: skip
     assert cost(paper, "stage1").source == "assumption"
     assert cost(paper, "ingest", "heldout").amount_source == "derived"
