@@ -109,7 +109,7 @@ def small_world_config(folder: Path) -> dict[str, Any]:
         "ray": {"num_cpus": 2},
         "world": {"num_natural": 64, "num_heldout": 24, "num_web": 200, "num_text": 60, "num_questions": 24},
         "ingest": {"num_shards": 4},
-        "pack": {"context": 256, "text_words": [4, 9], "speech_words": [4, 9], "num_lanes": 2, "text_share": 0.25},
+        "pack": {"context": 256, "text_words": [4, 9], "speech_words": [4, 9], "num_lanes": 2, "text_share": 0.5},
         "model": {
             "adapter": {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "ffn_size": 64},
             "tiny_lm": {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "ffn_size": 64, "num_steps": 10},
@@ -130,7 +130,7 @@ def small_world_config(folder: Path) -> dict[str, Any]:
         "cluster": {"num_clusters": 6},
         "probe": {"passages_per_cluster": 4},
         "select": {"budget_percent": 25.0},
-        "stage2": {"num_steps": 4, "control": True},
+        "stage2": {"num_steps": 4, "control": True, "shares": {"natural": 0.3, "active": 0.3, "text": 0.4}},
         "evaluate": {"num_shots": 1},
     }
 

@@ -72,9 +72,10 @@ def test_training_tells_text_apart(finished_run: Config, name: str) -> None:
     assert 0 < manifest["num_text_positions"] < manifest["num_positions"]
     for row in manifest["log"]:
         assert row["text_kl"] >= 0
-        assert 0 < row["num_text_positions"] < row["num_positions"]
+        assert 0 <= row["num_text_positions"] < row["num_positions"]
     if name == "trunk":
-        assert manifest["log"][0]["text_kl"] < 0.1 * manifest["log"][0]["kl"]  # the student began as its teacher
+        first = next(row for row in manifest["log"] if row["num_text_positions"])
+        assert first["text_kl"] < 0.2 * first["kl"]  # the student began as its teacher, and its adapter with nothing
 
 
 def test_metrics_have_positions_with_and_without_text(finished_run: Config) -> None:
