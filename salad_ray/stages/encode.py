@@ -119,4 +119,5 @@ class EncodeShard(WindowWorker):
             features=features,
             scales=scales,
             order=row.order,
+            source=row.source,
         )
