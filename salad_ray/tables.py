@@ -216,8 +216,8 @@ class PlanRow:
 class Measurement:
     """Sums over the scored positions of one passage at one distance from its last speech frame.
 
-    `protocol` says how the passage was heard (evaluation/protocols.py). `source` is the book, video or document that the
-    passage is of: what was sampled, and so the unit of standard errors.
+    `protocol` says how the passage was heard (evaluation/protocols.py). `source` is the book, video or document that it
+    is of: what was sampled, and so the unit of standard errors.
     """
 
     system: str

@@ -1,7 +1,8 @@
 """Forgetting F, misalignment M and the distillation loss, measured at the same positions (paper, Eq. 2 and 3).
 
 How passages are heard is up to a protocol (protocols.py). Only text tokens after a sample's first speech count: before
-it the interleaved context is the text itself, so M is 0 there and would only dilute. With Q the teacher, P the student, w the text and c the interleaved context:
+it the interleaved context is the text itself, so M is 0 there and would only dilute. With Q the teacher, P the student,
+w the text and c the interleaved context:
 M = KL(P(·|w) ‖ P(·|c)), F = KL(Q(·|w) ‖ P(·|w)), distillation = KL(Q(·|w) ‖ P(·|c)), in nats per position.
 """
 
@@ -116,9 +117,7 @@ def estimate(rows: Sequence[Measurement], quantity: str) -> Estimate:
         return Estimate(float("nan"), float("nan"), 0, 0, 0)
     mean = sum(unit.total for unit in units) / num_positions
     error, _ = _error([unit.total - mean * unit.num_positions for unit in units], [unit.domain for unit in units])
-    return Estimate(
-        mean, error / num_positions, num_positions, sum(len(unit.passages) for unit in units), len(units)
-    )
+    return Estimate(mean, error / num_positions, num_positions, sum(len(unit.passages) for unit in units), len(units))
 
 
 def difference(first: Sequence[Measurement], second: Sequence[Measurement], quantity: str) -> Difference | None:

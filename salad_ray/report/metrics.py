@@ -9,11 +9,13 @@ from dataclasses import asdict
 from itertools import product
 from typing import Any
 
+import numpy as np
 from rich.table import Table as Grid
 from sklearn.metrics import roc_auc_score
 
 from salad_ray.config import PROTOCOLS
 from salad_ray.evaluation.misalignment import difference, estimate
+from salad_ray.selection.importance import ClusterLoss, reliability
 from salad_ray.tables import Measurement
 
 SYSTEMS = ("untrained", "stage1", "stage2", "control")
@@ -213,18 +215,33 @@ def selection_table(selection: dict[str, Any], num_rows: int = 20) -> Grid:
     return grid
 
 
-def unheard_auc(by_cluster: Sequence[dict[str, Any]], domains: Sequence[Counter[str]], heard: set[str]) -> float | None:
+def rankings(
+    losses: Mapping[str, ClusterLoss], domains: Sequence[Counter[str]], heard: set[str]
+) -> dict[str, dict[str, float | None]]:
+    """How well M(c) by each protocol ranks the clusters: the noise in it, and whether it finds unheard domains."""
+    return {
+        protocol: {
+            "reliability": reliability(loss.mean, loss.standard_error),
+            "unheard_auc": unheard_auc(loss.mean.tolist(), domains, heard),
+        }
+        for protocol, loss in losses.items()
+        if np.isfinite(loss.mean).any()
+    }
+
+
+def unheard_auc(losses: Sequence[float], domains: Sequence[Counter[str]], heard: set[str]) -> float | None:
     """Chance that a cluster of unheard domains has a larger M(c) than one of heard domains.
 
     Args:
+        losses: M(c) of each cluster; those that are no number are left out.
         domains: for each cluster how many of its passages are of which domain; most of them decide.
         heard: domains of the natural training speech.
 
     Returns:
         The area under the ROC curve; None where all clusters are of one kind.
     """
-    known = [index for index, counts in enumerate(domains) if counts]
+    known = [index for index, counts in enumerate(domains) if counts and math.isfinite(losses[index])]
     unheard = [domains[index].most_common(1)[0][0] not in heard for index in known]
     if len(set(unheard)) < 2:
         return None
-    return float(roc_auc_score(unheard, [by_cluster[index]["distillation"] for index in known]))
+    return float(roc_auc_score(unheard, [losses[index] for index in known]))

@@ -80,7 +80,9 @@ class MeasureShard:
         timed = [passage for passage in passages if not passage.units.by_utterance]
         untimed = len(utterances) - len(left_out) - sum(len(passage.utterances) for passage in timed)
         measured: list[Measurement] = []
-        rejects = [Reject("measure", key, f"{protocol}: {reason}") for protocol in PROTOCOLS for key, reason in left_out]
+        rejects = [
+            Reject("measure", key, f"{protocol}: {reason}") for protocol in PROTOCOLS for key, reason in left_out
+        ]
         for protocol in PROTOCOLS:
             of_protocol = timed if protocol == "whole" else passages
             samples, unusable = read_by(protocol, of_protocol, config.measure, config.pack.context)
