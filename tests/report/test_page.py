@@ -129,7 +129,7 @@ def test_the_page_is_whole_and_accessible(page: Reader) -> None:
     assert page.open == []
     assert [attributes["id"] for tag, attributes in page.tags if tag == "section"] == list(SECTIONS)
     plots = [attributes for tag, attributes in page.tags if tag == "svg" and attributes.get("class") == "plot"]
-    assert len(plots) == 1 + 1 + 4 + 4 + 1
+    assert len(plots) == 1 + 1 + 8 + 4 + 1
     assert all(plot["role"] == "img" and plot["aria-label"] for plot in plots)
     headers = [attributes for tag, attributes in page.tags if tag == "th"]
     assert headers
