@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from factories import a_table, hand_table, keep_run, make_features, make_tokenizer, small_world_config
@@ -15,8 +16,10 @@ from salad_ray.configfile import parse_config
 from salad_ray.runs import Run
 from salad_ray.stages.common import probe_losses
 from salad_ray.stages.measure import WITHOUT_TIMES, MeasureShard
+from salad_ray.stages.report import conclusions, selection_metrics
+from salad_ray.stages.select import measured_clusters, selection_facts
 from salad_ray.stages.shards import ShardPart, StageError
-from salad_ray.tables import Features, Measurement, Passage, Table, from_arrow, to_arrow
+from salad_ray.tables import Cluster, Features, Measurement, Passage, Table, Utterance, from_arrow, to_arrow
 
 TEXT = "she said the people of the union opened and more so on in order to form a perfect union of the states"
 ENCODER = {"name": "log_mel", "path": None, "revision": None, "sampling_rate": 16000, "frame_rate": 12.5, "dim": 2}
@@ -123,3 +126,54 @@ def test_m_of_clusters_is_that_of_each_protocol(tmp_path: Path) -> None:
     assert found["interleaved"].mean.tolist() == pytest.approx([0.3, 0.4])
     assert found["whole"].mean.tolist() == pytest.approx([9.0, 12.0])
     assert found["whole"].num_passages.tolist() == [3, 3]
+
+
+@pytest.mark.parametrize(("protocol", "largest"), [("interleaved", 0), ("whole", 1)])
+def test_the_probe_protocol_decides_what_is_aimed_at_and_the_report_tells_both(
+    protocol: str, largest: int, tmp_path: Path
+) -> None:
+    """Cluster 1 is of an unheard domain, which only `whole` notices."""
+    config = config_of(tmp_path, probe={"protocol": protocol})
+    labels = ("probe/passages", "probe/utterances", "probe/measurements_stage1", "web/centroids")
+    places = keep_run(config.run_dir, config.model_dump(mode="json"), labels)
+    domains = ("food", "law")
+    probe = [
+        Passage(passage_id=f"p{i}", doc_id=f"p{i}", text="a", cluster_id=i % 2, domain=domains[i % 2]) for i in range(8)
+    ]
+    clusters = [
+        Cluster(cluster_id=k, centroid=b"", price=0.0, web_share=0.5, num_passages=100, num_chars=5000) for k in (0, 1)
+    ]
+    voices = [
+        Utterance(utt_id="p0", text="a" * 10, duration_secs=1.0, recording_id="p0", corpus="world", passage_id="p0")
+    ]
+    losses = {"interleaved": (0.3, 0.2), "whole": (0.5, 3.0)}
+    none = dict.fromkeys(("misalignment", "forgetting", "nll_speech", "nll_text"), 0.0)
+    rows = [
+        Measurement(
+            system="stage1",
+            protocol=name,
+            passage=f"p{i}",
+            domain=domains[i % 2],
+            distance=0,
+            num_positions=10,
+            distillation=10 * of_cluster[i % 2] + 0.01 * i,
+            **none,
+        )
+        for i in range(8)
+        for name, of_cluster in losses.items()
+    ]
+    for label, row_type, content in zip(
+        labels, (Passage, Utterance, Measurement, Cluster), (probe, voices, rows, clusters), strict=True
+    ):
+        hand_table(config.run_dir, label).write("part-00000", to_arrow(row_type, content))
+    run = Run(config, places)
+    found = measured_clusters(run)
+    assert found["distillation"].argmax() == found["target_share"].argmax() == largest
+    assert found["distillation"] == pytest.approx(losses[protocol], abs=0.01)
+    chosen = pa.table({"cluster_id": [0, 1, 1], "duration_secs": [1.0, 1.0, 2.0]})
+    facts = selection_facts(config, found, chosen, budget_secs=4.0)
+    told = selection_metrics(run, facts, {"food"})
+    assert told["protocol"] == protocol
+    assert told["unheard_auc"] == told["by_protocol"][protocol]["unheard_auc"] == largest
+    assert {name: row["unheard_auc"] for name, row in told["by_protocol"].items()} == {"interleaved": 0, "whole": 1}
+    assert any("AUC interleaved 0.000, whole 1.000" in line for line in conclusions({"selection": told}))
