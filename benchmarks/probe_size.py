@@ -39,7 +39,8 @@ def measure_probe(config: Config) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     }
     sums: dict[str, list[float]] = {}
     for shard in measured.shards():
-        for row in measured.read_rows(Measurement, shard):
+        rows = measured.read_rows(Measurement, shard)
+        for row in (row for row in rows if row.protocol == config.probe.protocol):
             total = sums.setdefault(row.passage, [float(owner[row.passage]), 0.0, 0.0])
             total[1] += row.distillation
             total[2] += row.num_positions

@@ -45,6 +45,14 @@ def _require_even_heads(name: str, hidden_size: int, num_heads: int) -> None:
         )
 
 
+def _require_spans(section: str, text_words: tuple[int, int], speech_words: tuple[int, int]) -> None:
+    for name, (low, high) in (("text_words", text_words), ("speech_words", speech_words)):
+        if low < 1 or high < low:
+            raise ValueError(
+                f"{section}.{name}=[{low}, {high}] must be [shortest, longest] with 1 ≤ shortest ≤ longest"
+            )
+
+
 def _require_order(name: str, low: float, high: float) -> None:
     if low >= high:
         raise ValueError(f"min_{name}={low:g} must be below max_{name}={high:g}")
@@ -451,9 +459,15 @@ class ClusterConfig(Section):
     """GPUs for fitting."""
 
 
+Protocol = Literal["interleaved", "whole"]
+PROTOCOLS: tuple[Protocol, ...] = ("interleaved", "whole")
+
+
 class ProbeConfig(Section):
     passages_per_cluster: int = Field(32, ge=2)
     """Synthesised once from every cluster, to measure M(c); never selected."""
+    protocol: Protocol = "interleaved"
+    """How the probe is heard for M(c); both are measured (`measure`)."""
     min_reliability: float = Field(0.8, ge=0, lt=1)
     """Share of the variance between the M(c) that is not noise; below it the probe is called too small."""
 
@@ -498,10 +512,7 @@ class PackConfig(Section):
 
     @model_validator(mode="after")
     def _ordered(self) -> PackConfig:
-        for name in ("text_words", "speech_words"):
-            low, high = getattr(self, name)
-            if low < 1 or high < low:
-                raise ValueError(f"pack.{name}=[{low}, {high}] must be [shortest, longest] with 1 ≤ shortest ≤ longest")
+        _require_spans("pack", self.text_words, self.speech_words)
         return self
 
 
@@ -684,10 +695,26 @@ class Stage2Config(Section):
 
 
 class MeasureConfig(Section):
+    """F and M by two protocols (evaluation/protocols.py) that do not depend on training: `interleaved`, spans of text
+    and of speech by turns, and `whole`, all but the last few words spoken."""
+
     batch_rows: int = operational(8, ge=1)
+    text_words: tuple[int, int] = (10, 30)
+    """Shortest and longest text span of `interleaved`, in words (the paper's)."""
+    speech_words: tuple[int, int] = (5, 15)
+    """Shortest and longest speech span of `interleaved`, in words (the paper's)."""
+    whole_tail_words: int = Field(4, ge=1)
+    """Words at the end of a passage that `whole` leaves as text, and scores."""
+    passage_secs: float = Field(60.0, gt=0)
+    """Neighbouring recorded utterances are joined to passages of at most so many seconds."""
     distance_bins: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     """Bin edges, in text tokens after the last speech frame."""
     num_gpus: float = operational(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> MeasureConfig:
+        _require_spans("measure", self.text_words, self.speech_words)
+        return self
 
 
 class BenchmarkConfig(Section):

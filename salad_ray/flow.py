@@ -27,7 +27,7 @@ STAGES = {
     "embed": About("Embed the passages of the web text.", ("embed",)),
     "cluster": About("Cluster the embeddings by balanced k-means, and say what each cluster is about.", ("cluster",)),
     "probe": About("Draw a few passages of every cluster, to measure what the model makes of them.", ("probe",)),
-    "select": About("Draw passages for synthesis where the model misunderstands: P_web · M^γ.", ("select",)),
+    "select": About("Draw passages for synthesis where the model misunderstands: P_web · M^γ.", ("select", "probe")),
     "teacher": About("Verify and pin the text LLM; for the embedded world, train it.", ("model",)),
     "align": About("Give recorded utterances word times.", ("align",)),
     "synthesize": About("Speak passages, with word times.", ("synthesize",)),
@@ -228,7 +228,7 @@ def _data_engine(config: Config) -> list[Step]:
         *_speech(config, ["probe"]),
         _measure(config, "probe", "stage1"),
         Step("select", "active", ("selection", "passages"),
-             ("web/passages", *clusters, *probed, "natural/features"), ("select",)),
+             ("web/passages", *clusters, *probed, "natural/features"), ("select", "probe.protocol"), version=2),
         *_speech(config, ["active"]),
         _pack("active", "active/selection", "natural/plan", *text),
         Step("stage2", "", ("stage2",), (*trunk, *active), ("stage2", *LENGTHS), trains=True),
@@ -241,13 +241,12 @@ def _data_engine(config: Config) -> list[Step]:
 
 
 def _measure(config: Config, name: str, system: str) -> Step:
-    pack = ("pack.context", "pack.text_words", "pack.speech_words")
-    keys: tuple[str, ...] = ("measure", "distill.precision", *pack, "seed")
+    keys: tuple[str, ...] = ("measure", "distill.precision", "pack.context")
     if system == "untrained":
-        keys += ("model.adapter",)
+        keys += ("model.adapter", "seed")
     model = () if system == "untrained" else (system,)
     reads = ("teacher", f"{name}/features", *model)
-    return Step("measure", name, (f"measurements_{system}",), reads, keys, by_shard=True, along=reads[1])
+    return Step("measure", name, (f"measurements_{system}",), reads, keys, version=2, by_shard=True, along=reads[1])
 
 
 def _evaluate(config: Config, trained: Collection[str]) -> list[Step]:

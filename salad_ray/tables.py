@@ -29,7 +29,7 @@ from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 from salad_ray.store import as_name, filesystem, is_local, list_folder, remove_files, scratch_folder
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 SAMPLES, SAMPLE_BYTES = 16, 2**20
 """Of a file that is too large to be read whole for its hash."""
 READ_AT_ONCE = 32
@@ -159,7 +159,7 @@ class Utterance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Features:
-    """Encoded speech; the rest is copied from the utterance.
+    """Encoded speech; the rest is copied from the utterance, `source` too: the book, video or document.
 
     `features` holds (num_frames, dim) in C order: float16, or int8 where `scales`, float16 (dim,), are given, by which
     the channels are multiplied.
@@ -179,6 +179,7 @@ class Features:
     features: bytes
     scales: bytes | None = None
     order: int | None = None
+    source: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,10 +214,16 @@ class PlanRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """Sums over the scored positions of one passage at one distance from its last speech frame."""
+    """Sums over the scored positions of one passage at one distance from its last speech frame.
+
+    `protocol` says how the passage was heard (evaluation/protocols.py). `source` is the book, video or document that it
+    is of: what was sampled, and so the unit of standard errors.
+    """
 
     system: str
+    protocol: str = "interleaved"
     passage: str
+    source: str = ""
     domain: str
     distance: int
     num_positions: int

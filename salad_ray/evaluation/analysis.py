@@ -1,8 +1,9 @@
 """What drives the gap, over many runs: how well misalignment M and forgetting F predict accuracy.
 
-As in the paper: leave-one-out R² of speech accuracy on M and of text accuracy on F, and the partial R² of each with the
-other held fixed. All are of straight lines fitted by least squares to a table with one row per model: `run`, `system`,
-`misalignment`, `forgetting` (nats per position), `text_accuracy`, `speech_accuracy`, and maybe `group`.
+As in the paper: leave-one-out R² of speech accuracy on log M and of text accuracy on F, and the partial R² of each with
+the other held fixed; beside them the same of M itself. All are of straight lines fitted by least squares to a table
+with one row per model: `run`, `system`, `misalignment` and `forgetting` (nats per position), `text_accuracy` and
+`speech_accuracy`, and maybe `group` and `misalignment_whole`, which is M with all but the last words spoken.
 """
 
 from __future__ import annotations
@@ -22,19 +23,26 @@ from salad_ray.config import ConfigError
 from salad_ray.tables import read_bytes, read_json
 
 VALUES = ("misalignment", "forgetting", "text_accuracy", "speech_accuracy")
+_WHOLE = "misalignment_whole"
 _WORDS = {
+    "log_misalignment": "log M",
     "misalignment": "M",
+    "log_misalignment_whole": "log M, whole",
     "forgetting": "F",
     "text_accuracy": "text accuracy",
     "speech_accuracy": "speech accuracy",
 }
-_QUESTIONS = (
-    ("speech_accuracy", "misalignment", None, 0.75),
+_QUESTIONS: tuple[tuple[str, str, str | None, float | None], ...] = (
+    ("speech_accuracy", "log_misalignment", None, 0.75),
     ("text_accuracy", "forgetting", None, 0.74),
-    ("speech_accuracy", "misalignment", "forgetting", 0.56),
-    ("text_accuracy", "forgetting", "misalignment", 0.32),
+    ("speech_accuracy", "log_misalignment", "forgetting", 0.56),
+    ("text_accuracy", "forgetting", "log_misalignment", 0.32),
+    ("speech_accuracy", "misalignment", None, None),
+    ("speech_accuracy", "misalignment", "forgetting", None),
+    ("speech_accuracy", "log_misalignment_whole", None, None),
+    ("speech_accuracy", "log_misalignment_whole", "forgetting", None),
 )
-"""Outcome, predictor, what is held fixed, and the R² that the paper found."""
+"""Outcome, predictor, what is held fixed, and the R² that the paper found; the last two where all rows have it."""
 _EMPTY = ("", "na", "n/a", "nan", "none", "null", "-", "–")
 MIN_ROWS = 5
 MAX_VIF = 10.0
@@ -55,14 +63,14 @@ class Effect:
     ci_low: float | None
     ci_high: float | None
     slope: float | None
-    paper: float
+    paper: float | None
 
 
 @dataclass(frozen=True)
 class Analysis:
     """What `analyse` found; `points` are the rows that it used, `left_out` names the others and what they lack.
 
-    `vif` is the variance inflation of M and F, 1 / (1 − r²), None where one is a line of the other.
+    `vif` is the variance inflation of log M and F, 1 / (1 − r²), None where one is a line of the other.
     """
 
     effects: list[Effect]
@@ -101,7 +109,7 @@ def runs_table(urls: Sequence[str], metric: str = "acc") -> list[dict[str, Any]]
     for (name, system, metrics), table in zip(systems, accuracies, strict=True):
         measured = metrics.get(system) or {}
         row: dict[str, Any] = {"run": name, "system": system}
-        row |= {quantity: measured.get(quantity) for quantity in ("misalignment", "forgetting")}
+        row |= {quantity: measured.get(quantity) for quantity in ("misalignment", "forgetting", _WHOLE)}
         for side, values in table.items():
             full = common <= values.keys() and bool(common)
             row[f"{side}_accuracy"] = math.fsum(values[key] for key in common) / len(common) if full else None
@@ -170,7 +178,7 @@ def _row(path: str, line: int, cells: dict[str, Any]) -> dict[str, Any]:
     if None in cells:
         raise ConfigError(f"{path}, line {line}: more cells than columns; put quotes around text with commas")
     row: dict[str, Any] = {"run": f"line {line}", "system": ""} | {name: cell or "" for name, cell in cells.items()}
-    for name in VALUES:
+    for name in (*VALUES, *(name for name in (_WHOLE,) if name in row)):
         text = row[name].strip()
         try:
             row[name] = None if text.lower() in _EMPTY else float(text)
@@ -180,7 +188,7 @@ def _row(path: str, line: int, cells: dict[str, Any]) -> dict[str, Any]:
 
 
 def analyse(rows: Sequence[Mapping[str, Any]], resamples: int = 2000, seed: int = 0) -> Analysis:
-    """Leave-one-out and partial R² of the accuracies on M and F.
+    """Leave-one-out and partial R² of the accuracies on log M, M and F.
 
     Leave-one-out R² = 1 − Σ (y_i − ŷ_i)² / Σ (y_i − ȳ_i)², where both the line's ŷ_i and the mean ȳ_i are fitted
     without row i: what the line adds to guessing the mean; below 0 it adds nothing. Partial R² is the share of what the
@@ -192,7 +200,7 @@ def analyse(rows: Sequence[Mapping[str, Any]], resamples: int = 2000, seed: int 
     5 groups there are none.
 
     Raises:
-        ConfigError: fewer than 5 rows have all four values, or one of these is the same in all of them.
+        ConfigError: fewer than 5 rows have all four values and M above 0, or one of these is the same in all of them.
     """
     left_out = [text for row in rows if (text := _lack(row))]
     usable = [dict(row) for row in rows if not _lack(row)]
@@ -203,11 +211,16 @@ def analyse(rows: Sequence[Mapping[str, Any]], resamples: int = 2000, seed: int 
     for name, values in columns.items():
         if np.ptp(values) <= 1e-9 * np.abs(values).max():
             raise ConfigError(f"{name} is {values[0]:g} in all {len(usable)} rows; name runs that differ in it")
+    columns["log_misalignment"] = np.log(columns["misalignment"])
+    questions = _QUESTIONS[:-2]
+    if all(_is_positive(row.get(_WHOLE)) for row in usable):
+        columns[f"log_{_WHOLE}"] = np.log([float(row[_WHOLE]) for row in usable])
+        questions = _QUESTIONS
     labels = [str(row.get("group") or row.get("run") or place) for place, row in enumerate(usable)]
     groups = np.unique(labels, return_inverse=True)[1]
     weights = _draws(groups, resamples, seed) if groups.max() + 1 >= MIN_ROWS else None
-    vif = _vif(columns["misalignment"], columns["forgetting"])
-    effects = [_effect(columns, weights, *question) for question in _QUESTIONS]
+    vif = _vif(columns["log_misalignment"], columns["forgetting"])
+    effects = [_effect(columns, weights, *question) for question in questions]
     return Analysis(
         effects=effects,
         num_rows=len(usable),
@@ -216,7 +229,10 @@ def analyse(rows: Sequence[Mapping[str, Any]], resamples: int = 2000, seed: int 
         vif=vif,
         left_out=left_out,
         warnings=_warnings(usable, int(groups.max()) + 1, vif, effects),
-        points=[{name: row.get(name) for name in ("run", "system", "group", *VALUES) if name in row} for row in usable],
+        points=[
+            {name: row.get(name) for name in ("run", "system", "group", *VALUES, _WHOLE) if name in row}
+            for row in usable
+        ],
     )
 
 
@@ -224,7 +240,13 @@ def _lack(row: Mapping[str, Any]) -> str:
     """What a row lacks, with its name; empty where it lacks nothing."""
     missing = [name for name in VALUES if row.get(name) is None or not math.isfinite(row[name])]
     name = " ".join(str(part) for part in (row.get("run"), row.get("system")) if part) or "a row without name"
-    return f"{name}: no {', '.join(missing)}" if missing else ""
+    if missing:
+        return f"{name}: no {', '.join(missing)}"
+    return "" if _is_positive(row["misalignment"]) else f"{name}: misalignment {row['misalignment']:g} has no logarithm"
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and value > 0
 
 
 def _listed(texts: Sequence[str], most: int = 10) -> str:
@@ -249,7 +271,7 @@ def _effect(
     outcome: str,
     predictor: str,
     given: str | None,
-    paper: float,
+    paper: float | None,
 ) -> Effect:
     x, y, once = columns[predictor], columns[outcome], np.ones((1, len(columns[outcome])))
     if given is None:
@@ -341,7 +363,9 @@ def _warnings(
     found = []
     if vif is None or vif > MAX_VIF:
         size = "without bound" if vif is None else f"{vif:.1f}"
-        found.append(f"M and F rise together (VIF {size}, above {MAX_VIF:g}): partial R² cannot tell them apart here")
+        found.append(
+            f"log M and F rise together (VIF {size}, above {MAX_VIF:g}): partial R² cannot tell them apart here"
+        )
     if num_groups < MIN_ROWS:
         found.append(
             f"no intervals: the {len(rows)} rows are of {num_groups} independent groups, {MIN_ROWS} are needed"
@@ -368,14 +392,15 @@ def _name(effect: Effect) -> str:
 
 
 def analysis_grid(analysis: Analysis) -> Grid:
-    """The four R² beside the paper's, then what to keep in mind; fits a terminal of 80 columns."""
+    """Each R², the first four beside the paper's, then what to keep in mind; fits a terminal of 80 columns."""
     groups = "" if analysis.num_groups == analysis.num_rows else f" in {analysis.num_groups} groups"
-    grid = Grid(title=f"What drives accuracy, over {analysis.num_rows} models{groups}", title_justify="left")
-    grid.add_column("accuracy")
+    title = f"What drives accuracy, over {analysis.num_rows} models{groups}"
+    grid = Grid(title=title, title_justify="left", pad_edge=False)
+    grid.add_column("of", no_wrap=True)
     grid.add_column("on")
-    grid.add_column("R²")
+    grid.add_column("R²", no_wrap=True)
     for name in ("value", "95 %", "slope", "paper"):
-        grid.add_column(name, justify="right")
+        grid.add_column(name, justify="right", no_wrap=True)
     for effect in analysis.effects:
         on = _WORDS[effect.predictor] + (f" given {_WORDS[effect.given]}" if effect.given else "")
         grid.add_row(
@@ -385,7 +410,7 @@ def analysis_grid(analysis: Analysis) -> Grid:
             _number(effect.r2),
             "–" if effect.ci_low is None else f"{_number(effect.ci_low)} to {_number(effect.ci_high)}",
             "–" if effect.slope is None else f"{effect.slope:+.3g}",
-            f"{effect.paper:.2f}",
+            _number(effect.paper),
         )
     notes = [f"! {text}" for text in analysis.warnings]
     if analysis.left_out:

@@ -17,6 +17,7 @@ import numpy as np
 import soundfile
 import yaml
 
+from salad_ray.config import PROTOCOLS
 from salad_ray.distill.checkpoints import latest
 from salad_ray.flow import TRAINED, TRUNK
 from salad_ray.runs import Places
@@ -145,7 +146,8 @@ def collect(places: Places, clip_bytes: int = 5_500_000) -> RunFacts:
     metrics = _attempt(lambda: _json(f"{places.report_url}/metrics.json"), {}, problems)
     tables = [facts for label in places.keys if (facts := _table(places.labelled(label), problems))]
     clusters = _attempt(lambda: _clusters(places, metrics.get("selection") or {}), [], problems)
-    left_out = _attempt(lambda: _add_clips(places, clusters, clip_bytes, problems), 0, problems)
+    protocol = (metrics.get("selection") or {}).get("protocol", PROTOCOLS[0])
+    left_out = _attempt(lambda: _add_clips(places, clusters, clip_bytes, problems, protocol), 0, problems)
     num_read, rejects = _rejects(places, problems)
     return RunFacts(
         run_dir=places.run_dir,
@@ -289,7 +291,9 @@ class _Wanted:
     num_bytes: int
 
 
-def _add_clips(places: Places, clusters: list[ClusterFacts], clip_bytes: int, problems: list[str]) -> int:
+def _add_clips(
+    places: Places, clusters: list[ClusterFacts], clip_bytes: int, problems: list[str], protocol: str
+) -> int:
     """Give the clusters their clips, within the budget; returns how many there was no room for."""
     found = [item for name, number in CLIPS_PER_CLUSTER.items() for item in _candidates(places, name, number)]
     longest = max(MIN_CLIP_SECS, clip_bytes * 3 / 4 / CLIP_BYTES_PER_SEC / max(len(found), 1))
@@ -297,7 +301,7 @@ def _add_clips(places: Places, clusters: list[ClusterFacts], clip_bytes: int, pr
         replace(item, num_bytes=min(item.num_bytes, round(longest * CLIP_BYTES_PER_SEC * 4 / 3))) for item in found
     ]
     chosen, left_out = _within(found, [cluster.cluster_id for cluster in clusters], clip_bytes)
-    losses = _losses(places, {item.utt_id for item in chosen if item.set == "probe"})
+    losses = _losses(places, {item.utt_id for item in chosen if item.set == "probe"}, protocol)
     by_id = {cluster.cluster_id: cluster for cluster in clusters}
     shards = {(item.set, item.shard) for item in chosen}
     for set_name, shard in sorted(shards, key=lambda place: (place[0] != "probe", place[1])):
@@ -377,13 +381,13 @@ def encode_mp3(audio: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def _losses(places: Places, passages: set[str]) -> dict[str, float]:
-    """The distillation loss of these probe passages after Stage I, nats per position."""
+def _losses(places: Places, passages: set[str], protocol: str) -> dict[str, float]:
+    """The distillation loss of these probe passages after Stage I, nats per position, as a protocol hears them."""
     table = places.table("probe", "measurements_stage1")
     sums: dict[str, np.ndarray] = {}
     for shard in table.shards() if passages and table.manifest() is not None else []:
-        for row in table.read(shard, ["passage", "distillation", "num_positions"]).to_pylist():
-            if row["passage"] in passages:
+        for row in table.read(shard, ["passage", "protocol", "distillation", "num_positions"]).to_pylist():
+            if row["passage"] in passages and row["protocol"] == protocol:
                 total = sums.setdefault(row["passage"], np.zeros(2))
                 total += (row["distillation"], row["num_positions"])
     return {passage: float(loss / number) for passage, (loss, number) in sums.items()}

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import product
 from typing import Any
 
+import numpy as np
 from rich.table import Table as Grid
 from sklearn.metrics import roc_auc_score
 
-from salad_ray.evaluation.misalignment import Estimate, estimate
+from salad_ray.config import PROTOCOLS
+from salad_ray.evaluation.misalignment import difference, estimate
+from salad_ray.selection.importance import ClusterLoss, reliability
 from salad_ray.tables import Measurement
 
 SYSTEMS = ("untrained", "stage1", "stage2", "control")
@@ -20,7 +25,7 @@ NAMES |= {"base": "text LLM", "cascade": "cascade"}
 
 
 def system_metrics(rows: Sequence[Measurement], heard: set[str]) -> dict[str, Any]:
-    """F, M and the distillation loss (nats per position) of one system, with standard errors over passages.
+    """F, M and the distillation loss (nats per position) of one system, by both protocols, with standard errors.
 
     Args:
         rows: all measurements of the system.
@@ -38,24 +43,106 @@ def system_metrics(rows: Sequence[Measurement], heard: set[str]) -> dict[str, An
     return _quantities(rows) | {"by_domain": by_domain, "by_distance": by_distance}
 
 
+QUANTITIES = ("misalignment", "forgetting", "distillation")
+
+
 def _quantities(rows: Sequence[Measurement]) -> dict[str, Any]:
-    names = ("misalignment", "forgetting", "distillation")
-    estimates: dict[str, Estimate] = {name: estimate(rows, name) for name in names}
-    result: dict[str, Any] = {name: value.mean for name, value in estimates.items()}
-    result |= {  # JSON has no NaN; a single passage has no spread
-        f"{name}_standard_error": value.standard_error if math.isfinite(value.standard_error) else None
-        for name, value in estimates.items()
-    }
-    any_estimate = estimates["misalignment"]
-    return result | {"num_scored": any_estimate.num_positions, "num_passages": any_estimate.num_passages}
+    """Of each protocol; names of `whole` end in its name, those of `interleaved` are bare."""
+    result: dict[str, Any] = {}
+    for protocol in PROTOCOLS:
+        end = protocol_end(protocol)
+        own = [row for row in rows if row.protocol == protocol]
+        estimates = {name: estimate(own, name) for name in QUANTITIES}
+        # JSON has no NaN; nothing measured has no mean, a single document no spread.
+        result |= {f"{name}{end}": _known(value.mean) for name, value in estimates.items()}
+        result |= {f"{name}{end}_standard_error": _known(value.standard_error) for name, value in estimates.items()}
+        of_any = estimates["misalignment"]
+        result |= {f"num_scored{end}": of_any.num_positions, f"num_passages{end}": of_any.num_passages}
+    return result
+
+
+def protocol_end(protocol: str) -> str:
+    """What follows the names of a protocol's numbers in metrics.json."""
+    return "" if protocol == "interleaved" else f"_{protocol}"
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def system_differences(systems: Mapping[str, Sequence[Measurement]], heard: set[str]) -> list[dict[str, Any]]:
+    """Stage II − Stage I and Stage II − control on the same passages, for each quantity, protocol and side.
+
+    Args:
+        systems: all measurements of each system.
+        heard: domains of the natural training speech.
+
+    Returns:
+        Rows with `difference`, `standard_error` and a paired 95 % interval (None where a single document leaves them
+        open); `heard` is None for all domains.
+    """
+    found = []
+    ours = systems.get("stage2", ())
+    for other, protocol, side in product(("stage1", "control"), PROTOCOLS, (None, True, False)):
+        parts = [
+            [row for row in rows if row.protocol == protocol and (side is None or (row.domain in heard) == side)]
+            for rows in (ours, systems.get(other, ()))
+        ]
+        for quantity in QUANTITIES:
+            paired = difference(parts[0], parts[1], quantity)
+            if paired is not None:
+                facts = {"system_a": "stage2", "system_b": other, "quantity": quantity, "protocol": protocol}
+                numbers = {
+                    name: _known(value) if isinstance(value, float) else value for name, value in asdict(paired).items()
+                }
+                found.append(facts | {"heard": side} | numbers)
+    return found
+
+
+def difference_table(differences: Sequence[dict[str, Any]]) -> Grid:
+    """What Stage II changed in M and F, by both protocols, over all domains, heard and unheard ones."""
+    grid = Grid(title="Stage II − the other, on the same passages, nats (95 % interval)", title_justify="left")
+    for name in ("", "than", "domains"):
+        grid.add_column(name)
+    for protocol in PROTOCOLS:
+        grid.add_column(protocol, justify="right")
+    cells = {tuple(row[name] for name in (*_ROW, "protocol")): row for row in differences}
+    for quantity, other, side in dict.fromkeys(tuple(row[name] for name in _ROW) for row in differences):
+        if quantity in _LETTERS:
+            own = [cells.get((quantity, other, side, protocol)) for protocol in PROTOCOLS]
+            grid.add_row(_LETTERS[quantity], NAMES[other], SIDES[side], *map(with_interval, own))
+    return grid
+
+
+_ROW = ("quantity", "system_b", "heard")
+_LETTERS = {"misalignment": "M", "forgetting": "F"}
+SIDES = {None: "all", True: "heard", False: "unheard"}
+
+
+def with_interval(row: dict[str, Any] | None) -> str:
+    """A paired difference with its interval."""
+    if row is None:
+        return "–"
+    if row["ci_low"] is None:
+        return f"{row['difference']:+.3f}"
+    return f"{row['difference']:+.3f} ({row['ci_low']:+.3f} to {row['ci_high']:+.3f})"
 
 
 def gap_tables(metrics: dict[str, Any], what: str = "") -> list[Grid]:
-    """M, then F, of each system by domain, with standard errors; each fits a terminal of 80 columns."""
+    """M, then F, of each system by domain, by both protocols, with standard errors; each fits 80 columns."""
     systems = [name for name in SYSTEMS if name in metrics]
     trained = [name for name in systems if name != "untrained"]
-    titles = (("misalignment", f"Misalignment M{what}", systems), ("forgetting", f"Forgetting F{what}", trained))
-    return [_gap_table(metrics, quantity, title, shown) for quantity, title, shown in titles if shown]
+    titles = (
+        ("misalignment", f"Misalignment M{what}", systems),
+        ("misalignment_whole", f"M, all but the last words spoken{what}", systems),
+        ("forgetting", f"Forgetting F{what}", trained),
+        ("forgetting_whole", f"F at the last words{what}", trained),
+    )
+    return [
+        _gap_table(metrics, quantity, title, shown)
+        for quantity, title, shown in titles
+        if any(metrics[system].get(quantity) is not None for system in shown)
+    ]
 
 
 def _gap_table(metrics: dict[str, Any], quantity: str, title: str, systems: list[str]) -> Grid:
@@ -73,7 +160,7 @@ def _gap_table(metrics: dict[str, Any], quantity: str, title: str, systems: list
 
 
 def _cell(row: dict[str, Any], quantity: str) -> str:
-    if quantity not in row:
+    if row.get(quantity) is None:
         return "–"
     error = row[f"{quantity}_standard_error"]
     return f"{row[quantity]:.3f}" + ("" if error is None else f"±{error:.3f}")
@@ -128,18 +215,33 @@ def selection_table(selection: dict[str, Any], num_rows: int = 20) -> Grid:
     return grid
 
 
-def unheard_auc(by_cluster: Sequence[dict[str, Any]], domains: Sequence[Counter[str]], heard: set[str]) -> float | None:
+def rankings(
+    losses: Mapping[str, ClusterLoss], domains: Sequence[Counter[str]], heard: set[str]
+) -> dict[str, dict[str, float | None]]:
+    """How well M(c) by each protocol ranks the clusters: the noise in it, and whether it finds unheard domains."""
+    return {
+        protocol: {
+            "reliability": reliability(loss.mean, loss.standard_error),
+            "unheard_auc": unheard_auc(loss.mean.tolist(), domains, heard),
+        }
+        for protocol, loss in losses.items()
+        if np.isfinite(loss.mean).any()
+    }
+
+
+def unheard_auc(losses: Sequence[float], domains: Sequence[Counter[str]], heard: set[str]) -> float | None:
     """Chance that a cluster of unheard domains has a larger M(c) than one of heard domains.
 
     Args:
+        losses: M(c) of each cluster; those that are no number are left out.
         domains: for each cluster how many of its passages are of which domain; most of them decide.
         heard: domains of the natural training speech.
 
     Returns:
         The area under the ROC curve; None where all clusters are of one kind.
     """
-    known = [index for index, counts in enumerate(domains) if counts]
+    known = [index for index, counts in enumerate(domains) if counts and math.isfinite(losses[index])]
     unheard = [domains[index].most_common(1)[0][0] not in heard for index in known]
     if len(set(unheard)) < 2:
         return None
-    return float(roc_auc_score(unheard, [by_cluster[index]["distillation"] for index in known]))
+    return float(roc_auc_score(unheard, [losses[index] for index in known]))

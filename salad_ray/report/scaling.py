@@ -32,7 +32,7 @@ def sweep_grids(result: dict[str, Any]) -> list[RichTable]:
     if not result["laws"]:
         return [grid]
     laws = RichTable(title="M(D) = E + B · D^−β, with 90 % intervals", title_justify="left")
-    for name in (*result["grid"], "E", "β", f"D within {_within(result)} of E", "p (E = 0)"):
+    for name in (*result["grid"], "E", "E over passages", "β", f"D within {_within(result)} of E", "p (E = 0)"):
         laws.add_column(name, justify="right")
     for law in result["laws"]:
         laws.add_row(*(str(value) for value in law["values"].values()), *_law_cells(law))
@@ -161,20 +161,22 @@ def _irreducible(name: str, result: dict[str, Any]) -> Plot | None:
 
 
 def _laws_grid(result: dict[str, Any]) -> Grid:
-    columns = [", ".join(result["grid"]), "E", "β", f"D within {_within(result)} of E", "p (E = 0)"]
+    columns = [", ".join(result["grid"]), "E", "E over passages", "β", f"D within {_within(result)} of E", "p (E = 0)"]
     rows: list[list[Cell | str]] = [[_label(law["values"]), *_law_cells(law)] for law in result["laws"]]
     notes = [
-        "E is what more of the same data never closes. Intervals are profile likelihoods (90 %); p tests E = 0, a pure "
-        "power law."
+        "E is what more of the same data never closes. Intervals are profile likelihoods (90 %) of how trainings "
+        "scatter; over passages, a bootstrap of what M was measured on. p tests E = 0, a pure power law."
     ]
     return Grid(f"M(D) = E + B · D^−β, sweep {result['name']}", columns, rows, notes=notes)
 
 
 def _law_cells(law: dict[str, Any]) -> list[str]:
     if law["problem"]:
-        return ["no law", "–", "–", "–"]
+        return ["no law", "–", "–", "–", "–"]
+    over = law.get("ci_over_passages")
     return [
         _with_interval(law["irreducible"], law["ci"]["irreducible"]),
+        f"{number(over[0])} to {number(over[1])}" if over else "–",
         _with_interval(law["exponent"], law["ci"]["exponent"], 2),
         f"{_short(law['positions_within'])} ({_short(law['positions_within_ci'][0])} to "
         f"{_short(law['positions_within_ci'][1])})",
@@ -199,13 +201,13 @@ def _short(value: float | None) -> str:
 
 def _rows_grid(result: dict[str, Any]) -> Grid:
     keys = list(result["grid"]) + (["seed"] if any("seed" in row for row in result["rows"]) else [])
-    columns = [*keys, "positions", *result_columns(result), "M", "F", "heard M", "unheard M", "problem"]
+    columns = [*keys, "positions", *result_columns(result), "M", "F", "M whole", "heard M", "unheard M", "problem"]
     rows: list[list[Cell | str]] = [
         [
             *(str(row[key]) for key in keys),
             number(row.get("num_positions")),
             *(number(row.get(name)) for name in result_columns(result)),
-            *(_with_error(row, name) for name in QUANTITIES),
+            *(_with_error(row, name) for name in (*QUANTITIES, "misalignment_whole")),
             number(row.get("heard_misalignment")),
             number(row.get("unheard_misalignment")),
             row["error"],

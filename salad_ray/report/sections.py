@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from salad_ray.config import PROTOCOLS
 from salad_ray.flow import TRAINED
 from salad_ray.report.accuracy import main_gap
 from salad_ray.report.facts import MAX_REJECTS, MEASURED, RunFacts
@@ -35,7 +36,10 @@ from salad_ray.report.grids import (
     systems_of,
     with_error,
 )
+from salad_ray.report.metrics import SIDES, with_interval
 from salad_ray.report.plots import Line, Panel, Spot, cluster_map, dot_plot, is_wide, line_plot
+
+ERRORS = "± standard error, with books, videos or documents as the units, stratified by domain."
 
 
 def headline(pairs: Sequence[tuple[str, RunFacts]]) -> Section:
@@ -49,13 +53,22 @@ def headline(pairs: Sequence[tuple[str, RunFacts]]) -> Section:
 def sentences(metrics: dict[str, Any]) -> list[str]:
     """The three to five sentences that matter, of what was measured."""
     found = [*_misalignment_sentence(metrics), *_heard_sentence(metrics), *_forgetting_sentence(metrics)]
-    auc = (metrics.get("selection") or {}).get("unheard_auc")
-    if finite(auc):
+    aucs = _aucs(metrics.get("selection") or {})
+    if aucs:
         found.append(
             "Ranking the clusters of web text by M(c) finds those that the natural speech never spoke of: AUC "
-            f"{auc:.3f} (1 is perfect, 0.5 is chance)."
+            f"{aucs} (1 is perfect, 0.5 is chance)."
         )
     return found + _gap_sentence(metrics)
+
+
+def _aucs(selection: dict[str, Any]) -> str:
+    """How well M(c) finds unheard domains, by each protocol, that of the selection first; "" where it is not known."""
+    used, ranked = selection.get("protocol"), selection.get("by_protocol") or {}
+    known = {name: row["unheard_auc"] for name, row in ranked.items() if finite(row.get("unheard_auc"))}
+    parts = [f"{value:.3f} {name}" for name, value in sorted(known.items(), key=lambda item: item[0] != used)]
+    auc = selection.get("unheard_auc")
+    return ", ".join(parts) or (f"{auc:.3f}" if finite(auc) else "")
 
 
 def _misalignment_sentence(metrics: dict[str, Any]) -> list[str]:
@@ -68,7 +81,13 @@ def _misalignment_sentence(metrics: dict[str, Any]) -> list[str]:
     text = f"{what}, is {_and(before + trained)}"
     control = dict(shown).get("control")
     text += f"; as much more natural speech instead of Stage II leaves it at {number(control)}" if control else ""
-    return [text + " (nats per position)."]
+    whole = [
+        f"{number(metrics[name]['misalignment_whole'])} after {SYSTEM_NAMES[name]}"
+        for name in systems_of(metrics, TRAINED)
+        if finite(metrics[name].get("misalignment_whole"))
+    ]
+    told = f" Where all but the last words are spoken it is {_and(whole)}." if whole else ""
+    return [text + " (nats per position)." + told]
 
 
 def _heard_sentence(metrics: dict[str, Any]) -> list[str]:
@@ -85,14 +104,15 @@ def _heard_sentence(metrics: dict[str, Any]) -> list[str]:
 def heard_and_unheard(system: dict[str, Any], quantity: str) -> dict[bool, dict[str, Any]]:
     """The mean of a quantity over heard (True) and unheard (False) domains, weighted by their positions."""
     result: dict[bool, dict[str, Any]] = {}
+    weight = "num_scored_whole" if quantity.endswith("_whole") else "num_scored"
     domains = list(system.get("by_domain", {}).values())
     for heard in (True, False):
         rows = [row for row in domains if row["heard"] is heard and finite(row.get(quantity))]
-        total = sum(row["num_scored"] for row in rows)
+        total = sum(row[weight] for row in rows)
         if total:
-            errors = [row["num_scored"] * (row.get(f"{quantity}_standard_error") or 0.0) for row in rows]
+            errors = [row[weight] * (row.get(f"{quantity}_standard_error") or 0.0) for row in rows]
             result[heard] = {
-                quantity: sum(row[quantity] * row["num_scored"] for row in rows) / total,
+                quantity: sum(row[quantity] * row[weight] for row in rows) / total,
                 f"{quantity}_standard_error": math.hypot(*errors) / total,
                 "num_domains": len(rows),
             }
@@ -177,8 +197,12 @@ def run_facts(run: RunFacts) -> dict[str, str]:
         "α of Stage I, Stage II": f"{_plain(stage1.get('alpha'))}, {_plain(stage2.get('alpha'))}",
         "γ of the selection": _plain((run.config.get("select") or {}).get("gamma")),
         **{f"mean M, {SYSTEM_NAMES[name]}": with_error(metrics.get(name) or {}, "misalignment") for name in MEASURED},
+        **{
+            f"mean M whole, {SYSTEM_NAMES[name]}": with_error(metrics.get(name) or {}, "misalignment_whole")
+            for name in MEASURED
+        },
         **{f"mean F, {SYSTEM_NAMES[name]}": with_error(metrics.get(name) or {}, "forgetting") for name in TRAINED},
-        "AUC of M(c) for unheard domains": number(selection.get("unheard_auc")),
+        "AUC of M(c) for unheard domains": _aucs(selection) or "–",
         "text-speech gap, points": "–" if gap is None else f"{points(gap['gap'])} ({SYSTEM_NAMES[gap['system']]})",
     }
 
@@ -223,14 +247,41 @@ def _quantity_parts(pairs: Sequence[tuple[str, RunFacts]], what: str, name: str)
     grids: list[Grid] = []
     for quantity, title, systems in (
         ("misalignment", "Misalignment M", in_any(pairs)),
+        ("misalignment_whole", "M, all but the last words spoken", in_any(pairs)),
         ("forgetting", "Forgetting F", in_any(pairs, TRAINED)),
+        ("forgetting_whole", "F at the last words", in_any(pairs, TRAINED)),
     ):
         full = f"{title}, {what}" if what else title
-        if systems:
+        if any(finite((run.metrics.get(system) or {}).get(quantity)) for _, run in pairs for system in systems):
             plots += [domain_plot(pairs, quantity, full, systems, f"{name}-{quantity}")]
             plots += [distance_plot(pairs, quantity, full, systems, f"{name}-{quantity}-distance")]
             grids += [domain_grid(pairs, quantity, full, systems), distance_grid(pairs, quantity, full, systems)]
+    grids += [
+        grid for run_name, run in pairs if (grid := _difference_grid(run_name if len(pairs) > 1 else "", run, what))
+    ]
     return plots, grids
+
+
+def _difference_grid(name: str, run: RunFacts, what: str) -> Grid | None:
+    """What Stage II changed, passage by passage; None before Stage II."""
+    found = run.metrics.get("measured_differences") or []
+    cells = {(row["quantity"], row["system_b"], row["heard"], row["protocol"]): row for row in found}
+    rows: list[list[Cell | str]] = [
+        [
+            title,
+            SYSTEM_NAMES[other],
+            SIDES[side],
+            *(with_interval(cells.get((quantity, other, side, protocol))) for protocol in PROTOCOLS),
+        ]
+        for quantity, title in (("misalignment", "M"), ("forgetting", "F"))
+        for quantity_, other, side in ordered(key[:3] for key in cells)
+        if quantity_ == quantity
+    ]
+    if not rows:
+        return None
+    caption = ", ".join(part for part in ("Stage II − the other, nats per position", what, name) if part)
+    notes = ["95 % intervals, paired by passage, with books, videos or documents as the units."]
+    return Grid(caption, ["", "than", "domains", *PROTOCOLS], rows, notes=notes, num_text_columns=3)
 
 
 def _domains(pairs: Sequence[tuple[str, RunFacts]]) -> dict[str, Any]:
@@ -326,7 +377,7 @@ def domain_grid(pairs: Sequence[tuple[str, RunFacts]], quantity: str, title: str
         rows.append([domain or "all text", word, *_error_cells(found, quantity)])
     means = [[run.metrics.get(system) or {} for system in systems] for _, run in pairs]
     rows.append(["mean", "", *_error_cells(means, quantity)])
-    notes = ["± standard error over passages."]
+    notes = [ERRORS]
     notes += [TONES.format("value", "by more than 1.96 standard errors of the difference")] if groups else []
     lead = [("", 2), *groups] if groups else []
     return Grid(f"{title} by domain, nats per position", ["domain", "heard", *titles], rows, lead, notes, 2)
@@ -343,7 +394,7 @@ def distance_grid(pairs: Sequence[tuple[str, RunFacts]], quantity: str, title: s
         rows.append([name, *_error_cells(found, quantity)])
     lead = [("", 1), *groups] if groups else []
     caption = f"{title} by text tokens since the speech, nats per position"
-    return Grid(caption, ["tokens", *titles], rows, lead, ["± standard error over passages."])
+    return Grid(caption, ["tokens", *titles], rows, lead, [ERRORS])
 
 
 def _error_cells(found: Sequence[Sequence[dict[str, Any]]], quantity: str) -> list[Cell | str]:

@@ -1,9 +1,11 @@
 """The misalignment law `M(D) = E + B · D^−β` (E, B ≥ 0): how low misalignment can go, and how much data that takes.
 
 For a given exponent the law is linear in E and B, so the fit is a search over one number, without a start value that
-could be wrong. Residuals are relative to the law's own value. A point that the others speak against is found by leaving
-each out in turn (externally studentised residuals), and Huber's weights keep what is left of it from deciding; that
-takes six points, of fewer none can be told from the rest.
+could be wrong. Residuals are relative to the law's own value. Where the standard error of each M is known, a point's
+weight is 1 / (τ² + its relative error²): τ² is what trainings differ by beyond those errors, and where they differ by
+much all points count alike. A point that the others speak against is found by leaving each out in turn (externally
+studentised residuals), and Huber's weights keep what is left of it from deciding; that takes six points, of fewer none
+can be told from the rest.
 
 Intervals are profile likelihoods with the F threshold of the few degrees of freedom there are: all values for which the
 rest of the law still fits the points about as well. They are not symmetric, and hold for six points too.
@@ -11,7 +13,7 @@ rest of the law still fits the points about as well. They are not symmetric, and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -62,7 +64,8 @@ class MisalignmentLaw:
     residuals: tuple[float, ...]
     """(N,) relative to the law, in the order of the points."""
     noise: float
-    """Standard deviation of the relative residuals of the points that were kept."""
+    """Standard deviation of the relative residuals of the points that were kept, those of a point with a larger
+    standard error than the others being scaled down."""
     outliers: tuple[int, ...]
     """Points that the others speak against; they have little weight."""
     _fit: _Fit = field(repr=False)
@@ -81,6 +84,30 @@ class MisalignmentLaw:
             return self._fit.losses(np.full_like(basis, value), basis, value / at)
 
         return self._fit.interval(held, float(self.predict(num_positions)), self.confidence)
+
+    def interval_over_passages(
+        self, sums: Array, counts: Array, strata: Sequence[str], resamples: int = 200, seed: int = 0
+    ) -> tuple[float, float]:
+        """Interval of E over the passages that M was measured on: a bootstrap of units within strata.
+
+        All trainings are measured on the same passages, so their errors are shared: a draw takes the same units in all
+        of them. `ci` is of how trainings scatter around the law, this one of what other passages would have given.
+
+        Args:
+            sums, counts: (N, U) M summed over the scored positions of each unit (book, video or document), and their
+                number, for the trainings in the order of the fit; 0 where a training was not measured on a unit.
+            strata: (U,) the domain of each unit.
+        """
+        rng = np.random.default_rng(seed)
+        labels = np.unique(np.asarray(strata), return_inverse=True)[1]
+        members = [np.flatnonzero(labels == label) for label in range(labels.max() + 1)]
+        found = []
+        for _ in range(resamples):
+            drawn = np.concatenate([rng.choice(units, len(units)) for units in members])
+            values = sums[:, drawn].sum(axis=1) / counts[:, drawn].sum(axis=1)
+            found.append(_Fit(self._fit.positions, values, self._fit.huber, self._fit.measured).parameters[0])
+        low, high = np.quantile(found, [(1 - self.confidence) / 2, (1 + self.confidence) / 2])
+        return float(low), float(high)
 
     def positions_within(self, fraction: float) -> float:
         """D from which M is at most (1 + fraction) · E; inf where E is 0.
@@ -108,13 +135,20 @@ class MisalignmentLaw:
         return low, high
 
 
-def fit_misalignment_law(num_positions: ArrayLike, misalignment: ArrayLike, confidence: float = 0.9) -> MisalignmentLaw:
+def fit_misalignment_law(
+    num_positions: ArrayLike,
+    misalignment: ArrayLike,
+    confidence: float = 0.9,
+    standard_error: ArrayLike | None = None,
+) -> MisalignmentLaw:
     """Fit `M(D) = E + B · D^−β` to measured points (PAPER: the scaling law of misalignment).
 
     Args:
         num_positions: (N,) D, training positions; budgets may occur more than once (seeds).
         misalignment: (N,) M, nats per position.
         confidence: of the intervals.
+        standard_error: (N,) of M, in nats; where NaN, as large as the largest. None weights all points alike, and so
+            do errors that are the same share of each M.
 
     Raises:
         LawError: too few budgets, values that are no numbers or not above 0, M that grows with D or does not fall, or
@@ -124,7 +158,7 @@ def fit_misalignment_law(num_positions: ArrayLike, misalignment: ArrayLike, conf
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence} must lie between 0 and 1")
     _require_fall(positions, values)
-    fit = _robust(_Fit(positions, values, np.ones(len(values))))
+    fit = _robust(_Fit(positions, values, np.ones(len(values)), _relative_variance(values, standard_error)))
     _require_dependence(fit)
     irreducible, scale, exponent = fit.parameters
     law = MisalignmentLaw(
@@ -158,6 +192,19 @@ def _checked(num_positions: ArrayLike, misalignment: ArrayLike) -> tuple[Array, 
             f"{MIN_BUDGETS} or more (six over two decades are good)"
         )
     return positions, values
+
+
+def _relative_variance(values: Array, standard_error: ArrayLike | None) -> Array:
+    """(N,) of each point as its standard error has it, 0 where none is known; an error of nothing is a tenth of the
+    largest, so that no point decides alone."""
+    errors = np.full(len(values), np.nan) if standard_error is None else np.asarray(standard_error, float)
+    if errors.shape != values.shape or (errors < 0).any() or np.isinf(errors).any():
+        raise LawError(f"standard_error must be {values.shape} finite numbers of at least 0, or NaN where not known")
+    relative = errors / values
+    if not np.isfinite(relative).any():
+        return np.zeros(len(values))
+    largest = np.nanmax(relative)
+    return np.maximum(np.where(np.isfinite(relative), relative, largest), largest / 10) ** 2
 
 
 def _require_fall(positions: Array, values: Array) -> None:
@@ -247,15 +294,20 @@ def least(losses: Callable[[Array], Array]) -> tuple[float, float]:
 
 
 class _Fit:
-    """The best law for weighted points; E, B and the exponent in units where D is 1 in the middle of the points."""
+    """The best law for weighted points; E, B and the exponent in units where D is 1 in the middle of the points.
 
-    def __init__(self, positions: Array, values: Array, huber: Array) -> None:
-        self.positions, self.values, self.huber = positions, values, huber
+    `spread` (N,) is how much more than the others each point is expected to scatter, 1 in the mean square.
+    """
+
+    def __init__(self, positions: Array, values: Array, huber: Array, measured: Array) -> None:
+        self.positions, self.values, self.huber, self.measured = positions, values, huber, measured
         self.middle = float(np.exp(np.log(positions).mean()))
+        self.spread = np.ones(len(values))
         self.weights = huber / values**2
         self.parameters, self.loss = self._best()
         for _ in range(4):  # relative to the law, not to the noisy points
-            self.weights = huber / self.model**2
+            self.spread = self._spread()
+            self.weights = huber / (self.model * self.spread) ** 2
             self.parameters, self.loss = self._best()
 
     @property
@@ -267,13 +319,20 @@ class _Fit:
     def residuals(self) -> Array:
         return (self.values - self.model) / self.model
 
+    def _spread(self) -> Array:
+        if not self.measured.any():
+            return np.ones(len(self.values))
+        scatter = float((self.huber * self.residuals**2).sum()) / self.freedom
+        variance = max(scatter - float(self.measured.mean()), 0.0) + self.measured
+        return np.sqrt(variance / variance.mean())
+
     @property
     def freedom(self) -> float:
         return max(float(self.huber.sum()) - 3, 1.0)
 
     @property
     def noise(self) -> float:
-        return float(np.sqrt((self.huber * self.residuals**2).sum() / self.freedom))
+        return float(np.sqrt((self.huber * (self.residuals / self.spread) ** 2).sum() / self.freedom))
 
     def unit(self, num_positions: ArrayLike) -> Array:
         return np.asarray(num_positions, float) / self.middle
@@ -345,7 +404,10 @@ def _robust(fit: _Fit) -> _Fit:
     kept = np.ones(len(fit.values))
     clean = fit
     while kept.sum() - 4 >= 2:  # one fewer must leave two degrees of freedom
-        without = {index: _Fit(fit.positions, fit.values, _leave_out(kept, index)) for index in np.flatnonzero(kept)}
+        without = {
+            index: _Fit(fit.positions, fit.values, _leave_out(kept, index), fit.measured)
+            for index in np.flatnonzero(kept)
+        }
         index = min(without, key=lambda each: without[each].loss)
         freedom = kept.sum() - 4
         ratio = (clean.loss - without[index].loss) / max(without[index].loss / freedom, 1e-30)
@@ -356,10 +418,10 @@ def _robust(fit: _Fit) -> _Fit:
         return fit
     noise = max(clean.noise, 1e-12)
     for _ in range(20):
-        huber = np.minimum(1.0, HUBER * noise / np.maximum(np.abs(clean.residuals), 1e-300))
+        huber = np.minimum(1.0, HUBER * noise / np.maximum(np.abs(clean.residuals / clean.spread), 1e-300))
         if np.allclose(huber, clean.huber, atol=1e-6):
             break
-        clean = _Fit(fit.positions, fit.values, huber)
+        clean = _Fit(fit.positions, fit.values, huber, fit.measured)
     return clean
 
 

@@ -20,12 +20,13 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
+import numpy as np
 import ray
 from ray import tune
 
@@ -42,7 +43,7 @@ from salad_ray.scaling.law import LawError, MisalignmentLaw, fit_misalignment_la
 from salad_ray.stages.ray_cluster import start_ray
 from salad_ray.stages.trunk import lengthen
 from salad_ray.store import for_ray
-from salad_ray.tables import Table, TableError, fingerprint, read_json, write_bytes, write_json
+from salad_ray.tables import Measurement, Table, TableError, each_shard, fingerprint, read_json, write_bytes, write_json
 
 OF_STAGE2 = ("select.", "probe.", "cluster.", "embed.")
 """Keys that begin so change nothing without Stage II."""
@@ -123,7 +124,8 @@ def run_sweep(base: Run, name: str, flow: Flow) -> dict[str, Any]:
     ready = [trial for trial in trials if trial.name not in errors]
     errors |= run_trials(config, name, ready, partial(_whole_run, flow=flow, evaluate=sweep.evaluate))
     rows = [_row(trial, errors.get(trial.name, "")) for trial in trials]
-    result = {"name": name, "grid": dict(sweep.grid), "rows": rows, "laws": laws(rows, list(sweep.grid))}
+    measured = {t.name: measured_rows(t) for t in trials if sweep.budgets and t.name not in errors}
+    result = {"name": name, "grid": dict(sweep.grid), "rows": rows, "laws": laws(rows, list(sweep.grid), measured)}
     if sweep.budgets:
         result["saving"] = saving(name, trials, rows)
     url = f"{config.run_dir}/sweeps/{name}/results"
@@ -401,14 +403,16 @@ def measured_row(trial: Trial) -> dict[str, Any]:
     metrics = read_json(f"{trial.run.places.report_url}/metrics.json") or {}
     system = "stage2" if "stage2" in metrics else "stage1"
     facts = metrics[system]
-    names = ("misalignment", "forgetting", "distillation")
+    names = ("misalignment", "forgetting", "distillation", "misalignment_whole", "forgetting_whole")
     row = {"system": system, "num_positions": facts["num_positions"]}  # the law's D, as the paper's: with text alone
     row |= {"num_text_positions": facts.get("num_text_positions", 0)}
     row |= {key: facts[key] for name in names for key in (name, f"{name}_standard_error")}
     for label, heard in (("heard", True), ("unheard", False)):
         chosen = [found for found in facts["by_domain"].values() if found["heard"] is heard]
-        if chosen:
-            row |= {f"{label}_{name}": sum(found[name] for found in chosen) / len(chosen) for name in names[:2]}
+        for name in names:
+            values = [found[name] for found in chosen if found[name] is not None]
+            if values and name != "distillation":
+                row |= {f"{label}_{name}": sum(values) / len(values)}
     if "selection" in metrics and system == "stage2":
         row |= {"synthetic_hours": metrics["selection"]["hours"]}
     for found in metrics.get("accuracy", []):
@@ -417,8 +421,14 @@ def measured_row(trial: Trial) -> dict[str, Any]:
     return row | {"train_seconds": facts["train_seconds"], "run": trial.run.places.name}
 
 
-def laws(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
-    """`M(D) = E + B · D^−β` for each combination with several budgets, or why there is none."""
+def laws(
+    rows: Sequence[dict[str, Any]], keys: Sequence[str], measured: Mapping[str, Sequence[Measurement]] | None = None
+) -> list[dict[str, Any]]:
+    """`M(D) = E + B · D^−β` for each combination with several budgets, or why there is none.
+
+    Args:
+        measured: what M of each trial was measured on, by its name; none leaves the interval over passages out.
+    """
     found = []
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -426,12 +436,40 @@ def laws(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, 
             groups.setdefault(json.dumps([row[key] for key in keys], sort_keys=True), []).append(row)
     for group in groups.values():
         values = {key: group[0][key] for key in keys}
+        errors = [row.get("misalignment_standard_error") for row in group]
         try:
-            law = fit_misalignment_law([row["num_positions"] for row in group], [row["misalignment"] for row in group])
-            found.append({"values": values, "problem": ""} | law_facts(law))
+            law = fit_misalignment_law(
+                [row["num_positions"] for row in group],
+                [row["misalignment"] for row in group],
+                standard_error=[math.nan if error is None else error for error in errors],
+            )
         except LawError as error:
             found.append({"values": values, "problem": str(error)})
+            continue
+        over_passages = None
+        if measured is not None:
+            over_passages = law.interval_over_passages(*unit_sums([measured[row["trial"]] for row in group]))
+        found.append({"values": values, "problem": "", "ci_over_passages": over_passages} | law_facts(law))
     return found
+
+
+def unit_sums(trainings: Sequence[Sequence[Measurement]]) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """M summed over the positions of each book, video or document (N, U), these (N, U), and its domain (U,)."""
+    domains = {row.source or row.passage: row.domain for rows in trainings for row in rows}
+    places = {name: place for place, name in enumerate(domains)}
+    sums, counts = np.zeros((2, len(trainings), len(places)))
+    for training, rows in enumerate(trainings):
+        for row in rows:
+            sums[training, places[row.source or row.passage]] += row.misalignment
+            counts[training, places[row.source or row.passage]] += row.num_positions
+    return sums, counts, list(domains.values())
+
+
+def measured_rows(trial: Trial) -> list[Measurement]:
+    """What M of a trial with a budget, which ends with Stage I, was measured on."""
+    table = trial.labelled(f"{trial.config.measured_sets[0]}/measurements_stage1")
+    shards = each_shard(partial(table.read_rows, Measurement), table.shards())
+    return [row for rows in shards for row in rows if row.protocol == "interleaved"]
 
 
 def law_facts(law: MisalignmentLaw) -> dict[str, Any]:

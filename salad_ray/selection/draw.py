@@ -1,11 +1,11 @@
 """Drawing passages by hash priority, without replacement, within a budget of speech.
 
 Every passage has one priority for all draws. A cluster's draw is its lowest priorities; its first ones are the probe.
-Clusters take turns by a divisor method (Sainte-Laguë): the passage of cluster c that begins after `before` seconds of
-its draw stands at (before + half its own) / P_target(c), and passages are taken in this order until the next one would
-exceed the budget. So a larger budget contains a smaller one, shares are met to a passage, and a cluster that runs dry
-hands its share on to all others. Only passages below a bound on the priority are ever looked at, which any worker can
-apply to its shard alone.
+P_target is over passages, as in the paper, and the budget in seconds. Clusters take turns by a divisor method
+(Sainte-Laguë): the n-th passage of cluster c, from 0, stands at (n + 1/2) / P_target(c), and passages are taken in this
+order until the next one would exceed the budget. So a larger budget contains a smaller one, shares are met to a passage
+however long those of a cluster are, and a cluster that runs dry hands its share on to all others. Only passages below a
+bound on the priority are ever looked at, which any worker can apply to its shard alone.
 """
 
 from __future__ import annotations
@@ -67,23 +67,23 @@ def bounds(
         num_probed: passages of each cluster that the probe has, which are not drawn.
         slack: factor on the margin, for another try.
     """
-    drawable = np.maximum(1 - num_probed / np.maximum(sizes, 1), 0)
-    level = _level(total_secs * drawable, share, budget_secs)
+    drawable = np.maximum(sizes - num_probed, 0)
     mean_secs = np.divide(total_secs, sizes, out=np.ones_like(total_secs), where=sizes > 0)
-    aim_secs = np.full_like(share, np.inf) if np.isinf(level) else level * share
-    number = aim_secs / np.maximum(mean_secs, 1e-9) + num_probed + 1
+    level = _level(drawable, np.maximum(mean_secs, 1e-9), share, budget_secs)
+    number = (np.full_like(share, np.inf) if np.isinf(level) else level * share) + num_probed + 1
     margin = slack * (SIGMAS * (1 + SPREAD) * np.sqrt(number) + SIGMAS**2)
     return np.where(share > 0, np.minimum((number + margin) / np.maximum(sizes, 1), 1.0), 0.0)
 
 
-def _level(total_secs: np.ndarray, share: np.ndarray, budget_secs: float) -> float:
-    """λ with Σ_c min(total_c, λ · share_c) = budget; infinite where the budget is at least all there is."""
-    total_secs, share = total_secs[share > 0], share[share > 0]
+def _level(number: np.ndarray, mean_secs: np.ndarray, share: np.ndarray, budget_secs: float) -> float:
+    """λ with Σ_c min(number_c, λ · share_c) · mean_secs_c = budget; infinite where that is all there is or more."""
+    number, mean_secs, share = number[share > 0], mean_secs[share > 0], share[share > 0]
     with np.errstate(over="ignore"):  # shares may be as small as floats are
-        dry_at = total_secs / share  # λ at which each cluster runs dry
+        dry_at = number / share  # λ at which each cluster runs dry
     order = np.argsort(dry_at)
-    dried_secs = np.cumsum(total_secs[order]) - total_secs[order]  # of the clusters that run dry before it
-    left = np.cumsum(share[order][::-1])[::-1]  # of it and those after it; a difference would lose the small ones
+    total_secs, rate = (number * mean_secs)[order], (share * mean_secs)[order]
+    dried_secs = np.cumsum(total_secs) - total_secs  # of the clusters that run dry before it
+    left = np.cumsum(rate[::-1])[::-1]  # of it and those after it; a difference would lose the small ones
     drawn_secs = dried_secs + dry_at[order] * left  # of all clusters, when it runs dry
     turn = int(np.searchsorted(drawn_secs, budget_secs, side="right"))
     return float((budget_secs - dried_secs[turn]) / left[turn]) if turn < len(order) else float("inf")
@@ -106,7 +106,7 @@ def draw(candidates: pa.Table, share: np.ndarray, budget_secs: float) -> pa.Tabl
     drawable = candidates.filter(pa.array(share[candidates["cluster_id"].to_numpy()] > 0))
     ordered = drawable.sort_by([(name, "ascending") for name in ("cluster_id", "priority", "passage_id")])
     ticks = _ticks(ordered)
-    keys = _keys(ordered["cluster_id"].to_numpy(), ticks, share)
+    keys = _keys(ordered["cluster_id"].to_numpy(), share)
     order = np.lexsort((ordered["priority"].to_numpy(), keys))
     fits = int(np.searchsorted(np.cumsum(ticks[order]), budget_secs * TICKS, side="right"))
     chosen = ordered.take(pa.array(order[:fits]))
@@ -122,12 +122,10 @@ def _ticks(passages: pa.Table) -> np.ndarray:
     return np.rint(secs * TICKS).astype(np.int64)
 
 
-def _keys(labels: np.ndarray, ticks: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """(before + half its own) / P_target of passages sorted by cluster and priority, (N,)."""
-    before = np.cumsum(ticks) - ticks
-    before -= before[_first(labels)]
+def _keys(labels: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """(n + 1/2) / P_target of passages (N,) sorted by cluster and priority, n counting those of a cluster from 0."""
     with np.errstate(over="ignore"):  # the smallest shares come last
-        return (before + ticks / 2) / share[labels]
+        return (np.arange(len(labels)) - _first(labels) + 0.5) / share[labels]
 
 
 def exhausted(candidates: pa.Table, chosen: pa.Table, limits: np.ndarray) -> bool:

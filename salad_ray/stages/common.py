@@ -20,17 +20,20 @@ import pyarrow as pa
 import ray
 
 from salad_ray import __version__
-from salad_ray.config import PICKED_PER_SHARD, Condition, Config, identity
+from salad_ray.config import PICKED_PER_SHARD, PROTOCOLS, Condition, Config, identity
 from salad_ray.console import progress, say
 from salad_ray.flow import Step, steps
 from salad_ray.runs import Run
+from salad_ray.selection.importance import ClusterLoss, distillation_by_cluster
 from salad_ray.stages.ray_cluster import require_gpus, start_ray
 from salad_ray.stages.shards import ShardPart, StageError, Task, Worker, map_shards
 from salad_ray.tables import (
     SCHEMA_VERSION,
+    Measurement,
     Passage,
     Table,
     Utterance,
+    each_shard,
     read_json,
     to_arrow,
     write_json,
@@ -309,6 +312,29 @@ def members_below(run: Run, label: str, shards: Sequence[str], bounds: np.ndarra
         return found.append_column("shard", pa.array([shard] * len(found), pa.string()))
 
     return gather(run.config, label, shards, of_shard)
+
+
+def probe_losses(run: Run, num_clusters: int) -> dict[str, ClusterLoss]:
+    """M(c) of every cluster by each protocol, as Stage I has it on the probe."""
+    probe, table = run.table("probe", "passages"), run.table("probe", "measurements_stage1")
+    owner = {
+        row["passage_id"]: row["cluster_id"]
+        for passages in each_shard(partial(probe.read, columns=["passage_id", "cluster_id"]), probe.shards())
+        for row in passages.to_pylist()
+    }
+    shards = each_shard(partial(table.read_rows, Measurement), table.shards())
+    measured: list[Measurement] = [row for rows in shards for row in rows]
+    by_protocol = {name: [row for row in measured if row.protocol == name] for name in PROTOCOLS}
+    return {
+        name: distillation_by_cluster(
+            [row.passage for row in rows],
+            [owner[row.passage] for row in rows],
+            [row.distillation for row in rows],
+            [row.num_positions for row in rows],
+            num_clusters,
+        )
+        for name, rows in by_protocol.items()
+    }
 
 
 class PickPassages:

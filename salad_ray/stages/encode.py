@@ -134,4 +134,5 @@ class EncodeShard(WindowWorker):
             features=features,
             scales=scales,
             order=row.order,
+            source=row.source,
         )

@@ -6,20 +6,22 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from salad_ray.config import Config
+from salad_ray.config import PROTOCOLS, Config, Protocol
 from salad_ray.distill.step import DTYPES
 from salad_ray.evaluation.misalignment import measure_batch, summarise
+from salad_ray.evaluation.protocols import HeldOut, held_out, read_by
 from salad_ray.flow import Step
 from salad_ray.model.speech_lm import EncoderSpec, SpeechLM, load_text_lm
 from salad_ray.runs import Run
-from salad_ray.sequences.batch import collate
-from salad_ray.sequences.loader import samples_of
-from salad_ray.sequences.plan import plan_lane
+from salad_ray.sequences.batch import collate, sample_of
+from salad_ray.sequences.interleave import Segment
+from salad_ray.sequences.packing import pack
 from salad_ray.stages.common import Ahead, Stage, Work, teacher_of
 from salad_ray.stages.shards import ShardPart, StageError
-from salad_ray.tables import Features, Measurement, PlanRow, Table, local_folder, to_arrow
+from salad_ray.tables import Features, Measurement, Reject, Table, local_folder, to_arrow
 
 UNTRAINED = "untrained"
+WITHOUT_TIMES = "utterances without word times, not measured whole"
 
 
 def work(run: Run, step: Step, ahead: Ahead) -> Work:
@@ -40,7 +42,11 @@ def work(run: Run, step: Step, ahead: Ahead) -> Work:
 
 
 class MeasureShard:
-    """The model and its teacher; scores the `split=test` utterances of a feature shard, interleaved as in training."""
+    """The model and its teacher; scores the `split=test` utterances of a feature shard by every protocol.
+
+    An input is an utterance under a protocol, so that one that only `whole` cannot use is a reject. Utterances without
+    word times are no input of `whole`; the manifest's totals count them.
+    """
 
     def __init__(
         self,
@@ -66,38 +72,39 @@ class MeasureShard:
             with local_folder(model) as path:
                 student = SpeechLM.from_pretrained(path, self.dtype, attention)
         self.student = student.eval().to(self.device)
-        self.stride = self.student.config.adapter.stride
-        self.pack = config.pack.model_copy(update={"whole_share": 0.0})  # what is measured does not follow training
 
     def __call__(self, shard: str) -> Iterator[ShardPart]:
         config = self.config
         utterances: list[Features] = self.features.read_where(Features, shard, "split", ["test"])
-        num_input = len(utterances)
-        rows, rejects = plan_lane(
-            lambda _: utterances,
-            [shard],
-            self.student.tokenizer,
-            self.pack,
-            lane=0,
-            epoch=0,
-            seed=config.seed,
-            split="test",
-            stride=self.stride,
-        )
+        passages, left_out = held_out(utterances, self.student.tokenizer, config.measure, config.pack.context)
+        timed = [passage for passage in passages if not passage.units.by_utterance]
+        untimed = len(utterances) - len(left_out) - sum(len(passage.utterances) for passage in timed)
+        stride = self.student.config.adapter.stride
+        measured: list[Measurement] = []
+        rejects = [
+            Reject("measure", key, f"{protocol}: {reason}") for protocol in PROTOCOLS for key, reason in left_out
+        ]
+        for protocol in PROTOCOLS:
+            of_protocol = timed if protocol == "whole" else passages
+            samples, unusable = read_by(protocol, of_protocol, config.measure, config.pack.context, stride)
+            rejects += [Reject("measure", key, reason) for key, reason in unusable]
+            measured += self._measure(protocol, samples)
         if rejects and config.strict:
             raise StageError(f"measure: {rejects[0].key}: {rejects[0].reason}")
-        size = config.measure.batch_rows
-        scored = [self._measure(rows[i : i + size], utterances) for i in range(0, len(rows), size)]
-        measured = [measurement for part in scored for measurement in part]
-        yield ShardPart(to_arrow(Measurement, measured), num_input, num_input - len(rejects), rejects)
+        num_input = len(PROTOCOLS) * len(utterances) - untimed
+        totals = {WITHOUT_TIMES: float(untimed)} if untimed else {}
+        yield ShardPart(to_arrow(Measurement, measured), num_input, num_input - len(rejects), rejects, totals)
 
-    def _measure(self, rows: list[PlanRow], utterances: list[Features]) -> list[Measurement]:
-        segments = [[[utterances[i] for i in segment.rows] for segment in row.segments] for row in rows]
-        samples = [
-            samples_of(row.segments, passages, self.student.tokenizer, self.stride)
-            for row, passages in zip(rows, segments, strict=True)
-        ]
-        batch = collate(samples, self.config.pack.context).to(self.device, self.dtype)
-        values = measure_batch(self.student, self.teacher, batch)
-        passages = [(passage[0].utt_id, passage[0].domain) for row in segments for passage in row]
-        return summarise(self.system, values, passages, self.config.measure.distance_bins)
+    def _measure(self, protocol: Protocol, samples: list[tuple[HeldOut, Segment]]) -> list[Measurement]:
+        context, size = self.config.pack.context, self.config.measure.batch_rows
+        rows = pack([(len(segment.token_ids), len(segment.teacher_ids)) for _, segment in samples], context)
+        measured: list[Measurement] = []
+        for start in range(0, len(rows), size):
+            chosen = [[samples[i] for i in row] for row in rows[start : start + size]]
+            batch = collate(
+                [[sample_of(segment, passage.utterances) for passage, segment in row] for row in chosen], context
+            )
+            values = measure_batch(self.student, self.teacher, batch.to(self.device, self.dtype))
+            passages = [(passage.key, passage.source, passage.domain) for row in chosen for passage, _ in row]
+            measured += summarise(self.system, protocol, values, passages, self.config.measure.distance_bins)
+        return measured

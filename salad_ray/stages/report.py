@@ -17,14 +17,19 @@ from salad_ray.report.metrics import (
     NAMES,
     SYSTEMS,
     accuracy_table,
+    difference_table,
     gap_tables,
+    protocol_end,
+    rankings,
     selection_table,
+    system_differences,
     system_metrics,
     unheard_auc,
+    with_interval,
 )
 from salad_ray.report.page import write_page
 from salad_ray.runs import Run, lead_to
-from salad_ray.stages.common import TRAINED_ON, finished
+from salad_ray.stages.common import TRAINED_ON, finished, probe_losses
 from salad_ray.stages.shards import StageError
 from salad_ray.tables import Measurement, Score, Table, each_shard, table_label, write_json
 
@@ -39,6 +44,8 @@ def make(run: Run, step: Step) -> None:
     main, *others = config.measured_sets
     metrics = measured(run, main, heard)
     show(*gap_tables(metrics))
+    if metrics["measured_differences"]:
+        show(difference_table(metrics["measured_differences"]))
     for name in others:  # recordings, beside web text that is spoken
         metrics["recorded"] = measured(run, name, heard)
         show(*gap_tables(metrics["recorded"], ", held-out recordings"))
@@ -94,15 +101,15 @@ def differences(scores: list[Score]) -> list[dict[str, Any]]:
 
 
 def measured(run: Run, name: SetName, heard: set[str]) -> dict[str, Any]:
-    """The metrics of every system that was measured on a set."""
-    metrics: dict[str, Any] = {}
-    for system in SYSTEMS:
-        table = run.table(name, f"measurements_{system}")
-        if _current(run, table) is not None:
-            metrics[system] = system_metrics(rows_of(Measurement, table), heard) | training_facts(run, system)
-    if not metrics:
+    """The metrics of every system that was measured on a set, and how far they differ on the same passages."""
+    tables = {system: run.table(name, f"measurements_{system}") for system in SYSTEMS}
+    rows = {system: rows_of(Measurement, table) for system, table in tables.items() if _current(run, table) is not None}
+    if not rows:
         finished(run, table_label(name, "measurements_stage1"))
-    return metrics
+    metrics: dict[str, Any] = {
+        system: system_metrics(own, heard) | training_facts(run, system) for system, own in rows.items()
+    }
+    return metrics | {"measured_differences": system_differences(rows, heard)}
 
 
 def rows_of(row_type: type, table: Table) -> list[Any]:
@@ -124,8 +131,18 @@ def heard_domains(features: dict[str, Any]) -> set[str]:
 
 
 def selection_metrics(run: Run, manifest: dict[str, Any], heard: set[str]) -> dict[str, Any]:
-    """What was selected and why; and, where passages have domains, whether M(c) finds those that were never heard."""
-    names = ("gamma", "budget_hours", "hours", "effective_sample_size", "num_web_passages", "reliability", "by_cluster")
+    """What was selected and why; and, where passages have domains, whether M(c) finds those that were never heard, by
+    the protocol that was used and by each."""
+    names = (
+        "protocol",
+        "gamma",
+        "budget_hours",
+        "hours",
+        "effective_sample_size",
+        "num_web_passages",
+        "reliability",
+        "by_cluster",
+    )
     selection = {name: manifest[name] for name in names}
     probe = run.table("probe", "passages")
     domains = [Counter[str]() for _ in selection["by_cluster"]]
@@ -133,21 +150,27 @@ def selection_metrics(run: Run, manifest: dict[str, Any], heard: set[str]) -> di
         for row in passages.to_pylist():
             domains[row["cluster_id"]][row["domain"]] += 1
     rows = [row | {"domains": dict(counts)} for row, counts in zip(selection["by_cluster"], domains, strict=True)]
-    return selection | {"by_cluster": rows, "unheard_auc": unheard_auc(rows, domains, heard)}
+    return selection | {
+        "by_cluster": rows,
+        "unheard_auc": unheard_auc([row["distillation"] for row in rows], domains, heard),
+        "by_protocol": rankings(probe_losses(run, len(rows)), domains, heard),
+    }
 
 
 def conclusions(metrics: dict[str, Any]) -> list[str]:
     """One sentence for what Stage II set out to do."""
     lines = []
-    auc = metrics.get("selection", {}).get("unheard_auc")
-    if auc is not None:
-        lines.append(f"ranking clusters by M(c) finds the domains that were never heard: AUC {auc:.3f}")
-    if "stage2" in metrics and "control" in metrics:
-        ours, control = (metrics[name]["misalignment"] for name in ("stage2", "control"))
-        lines.append(
-            f"mean M after Stage II: {ours:.3f}; after as much more natural speech: {control:.3f} "
-            f"({ours / control - 1:+.0%})"
-        )
+    ranked = metrics.get("selection", {}).get("by_protocol", {})
+    known = [f"{name} {row['unheard_auc']:.3f}" for name, row in ranked.items() if row["unheard_auc"] is not None]
+    if known:
+        lines.append(f"ranking clusters by M(c) finds the domains that were never heard: AUC {', '.join(known)}")
+    for row in metrics.get("measured_differences", []):
+        if (row["system_b"], row["quantity"], row["heard"]) == ("control", "misalignment", None):
+            name = f"misalignment{protocol_end(row['protocol'])}"
+            lines.append(
+                f"mean M after Stage II, {row['protocol']}: {metrics['stage2'][name]:.3f}; after as much more natural "
+                f"speech: {metrics['control'][name]:.3f}; difference {with_interval(row)}"
+            )
     gaps = metrics.get("gaps", [])
     chosen = [row for row in gaps if row["benchmark"] == _widest(gaps) and row["metric"] == "acc"]
     lines += [

@@ -16,15 +16,14 @@ from salad_ray.report.metrics import selection_table
 from salad_ray.runs import Run
 from salad_ray.selection.draw import bounds, draw, exhausted
 from salad_ray.selection.importance import (
-    distillation_by_cluster,
     effective_sample_size,
     reliability,
     shrink,
     target_share,
 )
-from salad_ray.stages.common import PickPassages, Stage, Work, members_below, picked_shards, run_works
+from salad_ray.stages.common import PickPassages, Stage, Work, members_below, picked_shards, probe_losses, run_works
 from salad_ray.stages.shards import StageError
-from salad_ray.tables import Measurement, Selected, Table, schema_of
+from salad_ray.tables import Selected, Table, schema_of
 
 DEFAULT_PERCENT = 1.0
 """Of the natural speech, the paper's budget."""
@@ -73,21 +72,7 @@ def measured_clusters(run: Run) -> dict[str, np.ndarray]:
     config = run.config
     rows = run.table("web", "centroids").read("part-00000").drop_columns(["centroid"])
     clusters = {name: rows[name].to_numpy() for name in rows.column_names}
-    probe = run.table("probe", "passages")
-    owner = {
-        row["passage_id"]: row["cluster_id"]
-        for shard in probe.shards()
-        for row in probe.read(shard, ["passage_id", "cluster_id"]).to_pylist()
-    }
-    table = run.table("probe", "measurements_stage1")
-    measured: list[Measurement] = [row for shard in table.shards() for row in table.read_rows(Measurement, shard)]
-    loss = distillation_by_cluster(
-        [row.passage for row in measured],
-        [owner[row.passage] for row in measured],
-        [row.distillation for row in measured],
-        [row.num_positions for row in measured],
-        len(rows),
-    )
+    loss = probe_losses(run, len(rows))[config.probe.protocol]
     unknown = np.flatnonzero(~np.isfinite(loss.mean))
     if len(unknown):
         say(f"select: {len(unknown)} clusters could not be measured, {unknown[0]} for one; they count as average")
@@ -173,6 +158,7 @@ def selection_facts(
     if hours < 0.9 * budget_hours:
         say(f"select: the web text ran dry after {hours:.2f} of {budget_hours:.2f} h; ingest more of it")
     return {
+        "protocol": config.probe.protocol,
         "gamma": config.select.gamma,
         "budget_hours": budget_hours,
         "hours": hours,

@@ -46,8 +46,11 @@ def columns(rows: list[dict]) -> tuple[np.ndarray, ...]:
     return tuple(np.array([row[name] for row in rows]) for name in VALUES)
 
 
-def effect_of(analysis: Analysis, outcome: str, given: str | None) -> Effect:
-    (found,) = [effect for effect in analysis.effects if (effect.outcome, effect.given) == (outcome, given)]
+def effect_of(analysis: Analysis, outcome: str, given: str | None, predictor: str = "") -> Effect:
+    """By default speech accuracy's is on M itself, text accuracy's on F."""
+    predictor = predictor or ("misalignment" if outcome == "speech_accuracy" else "forgetting")
+    key = (outcome, predictor, given)
+    (found,) = [effect for effect in analysis.effects if (effect.outcome, effect.predictor, effect.given) == key]
     return found
 
 
@@ -77,9 +80,35 @@ def test_partial_r2_is_the_share_of_the_residual_that_is_explained() -> None:
     found = analyse(rows, 50)
     of_m = effect_of(found, "speech_accuracy", "forgetting")
     assert of_m.r2 == pytest.approx(1 - residual_sum(speech, m, f) / residual_sum(speech, f))
-    of_f = effect_of(found, "text_accuracy", "misalignment")
-    assert of_f.r2 == pytest.approx(1 - residual_sum(text, m, f) / residual_sum(text, m))
-    assert found.vif == pytest.approx(((m - m.mean()) ** 2).sum() / residual_sum(m, f))
+    of_f = effect_of(found, "text_accuracy", "log_misalignment")
+    log = np.log(m)
+    assert of_f.r2 == pytest.approx(1 - residual_sum(text, log, f) / residual_sum(text, log))
+    assert found.vif == pytest.approx(((log - log.mean()) ** 2).sum() / residual_sum(log, f))
+
+
+def test_the_papers_regression_is_on_log_m_and_the_raw_one_stands_beside_it() -> None:
+    rng = np.random.default_rng(5)
+    rows = [row | {"speech_accuracy": 0.5 - 0.1 * np.log(row["misalignment"])} for row in table(20)]
+    rows = [row | {"misalignment_whole": row["misalignment"] * float(rng.lognormal(1, 0.5))} for row in rows]
+    found = analyse(rows, 50)
+    m, _, _, speech = columns(rows)
+    predicted = cross_val_predict(LinearRegression(), np.log(m)[:, None], speech, cv=LeaveOneOut())
+    means = (speech.sum() - speech) / (len(speech) - 1)
+    on_log = effect_of(found, "speech_accuracy", None, "log_misalignment")
+    assert on_log.r2 == pytest.approx(1 - ((speech - predicted) ** 2).sum() / ((speech - means) ** 2).sum())
+    assert on_log.slope == pytest.approx(-0.1)
+    assert (on_log.paper, effect_of(found, "speech_accuracy", None).paper) == (0.75, None)
+    assert effect_of(found, "speech_accuracy", None).r2 < on_log.r2 - 0.02
+    assert effect_of(found, "speech_accuracy", None, "log_misalignment_whole").r2 < on_log.r2 - 0.1
+    lines = printed(analysis_grid(found)).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "…" not in "".join(lines)
+
+
+def test_m_without_a_logarithm_is_left_out() -> None:
+    rows = table(8)
+    rows[3]["misalignment"] = 0.0
+    assert analyse(rows, 50).left_out == ["runs/3 stage1: misalignment 0 has no logarithm"]
 
 
 def test_a_drawn_table_counts_each_row_as_often_as_it_was_drawn() -> None:
@@ -104,7 +133,7 @@ def test_what_was_put_in_comes_out() -> None:
     of_m = effect_of(found, "speech_accuracy", "forgetting")
     assert of_m.r2 == pytest.approx(explained / (explained + 0.05**2), abs=0.05)
     assert of_m.slope == pytest.approx(-0.3, abs=0.02)
-    assert effect_of(found, "text_accuracy", "misalignment").slope == pytest.approx(-0.8, abs=0.06)
+    assert effect_of(found, "text_accuracy", "log_misalignment").slope == pytest.approx(-0.8, abs=0.06)
     for effect in found.effects:
         assert effect.ci_low < effect.r2 < effect.ci_high < effect.ci_low + 0.12
     assert not found.warnings
@@ -125,7 +154,7 @@ def test_the_interval_of_partial_r2_covers_the_truth(slope: float) -> None:
     covered = []
     for _ in range(200):
         f = rng.standard_normal(25)
-        m = 0.5 * f + np.sqrt(0.75) * rng.standard_normal(25)
+        m = 9 + 0.5 * f + np.sqrt(0.75) * rng.standard_normal(25)
         speech, text = slope * m + 0.7 * f + rng.standard_normal(25), rng.standard_normal(25)
         rows = [dict(zip(VALUES, map(float, row), strict=True)) for row in zip(m, f, text, speech, strict=True)]
         effect = effect_of(analyse(rows, resamples=300), "speech_accuracy", "forgetting")
@@ -188,12 +217,12 @@ def test_too_few_rows_and_constant_columns_are_refused() -> None:
 def test_collinear_quantities_are_told() -> None:
     rows = table(30)
     rng = np.random.default_rng(0)
-    near = [row | {"misalignment": 3 * row["forgetting"] + 0.01 * rng.random()} for row in rows]
+    near = [row | {"misalignment": float(np.exp(3 * row["forgetting"] + 0.01 * rng.random()))} for row in rows]
     assert any("VIF" in text for text in analyse(near, 50).warnings)
-    same = analyse([row | {"misalignment": 3 * row["forgetting"] + 1} for row in rows], 50)
+    same = analyse([row | {"misalignment": float(np.exp(3 * row["forgetting"]))} for row in rows], 50)
     assert same.vif is None
-    assert effect_of(same, "speech_accuracy", "forgetting").r2 is None
-    assert effect_of(same, "speech_accuracy", None).r2 is not None
+    assert effect_of(same, "speech_accuracy", "forgetting", "log_misalignment").r2 is None
+    assert effect_of(same, "speech_accuracy", None, "log_misalignment").r2 is not None
     assert [text for text in same.warnings if "undefined" in text] == []
     assert "–" in printed(analysis_grid(same))
 
@@ -215,11 +244,11 @@ def test_the_table_fits_a_terminal_and_json_holds_everything() -> None:
     text = printed(analysis_grid(found))
     assert "over 12 models" in text
     assert "0.75" in text
-    assert "M given F" in text
+    assert "log M given F" in text
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text
     data = json.loads(json.dumps(analysis_json(found), allow_nan=False))
-    assert len(data["effects"]) == 4
+    assert len(data["effects"]) == 6
     assert len(data["points"]) == 12
     assert data["effects"][0]["r2"] == found.effects[0].r2
 

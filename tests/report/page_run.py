@@ -39,8 +39,10 @@ def manifest(table: Table, stage: str, **facts: Any) -> None:
 
 def quantities(misalignment: float, forgetting: float, num_scored: int = 100) -> dict[str, float]:
     values = {"misalignment": misalignment, "forgetting": forgetting, "distillation": misalignment + forgetting}
+    values |= {f"{name}_whole": 7 * value for name, value in values.items()}
     errors = {f"{name}_standard_error": 0.05 * value for name, value in values.items()}
-    return values | errors | {"num_scored": num_scored, "num_passages": 9}
+    counts = {"num_scored": num_scored, "num_passages": 9, "num_scored_whole": 40, "num_passages_whole": 9}
+    return values | errors | counts
 
 
 def system(heard: float, unheard: float, forgetting: float, domains: tuple[str, str]) -> dict[str, Any]:
@@ -77,7 +79,18 @@ def metrics(domains: tuple[str, str] = ("law", "stars"), stage2: float = 0.16) -
         "stage1": system(0.12, 1.2, 0.12, domains),
         "stage2": system(0.1, stage2, 0.03, domains),
         "control": system(0.1, 1.25, 0.13, domains),
+        "measured_differences": [
+            {"system_a": "stage2", "system_b": "control", "quantity": "misalignment", "protocol": protocol}
+            | {"heard": None, "difference": shift, "standard_error": 0.1, "ci_low": shift - 0.2, "ci_high": shift + 0.2}
+            | {"num_passages": 9, "num_units": 9}
+            for protocol, shift in (("interleaved", -0.31), ("whole", -1.25))
+        ],
         "selection": {
+            "protocol": "interleaved",
+            "by_protocol": {
+                "interleaved": {"reliability": 0.97, "unheard_auc": 1.0},
+                "whole": {"reliability": 0.9, "unheard_auc": 0.875},
+            },
             "gamma": 5.0,
             "budget_hours": 0.5,
             "hours": 0.49,

@@ -4,26 +4,40 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 from rich.console import Console
 
-from salad_ray.report.metrics import selection_table, unheard_auc
-
-
-def clusters(*losses: float) -> list[dict]:
-    return [{"distillation": loss} for loss in losses]
+from salad_ray.report.metrics import rankings, selection_table, unheard_auc
+from salad_ray.selection.importance import ClusterLoss
 
 
 def test_the_area_is_one_where_unheard_clusters_have_the_larger_loss() -> None:
     domains = [Counter(law=9, food=1), Counter(food=5), Counter(law=2), Counter(food=3)]
-    assert unheard_auc(clusters(2.0, 0.1, 1.5, 0.2), domains, {"food"}) == 1.0
-    assert unheard_auc(clusters(0.1, 2.0, 0.2, 1.5), domains, {"food"}) == 0.0
-    assert unheard_auc(clusters(1.0, 1.0, 1.0, 1.0), domains, {"food"}) == pytest.approx(0.5)
+    assert unheard_auc([2.0, 0.1, 1.5, 0.2], domains, {"food"}) == 1.0
+    assert unheard_auc([0.1, 2.0, 0.2, 1.5], domains, {"food"}) == 0.0
+    assert unheard_auc([1.0, 1.0, 1.0, 1.0], domains, {"food"}) == pytest.approx(0.5)
 
 
 def test_there_is_no_area_without_both_kinds() -> None:
-    assert unheard_auc(clusters(1.0, 2.0), [Counter(food=1), Counter(food=1)], {"food"}) is None
-    assert unheard_auc(clusters(1.0, 2.0), [Counter(food=1), Counter()], set()) is None
+    assert unheard_auc([1.0, 2.0], [Counter(food=1), Counter(food=1)], {"food"}) is None
+    assert unheard_auc([1.0, 2.0], [Counter(food=1), Counter()], set()) is None
+    assert unheard_auc([1.0, float("nan")], [Counter(food=1), Counter(law=1)], {"food"}) is None
+
+
+def test_each_protocol_is_told_how_well_it_ranks() -> None:
+    domains = [Counter(law=3), Counter(food=3), Counter(law=3), Counter(food=3)]
+    error, number = np.full(4, 0.01), np.full(4, 3)
+    losses = {
+        "interleaved": ClusterLoss(np.array([0.1, 0.2, 0.4, 0.3]), error, number, 0.25),
+        "whole": ClusterLoss(np.array([2.0, 0.2, 3.0, np.nan]), error, number, 1.7),
+    }
+    found = rankings(losses, domains, {"food"})
+    assert found["interleaved"]["unheard_auc"] == 0.5
+    assert found["whole"]["unheard_auc"] == 1.0
+    assert found["interleaved"]["reliability"] > 0.9
+    nothing = ClusterLoss(np.full(4, np.nan), error, number, float("nan"))
+    assert rankings({"whole": nothing}, domains, {"food"}) == {}
 
 
 def test_the_table_sums_up_the_clusters_beyond_the_first() -> None:

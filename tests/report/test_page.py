@@ -72,7 +72,9 @@ def test_the_headline_says_what_was_found(page: Reader) -> None:
     assert "2.250 before training, 0.390 after Stage I and 0.115 after Stage II" in text
     assert "natural speech instead of Stage II leaves it at 0.388" in text
     assert "after Stage I 0.120 and 1.200, after Stage II 0.100 and 0.160" in text
-    assert "AUC 1.000" in text
+    assert "AUC 1.000 interleaved, 0.875 whole" in text
+    assert "Where all but the last words are spoken it is" in text
+    assert "−1.250" in page.text["misalignment"].replace("-", "−")
     assert "15.0 (10.0 to 20.0) for Stage II" in text
     for fact in ("the embedded world's tiny LM (773,760 parameters)", "log_mel (12.5 frames/s, 640 wide)", "10.5 h"):
         assert fact in text
@@ -127,7 +129,7 @@ def test_the_page_is_whole_and_accessible(page: Reader) -> None:
     assert page.open == []
     assert [attributes["id"] for tag, attributes in page.tags if tag == "section"] == list(SECTIONS)
     plots = [attributes for tag, attributes in page.tags if tag == "svg" and attributes.get("class") == "plot"]
-    assert len(plots) == 1 + 1 + 4 + 4 + 1
+    assert len(plots) == 1 + 1 + 8 + 4 + 1
     assert all(plot["role"] == "img" and plot["aria-label"] for plot in plots)
     headers = [attributes for tag, attributes in page.tags if tag == "th"]
     assert headers

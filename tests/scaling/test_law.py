@@ -200,3 +200,72 @@ def test_a_fraction_must_be_above_zero() -> None:
     law = fit_misalignment_law(BUDGETS, 0.1 + 0.2 * (BUDGETS / BUDGETS[0]) ** -0.8)
     with pytest.raises(ValueError, match="above 0"):
         law.positions_within(0)
+
+
+def test_errors_that_are_the_same_share_of_every_m_change_nothing() -> None:
+    for _, values in draws(5, seed=5):
+        plain = fit_misalignment_law(BUDGETS, values)
+        weighted = fit_misalignment_law(BUDGETS, values, standard_error=0.05 * values)
+        assert weighted.irreducible == pytest.approx(plain.irreducible, rel=1e-6)
+        assert weighted.ci["irreducible"] == pytest.approx(plain.ci["irreducible"], rel=1e-4)
+        unknown = fit_misalignment_law(BUDGETS, values, standard_error=np.full(6, np.nan))
+        assert unknown.ci == plain.ci
+
+
+def test_points_with_smaller_errors_count_more_and_intervals_stay_true() -> None:
+    rng = np.random.default_rng(6)
+    positions = np.repeat(np.geomspace(1e8, 1e10, 5), 2)
+    errors = np.tile([0.004, 0.04], 5)  # each budget is measured twice, on many passages and on few
+    truth = 0.1 + 0.2 * (positions / BUDGETS[0]) ** -0.8
+    misses, hits = [], []
+    for _ in range(15):
+        values = truth * (1 + errors * rng.standard_normal(10))
+        laws = [fit_misalignment_law(positions, values, standard_error=se) for se in (errors * values, None)]
+        misses.append([abs(law.irreducible - 0.1) for law in laws])
+        low, high = laws[0].ci["irreducible"]
+        hits.append(low <= 0.1 <= high)
+    with_errors, without = np.median(misses, axis=0)
+    assert with_errors < 0.6 * without
+    assert np.mean(hits) >= 0.6
+
+
+def test_where_trainings_scatter_more_than_passages_all_points_count_alike() -> None:
+    rng = np.random.default_rng(7)
+    positions = np.repeat(np.geomspace(1e8, 1e10, 5), 4)
+    values = (0.1 + 0.2 * (positions / BUDGETS[0]) ** -0.8) * (1 + 0.05 * rng.standard_normal(20))
+    plain = fit_misalignment_law(positions, values)
+    weighted = fit_misalignment_law(positions, values, standard_error=np.tile([0.001, 0.01], 10) * values)
+    assert weighted.irreducible == pytest.approx(plain.irreducible, rel=0.02)
+
+
+@pytest.mark.parametrize("errors", [[0.1, 0.1], [0.1] * 5 + [-0.1], [0.1] * 5 + [np.inf]])
+def test_errors_that_are_none_are_refused(errors: list[float]) -> None:
+    with pytest.raises(LawError, match="standard_error must be"):
+        fit_misalignment_law(BUDGETS, 0.1 + 0.2 * (BUDGETS / BUDGETS[0]) ** -0.8, standard_error=errors)
+
+
+def test_the_interval_over_passages_is_that_of_other_passages() -> None:
+    """Documents are harder or easier in all trainings alike: E of other documents moves with them, the scatter does not
+    tell."""
+    rng = np.random.default_rng(8)
+    truth = 0.1 + 0.2 * (BUDGETS / BUDGETS[0]) ** -0.8
+    strata = ["law"] * 20 + ["music"] * 20
+
+    def measured() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        counts = np.broadcast_to(rng.integers(20, 60, 40).astype(float), (6, 40))
+        hardness = rng.gamma(4, 0.25, 40) * np.repeat([0.5, 1.5], 20)
+        noise = 1 + 0.002 * rng.standard_normal((6, 1))
+        return truth[:, None] * noise * hardness * counts, counts
+
+    found, widths, own = [], [], []
+    for repeat in range(12):
+        sums, counts = measured()
+        law = fit_misalignment_law(BUDGETS, sums.sum(1) / counts.sum(1))
+        found.append(law.irreducible)
+        if repeat < 4:
+            low, high = law.interval_over_passages(sums, counts, strata, resamples=40)
+            assert low < law.irreducible < high
+            widths.append(high - low)
+            own.append(law.ci["irreducible"][1] - law.ci["irreducible"][0])
+    assert np.mean(widths) == pytest.approx(2 * 1.645 * np.std(found, ddof=1), rel=0.5)
+    assert np.mean(own) < 0.5 * np.mean(widths)

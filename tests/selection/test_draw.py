@@ -20,14 +20,17 @@ NUM_CLUSTERS = 6
 
 
 def passages(number: int, seed: int = 0, num_clusters: int = NUM_CLUSTERS, same_secs: bool = False) -> pa.Table:
-    """Clusters of unequal sizes; durations vary by half of their mean, or not at all."""
+    """Clusters of unequal sizes; durations vary by half of a mean that is three times as long in the last cluster as in
+    the first, or not at all."""
     rng = np.random.default_rng(seed)
     names = [f"<urn:uuid:{seed}-{index}>#{index % 5}" for index in range(number)]
+    labels = rng.choice(num_clusters, number, p=rng.dirichlet(np.full(num_clusters, 3.0)))
+    means = np.linspace(10, 30, num_clusters)[labels]
     columns = {
         "passage_id": names,
-        "cluster_id": rng.choice(num_clusters, number, p=rng.dirichlet(np.full(num_clusters, 3.0))),
+        "cluster_id": labels,
         "priority": priorities(names, seed),
-        "duration_secs": np.full(number, 7.5) if same_secs else rng.gamma(4, 5, number) + 0.1,
+        "duration_secs": np.full(number, 7.5) if same_secs else means * rng.gamma(4, 0.25, number) + 0.1,
     }
     return pa.table(columns)
 
@@ -105,15 +108,12 @@ def test_quotas_are_met_to_half_a_passage_and_dry_clusters_hand_theirs_on(seed: 
     chosen = draw(table, share, budget)
     if not len(chosen):
         return
-    longest = table["duration_secs"].to_numpy().max()
-    got, total = seconds(chosen), seconds(table)
-    last = chosen.slice(len(chosen) - 1)
-    cluster = last["cluster_id"][0].as_py()
-    level = (got[cluster] - last["duration_secs"][0].as_py() / 2) / share[cluster]  # the key of the last passage
-    quota = np.minimum(level * share, total)
-    assert np.all(np.abs(got - quota) <= longest / 2 + 1e-3)
-    if got.sum() + longest < total.sum():
-        assert budget - got.sum() <= longest  # the budget is used up
+    got, there = sizes(chosen), sizes(table)
+    cluster = chosen["cluster_id"][len(chosen) - 1].as_py()
+    level = (got[cluster] - 0.5) / share[cluster]  # the key of the last passage
+    assert np.all(np.abs(got - np.minimum(level * share, there)) <= 0.5 + 1e-9)
+    left, longest = budget - seconds(chosen).sum(), table["duration_secs"].to_numpy().max()
+    assert len(chosen) == len(table) or left <= longest  # the budget is used up
 
 
 def test_a_cluster_that_runs_dry_hands_its_share_on_in_proportion() -> None:
@@ -121,11 +121,12 @@ def test_a_cluster_that_runs_dry_hands_its_share_on_in_proportion() -> None:
     labels = np.repeat([0, 1, 2], [20, 3000, 3000])
     ids = [f"p{index}" for index in range(len(labels))]
     columns = {"passage_id": ids, "cluster_id": labels, "priority": priorities(ids, 0)}
-    table = pa.table(columns | {"duration_secs": rng.uniform(5, 15, len(labels))})
-    got = seconds(draw(table, np.array([0.7, 0.2, 0.1]), 20_000.0), 3)
-    assert got[0] == pytest.approx(seconds(table, 3)[0])
-    assert got[1] / got[2] == pytest.approx(2, rel=0.01)
-    assert got.sum() == pytest.approx(20_000, abs=15)
+    table = pa.table(columns | {"duration_secs": rng.uniform(5, 15, len(labels)) * (1 + labels)})
+    chosen = draw(table, np.array([0.7, 0.2, 0.1]), 20_000.0)
+    got = sizes(chosen, 3)
+    assert got[0] == 20
+    assert got[1] == pytest.approx(2 * got[2], abs=2)
+    assert seconds(chosen, 3).sum() == pytest.approx(20_000, abs=45)
 
 
 def test_a_clusters_draw_is_its_lowest_priorities_in_their_order() -> None:
@@ -283,6 +284,22 @@ def test_gamma_0_draws_uniformly_over_passages() -> None:
     observed, expected = np.bincount(picked, minlength=16), np.bincount(groups, minlength=16) * 8000 / 40_000
     assert chisquare(observed, expected).pvalue > 0.001
     assert np.abs(sizes(chosen) - 0.2 * sizes(table)).max() <= 1
+
+
+def test_gamma_0_draws_passages_as_often_whether_their_cluster_is_long_or_short() -> None:
+    """The passages of the last cluster last three times as long; a quota in seconds would draw a third of them."""
+    table = passages(40_000)
+    share = target_share(sizes(table) / len(table), np.linspace(0.1, 3, NUM_CLUSTERS), 0)
+    chosen = draw(table, share, 0.2 * table["duration_secs"].to_numpy().sum())
+    number = len(chosen)
+    assert np.abs(sizes(chosen) - number / 40_000 * sizes(table)).max() <= 1
+    lengths = np.quantile(table["duration_secs"].to_numpy(), np.linspace(0, 1, 17))
+    there, got = (
+        np.bincount(np.searchsorted(lengths[1:-1], rows["duration_secs"].to_numpy()), minlength=16)
+        for rows in (table, chosen)
+    )
+    assert chisquare(got, there * number / 40_000).pvalue > 0.001
+    assert seconds(chosen).sum() == pytest.approx(0.2 * seconds(table).sum(), rel=0.001)
 
 
 def test_the_probe_is_never_drawn_and_is_a_uniform_sample_of_each_cluster() -> None:
