@@ -95,6 +95,56 @@ def accuracy_table(accuracy: Sequence[dict[str, Any]], metric: str = "acc") -> G
     return grid
 
 
+def hearing_table(margins: Sequence[dict[str, Any]]) -> Grid:
+    """Hearing margins over silence, with the gap and the floors; a system that does not hear is called deaf."""
+    grid = Grid(title="Hearing margin, points (95 % interval): accuracy hearing − with silence", title_justify="left")
+    grid.add_column("benchmark")
+    grid.add_column("system")
+    for name in ("hears", "silence", "margin", "gap"):
+        grid.add_column(name, justify="right")
+    grid.add_column("")
+    for row in sorted(margins, key=lambda row: row["benchmark"]):
+        name = row["benchmark"] if row["heard"] is None else f"  {'heard' if row['heard'] else 'unheard'}"
+        numbers = (f"{100 * row[key]:.0f}" if row[key] is not None else "–" for key in ("accuracy", "silence"))
+        gap = "–" if row["gap"] is None else f"{100 * row['gap']:.0f}"
+        verdict = {True: "deaf", False: "", None: ""}[row["deaf"]]
+        grid.add_row(name, NAMES.get(row["system"], row["system"]), *numbers, margin_text(row), gap, verdict)
+    return grid
+
+
+def margin_text(row: dict[str, Any]) -> str:
+    """A margin in points with its interval."""
+    if row["margin"] is None:
+        return "–"
+    return f"{100 * row['margin']:+.1f} ({100 * row['ci_low']:+.1f} to {100 * row['ci_high']:+.1f})".replace("-", "−")
+
+
+def hearing_sentences(margins: Sequence[dict[str, Any]]) -> list[str]:
+    """A sentence for each system: what it hears over all, and where it is deaf."""
+    lines = []
+    for system in dict.fromkeys(row["system"] for row in margins):
+        own = [row for row in margins if row["system"] == system and row["margin"] is not None]
+        names = [row["benchmark"] for row in own]
+        main = [row for row in own if row["heard"] is None and row["benchmark"] in ("average", names[0])][-1:]
+        lines += [
+            f"hearing margin of {NAMES[system]} over silence, {row['benchmark']}: {margin_text(row)} points "
+            f"({100 * row['accuracy']:.1f} % hearing, {100 * row['silence']:.1f} % with silence)"
+            for row in main
+        ]
+        deaf = [place_name(row["benchmark"], row["heard"]) for row in own if row["deaf"]]
+        if deaf:
+            lines.append(
+                f"{NAMES[system]} is deaf on {'; '.join(deaf)}: hearing the question is not better than silence there "
+                "(the margin's 95 % interval includes 0)"
+            )
+    return lines
+
+
+def place_name(benchmark: Any, heard: Any) -> str:
+    """A benchmark, or its part of heard or unheard domains."""
+    return str(benchmark) + {True: ", heard domains", False: ", unheard domains"}.get(heard, "")
+
+
 def _percent(row: dict[str, Any] | None) -> str:
     if row is None or not row["num_items"]:
         return "–"

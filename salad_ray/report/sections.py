@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from salad_ray.flow import TRAINED
-from salad_ray.report.accuracy import main_gap
+from salad_ray.report.accuracy import main_gap, main_margin
 from salad_ray.report.facts import MAX_REJECTS, MEASURED, RunFacts
 from salad_ray.report.grids import (
     MAX_ROWS,
@@ -35,6 +35,7 @@ from salad_ray.report.grids import (
     systems_of,
     with_error,
 )
+from salad_ray.report.metrics import place_name
 from salad_ray.report.plots import Line, Panel, Spot, cluster_map, dot_plot, is_wide, line_plot
 
 
@@ -47,8 +48,13 @@ def headline(pairs: Sequence[tuple[str, RunFacts]]) -> Section:
 
 
 def sentences(metrics: dict[str, Any]) -> list[str]:
-    """The three to five sentences that matter, of what was measured."""
-    found = [*_misalignment_sentence(metrics), *_heard_sentence(metrics), *_forgetting_sentence(metrics)]
+    """The three to six sentences that matter, of what was measured."""
+    found = [
+        *_margin_sentences(metrics),
+        *_misalignment_sentence(metrics),
+        *_heard_sentence(metrics),
+        *_forgetting_sentence(metrics),
+    ]
     auc = (metrics.get("selection") or {}).get("unheard_auc")
     if finite(auc):
         found.append(
@@ -106,6 +112,27 @@ def _forgetting_sentence(metrics: dict[str, Any]) -> list[str]:
         if finite(metrics[name].get("forgetting"))
     ]
     return [f"Forgetting F, how far it has moved from the text LLM on text, is {_and(shown)}."] if shown else []
+
+
+def _margin_sentences(metrics: dict[str, Any]) -> list[str]:
+    """Who hears, and who is deaf where."""
+    parts = []
+    for name in ("stage1", "stage2", "cascade"):
+        row = main_margin(metrics, name)
+        if row is not None:
+            spread = interval(row.get("ci_low"), row.get("ci_high"))
+            whose = "the cascade" if name == "cascade" else SYSTEM_NAMES[name]
+            parts.append(f"{points(row['margin'])}{f' ({spread})' if spread else ''} for {whose}")
+    what = "The hearing margin, how many points of accuracy hearing the questions is above hearing silence instead"
+    found = [f"{what}, is {_and(parts)} (95 % intervals)."] if parts else []
+    deaf: dict[str, list[str]] = {}
+    for row in metrics.get("hearing_margins") or []:
+        if row.get("deaf"):
+            place = place_name(row["benchmark"], row.get("heard"))
+            deaf.setdefault(row["system"], []).append(place)
+    for name, places in deaf.items():
+        found.append(f"{SYSTEM_NAMES[name]} is deaf on {'; '.join(places)}: it scores no better than with silence.")
+    return found
 
 
 def _gap_sentence(metrics: dict[str, Any]) -> list[str]:
@@ -169,6 +196,7 @@ def run_facts(run: RunFacts) -> dict[str, str]:
     active = run.table("active", "features").get("totals", {})
     stage1, stage2 = run.config.get("distill") or {}, run.config.get("stage2") or {}
     gap = main_gap(metrics, "stage2") or main_gap(metrics, "stage1")
+    margin = main_margin(metrics, "stage2") or main_margin(metrics, "stage1")
     return {
         "teacher LLM": teacher_name(run),
         "speech encoder": encoder_name(run),
@@ -179,6 +207,9 @@ def run_facts(run: RunFacts) -> dict[str, str]:
         **{f"mean M, {SYSTEM_NAMES[name]}": with_error(metrics.get(name) or {}, "misalignment") for name in MEASURED},
         **{f"mean F, {SYSTEM_NAMES[name]}": with_error(metrics.get(name) or {}, "forgetting") for name in TRAINED},
         "AUC of M(c) for unheard domains": number(selection.get("unheard_auc")),
+        "hearing margin, points": "–"
+        if margin is None
+        else f"{points(margin['margin'])} ({SYSTEM_NAMES[margin['system']]})",
         "text-speech gap, points": "–" if gap is None else f"{points(gap['gap'])} ({SYSTEM_NAMES[gap['system']]})",
     }
 
