@@ -372,6 +372,23 @@ def test_choices_alone_follow_the_start_of_a_text(kind: str) -> None:
     assert score(llm, [query])[0] == pytest.approx(text_alone(llm, query), abs=2e-4)
 
 
+def score_of(item: Item, condition: str, log_likelihoods: list[float]) -> Score:
+    guess, guess_norm = predict(log_likelihoods, item.choices)
+    return Score(
+        system="stage1",
+        benchmark=item.benchmark,
+        item_id=item.item_id,
+        modality="speech",
+        condition=condition,
+        domain=item.domain,
+        log_likelihoods=log_likelihoods,
+        answer=item.answer,
+        prediction=guess,
+        prediction_norm=guess_norm,
+        num_shots=0,
+    )
+
+
 def test_a_student_that_was_never_trained_is_deaf() -> None:
     """Its answers change with what it hears, and are right no more often than with silence."""
     tokenizer = make_tokenizer("byte_level")
@@ -379,20 +396,12 @@ def test_a_student_that_was_never_trained_is_deaf() -> None:
     items = world_items(120, DOMAINS, seed=0)
     table = []
     for condition in ("clean", "silence"):
-        heard = [make_frames(20 + place % 20) if condition == "clean" else silence[: 20 + place % 20]
-                 for place in range(len(items))]  # fmt: skip
+        lengths = [20 + place % 20 for place in range(len(items))]
+        heard = [make_frames(length) if condition == "clean" else silence[:length] for length in lengths]
         queries = [speech_query(tokenizer, [], item, frames, 1000) for item, frames in zip(items, heard, strict=True)]
-        values = [(place, own) for batch in batches(queries, 8192)
-                  for place, own in zip(batch, score(model, [queries[place] for place in batch]), strict=True)]  # fmt: skip
-        for place, own in values:
-            item, (guess, by_length) = items[place], predict(own, items[place].choices)
-            table.append(
-                Score(
-                    system="stage1", benchmark="world", item_id=item.item_id, modality="speech", condition=condition,
-                    domain=item.domain, log_likelihoods=own, answer=item.answer, prediction=guess,
-                    prediction_norm=by_length, num_shots=0,
-                )
-            )  # fmt: skip
+        for batch in batches(queries, 8192):
+            values = score(model, [queries[place] for place in batch])
+            table += [score_of(items[place], condition, own) for place, own in zip(batch, values, strict=True)]
     by_condition = [
         {row.item_id: row.prediction for row in table if row.condition == name} for name in ("clean", "silence")
     ]
