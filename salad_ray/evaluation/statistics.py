@@ -38,6 +38,9 @@ _ORDER = {
 _PRIOR = np.array([0.5, 1.0, 0.5])
 """Items added to those where the first system loses, neither does, and it wins."""
 
+_NOTHING: Mapping[str, Any] = dict.fromkeys(("first", "second", "difference", "ci_low", "ci_high"))
+"""Stands for a comparison that was not made."""
+
 Answers = dict[str, tuple[int, int | None]]
 """Of one system and benchmark: the right answer and the prediction, by item."""
 
@@ -164,16 +167,18 @@ def hearing_margins(
     """What hearing is worth: accuracy on clean speech − that with silence of the same length, on the same items.
 
     A gap to the text LLM cannot tell a system that listens from one that guesses well from the choices, or from the
-    exemplars; against silence nothing but the speech differs.
+    exemplars; against silence nothing but the speech differs. But silence may also confuse a system that was trained on
+    speech alone, so that any speech is worth something. Hence a second margin, over speech of another item.
 
     Args:
         heard: as in `accuracy_table`.
 
     Returns:
         Rows of `hearing_margins` in metrics.json, a row for each system that hears, benchmark and part, and for the
-        `AVERAGE` as in `gap_table`. `deaf` says that the margin's interval reaches down to 0. Beside it: the floors
-        `silence` (with its 99 % interval), `choices` (a cascade's is the text LLM's) and `swapped`, `chance`; and, on
-        the items that both have, the accuracy `reading` of the text LLM and the `gap` to it.
+        `AVERAGE` as in `gap_table`. `margin_swapped` with its interval is that over swapped speech, where it was
+        asked. `deaf` says that the interval of either reaches down to 0. Beside them: the floors `silence` (with its
+        99 % interval), `choices` (a cascade's is the text LLM's) and `swapped`, and `chance`; on the items that both
+        have, the accuracy `reading` of the text LLM and the `gap` to it.
 
     Raises:
         ConfigError: an item whose right answer is not the same on both sides.
@@ -190,16 +195,20 @@ def hearing_margins(
             clean = _under(part, "speech", "clean")
             [(_, base)] = [own for own in _parts(by_system["base"], heard) if own[0] == side] or [(side, [])]
             purpose = f"margin {system} {side}"
-            gaps = _paired_rows(_under(base, "text", "clean"), clean, resamples, seed, purpose, (metric,))
-            gap_of = {row["benchmark"]: row for row in gaps}
-            floors = {
-                "choices": _under(part, "text", "choices") or _under(base, "text", "choices"),
-                "swapped": _under(part, "speech", "swapped"),
+            swapped = _under(part, "speech", "swapped")
+            choices = _under(part, "text", "choices") or _under(base, "text", "choices")
+            pairs = {
+                "gap": (_under(base, "text", "clean"), clean),
+                "swapped": (clean, swapped),
+                "silence": (clean, silent),
             }
-            rows += [
-                _margin_row(system, side, row, gap_of.get(row["benchmark"]), silent, floors)
-                for row in _paired_rows(clean, silent, resamples, seed, purpose, (metric,))
-            ]
+            tables = {
+                name: {row["benchmark"]: row for row in _paired_rows(*pair, resamples, seed, purpose, (metric,))}
+                for name, pair in pairs.items()
+            }
+            for name, row in tables["silence"].items():
+                others = (tables["gap"].get(name), tables["swapped"].get(name) if swapped else None)
+                rows.append(_margin_row(system, side, row, *others, silent, choices))
     return rows
 
 
@@ -212,21 +221,26 @@ def _margin_row(
     heard: bool | None,
     row: Mapping[str, Any],
     gap: Mapping[str, Any] | None,
+    swapped: Mapping[str, Any] | None,
     silent: Sequence[Score],
-    floors: Mapping[str, Sequence[Score]],
+    choices: Sequence[Score],
 ) -> dict[str, Any]:
     names, metric = row["benchmarks"], row["metric"]
     facts = {"system": system, "benchmark": row["benchmark"], "heard": heard, "metric": metric}
     numbers = {"accuracy": row["first"], "silence": row["second"], "margin": row["difference"]}
-    numbers |= {"deaf": None if row["ci_low"] is None else row["ci_low"] <= 0}
+    over = _NOTHING if swapped is None or swapped["benchmarks"] != names else swapped
+    numbers |= {"margin_swapped": over["difference"]}
+    numbers |= {"swapped_ci_low": over["ci_low"], "swapped_ci_high": over["ci_high"], "swapped": over["second"]}
+    lowest = [low for low in (row["ci_low"], over["ci_low"]) if low is not None]
+    numbers |= {"deaf": None if row["ci_low"] is None else min(lowest) <= 0}
     own = [score for score in silent if score.benchmark in names]
     low, high = None, None
     if len(names) == 1:
         low, high = wilson(sum(_is_right(score, metric) for score in own), len(own), 0.99)
     numbers |= {"silence_ci99_low": low, "silence_ci99_high": high}
-    numbers |= {name: _by_benchmark(part, names, lambda s: _is_right(s, metric)) for name, part in floors.items()}
+    numbers |= {"choices": _by_benchmark(choices, names, lambda score: _is_right(score, metric))}
     numbers |= {"chance": _by_benchmark(own, names, lambda score: 1 / len(score.log_likelihoods))}
-    reading = gap if gap is not None and gap["benchmarks"] == names else dict.fromkeys(("first", "difference"))
+    reading = _NOTHING if gap is None or gap["benchmarks"] != names else gap
     return facts | numbers | {"reading": reading["first"], "gap": reading["difference"]} | _rest(row)
 
 

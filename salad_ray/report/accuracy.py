@@ -39,8 +39,8 @@ def accuracy_section(pairs: Sequence[tuple[str, RunFacts]]) -> Section:
     robustness = [grid] if (grid := robustness_grid(pairs)) else []
     lines = [
         "The hearing margin is the accuracy hearing the questions minus the accuracy with silence of the same length "
-        "in their place, on the same items. Where its interval reaches down to 0, the system is deaf: whatever it "
-        "scores, it does not score by listening.",
+        "in their place, on the same items. Where its interval reaches down to 0, or that of the margin over another "
+        "item's speech, the system is deaf: whatever it scores, it does not score by listening.",
         "The gap is the text LLM's accuracy reading the questions minus the system's accuracy hearing them, on the "
         "same items, in percentage points. Brackets hold 95 % intervals. The cascade is a "
         "recogniser followed by the text LLM.",
@@ -70,6 +70,8 @@ def margin_grid(pairs: Sequence[tuple[str, RunFacts]], metric: str) -> Grid | No
                 percent(row.get("accuracy")),
                 points(row.get("margin")),
                 interval(row.get("ci_low"), row.get("ci_high")),
+                points(row.get("margin_swapped")),
+                interval(row.get("swapped_ci_low"), row.get("swapped_ci_high")),
                 points(row.get("gap")),
                 Cell(verdict, tone="down" if row.get("deaf") else ""),
                 number(row.get("num_items")),
@@ -77,10 +79,23 @@ def margin_grid(pairs: Sequence[tuple[str, RunFacts]], metric: str) -> Grid | No
     if not rows:
         return None
     floors = ["chance", "choices alone", "silence (99 %)", "swapped speech"]
-    columns = [*lead, "benchmark", "system", *floors, "hearing", "margin", "95 %", "gap", "", "items"]
+    columns = [
+        *lead,
+        "benchmark",
+        "system",
+        *floors,
+        "hearing",
+        "margin",
+        "95 %",
+        "over swapped",
+        "95 %",
+        "gap",
+        "",
+        "items",
+    ]
     notes = [
         "Choices alone: without a prompt; with letters, the options without the question. Swapped: hearing another "
-        "item's speech, which should score no better than silence."
+        "item's speech, which tells nothing of the question."
     ]
     return Grid(f"Hearing margin, {_METRICS[metric]}", columns, rows, notes=notes, num_text_columns=len(lead) + 2)
 

@@ -100,12 +100,13 @@ def hearing_table(margins: Sequence[dict[str, Any]]) -> Grid:
     grid = Grid(title="Hearing margin, points (95 % interval): accuracy hearing − with silence", title_justify="left")
     grid.add_column("benchmark")
     grid.add_column("system")
-    for name in ("hears", "silence", "margin", "gap"):
+    for name in ("hears", "silence", "swapped", "margin", "gap"):
         grid.add_column(name, justify="right")
     grid.add_column("")
+    keys = ("accuracy", "silence", "swapped")
     for row in sorted(margins, key=lambda row: row["benchmark"]):
         name = row["benchmark"] if row["heard"] is None else f"  {'heard' if row['heard'] else 'unheard'}"
-        numbers = (f"{100 * row[key]:.0f}" if row[key] is not None else "–" for key in ("accuracy", "silence"))
+        numbers = (f"{100 * row[key]:.0f}" if row[key] is not None else "–" for key in keys)
         gap = "–" if row["gap"] is None else f"{100 * row['gap']:.0f}"
         verdict = {True: "deaf", False: "", None: ""}[row["deaf"]]
         grid.add_row(name, NAMES.get(row["system"], row["system"]), *numbers, margin_text(row), gap, verdict)
@@ -131,12 +132,25 @@ def hearing_sentences(margins: Sequence[dict[str, Any]]) -> list[str]:
             f"({100 * row['accuracy']:.1f} % hearing, {100 * row['silence']:.1f} % with silence)"
             for row in main
         ]
-        deaf = [place_name(row["benchmark"], row["heard"]) for row in own if row["deaf"]]
-        if deaf:
-            lines.append(
-                f"{NAMES[system]} is deaf on {'; '.join(deaf)}: hearing the question is not better than silence there "
-                "(the margin's 95 % interval includes 0)"
-            )
+        lines += deaf_sentences(own)
+    return lines
+
+
+def deaf_sentences(margins: Sequence[dict[str, Any]]) -> list[str]:
+    """Who is deaf where: within silence, or where it is not, within the speech of other items."""
+    lines = []
+    for system in dict.fromkeys(row["system"] for row in margins):
+        deaf = [row for row in margins if row["system"] == system and row["deaf"]]
+        parts = {
+            "silence": [row for row in deaf if row["ci_low"] <= 0],
+            "the speech of another question": [row for row in deaf if row["ci_low"] > 0],
+        }
+        lines += [
+            f"{NAMES[system]} is deaf on {'; '.join(place_name(row['benchmark'], row['heard']) for row in rows)}: "
+            f"hearing the question is no better than hearing {what} (the 95 % interval of the difference includes 0)"
+            for what, rows in parts.items()
+            if rows
+        ]
     return lines
 
 

@@ -35,7 +35,7 @@ from salad_ray.report.grids import (
     systems_of,
     with_error,
 )
-from salad_ray.report.metrics import place_name
+from salad_ray.report.metrics import deaf_sentences
 from salad_ray.report.plots import Line, Panel, Spot, cluster_map, dot_plot, is_wide, line_plot
 
 
@@ -125,14 +125,7 @@ def _margin_sentences(metrics: dict[str, Any]) -> list[str]:
             parts.append(f"{points(row['margin'])}{f' ({spread})' if spread else ''} for {whose}")
     what = "The hearing margin, how many points of accuracy hearing the questions is above hearing silence instead"
     found = [f"{what}, is {_and(parts)} (95 % intervals)."] if parts else []
-    deaf: dict[str, list[str]] = {}
-    for row in metrics.get("hearing_margins") or []:
-        if row.get("deaf"):
-            place = place_name(row["benchmark"], row.get("heard"))
-            deaf.setdefault(row["system"], []).append(place)
-    for name, places in deaf.items():
-        found.append(f"{SYSTEM_NAMES[name]} is deaf on {'; '.join(places)}: it scores no better than with silence.")
-    return found
+    return found + [f"{line}." for line in deaf_sentences(metrics.get("hearing_margins") or [])]
 
 
 def _gap_sentence(metrics: dict[str, Any]) -> list[str]:

@@ -22,6 +22,7 @@ from salad_ray.evaluation.statistics import (
     sign_flip,
     wilson,
 )
+from salad_ray.report.metrics import deaf_sentences
 from salad_ray.tables import Score
 
 
@@ -314,6 +315,21 @@ def test_a_hearing_margin_is_over_silence_on_the_same_items_with_its_floors_besi
     assert (told["ci99_low"], told["ci99_high"]) == wilson(30, 99, 0.99)
     assert "ci99_low" not in row_of(accuracy_table(table), system="stage1", condition="clean", metric="acc")
     assert row_of(accuracy_table(table), condition="choices", metric="acc")["num_short"] == 0
+
+
+def test_a_system_that_only_likes_speech_better_than_silence_is_deaf_too() -> None:
+    """As the old quickstart's Stage II: 12 points above silence, none above the speech of other questions."""
+    clean, silent = [True] * 48 + [False] * 52, [True] * 24 + [False] * 76
+    table = heard_and_silent(clean, silent) + scores("stage1", "speech", clean[::-1], condition="swapped")
+    row = row_of(hearing_margins(table))
+    assert row["ci_low"] > 0 == row["margin_swapped"]
+    assert row["swapped_ci_low"] < 0 < row["swapped_ci_high"]
+    assert row["deaf"]
+    [line] = deaf_sentences([row])
+    assert line.startswith(
+        "Stage I is deaf on piqa: hearing the question is no better than hearing the speech of another question"
+    )
+    assert not row_of(hearing_margins(heard_and_silent(clean, silent)))["deaf"]  # where it was not asked
 
 
 def test_a_systems_margin_is_split_by_heard_domains_and_averaged_over_benchmarks() -> None:
