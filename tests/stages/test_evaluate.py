@@ -130,12 +130,12 @@ def test_silence_is_as_long_as_the_speech_and_swapped_speech_is_anothers(
     assert not any(np.array_equal(frames, silence[: len(frames)]) for frames in features.values())
     right = {name: [row.item_id for row in rows if row.condition == name and row.prediction == row.answer]
              for name in ("clean", "silence", "swapped")}  # fmt: skip
-    assert len(right["clean"]) == len(items) == 24
+    assert len(right["clean"]) == len(items)
     assert len(right["silence"]) == sum(item.answer == 0 for item in items.values())
-    assert len(right["swapped"]) <= 12  # a quarter is expected
+    assert len(right["swapped"]) <= len(items) / 2  # a quarter is expected
     [whole, *_] = hearing_margins(rows)
     assert not whole["deaf"]
-    assert whole["swapped"] == len(right["swapped"]) / 24
+    assert whole["swapped"] == len(right["swapped"]) / len(items)
 
 
 def test_floors_are_a_choice(finished_run: Config) -> None:
