@@ -109,8 +109,16 @@ def hearing_table(margins: Sequence[dict[str, Any]]) -> Grid:
         numbers = (f"{100 * row[key]:.0f}" if row[key] is not None else "–" for key in keys)
         gap = "–" if row["gap"] is None else f"{100 * row['gap']:.0f}"
         verdict = {True: "deaf", False: "", None: ""}[row["deaf"]]
-        grid.add_row(name, NAMES.get(row["system"], row["system"]), *numbers, margin_text(row), gap, verdict)
+        grid.add_row(name, NAMES.get(row["system"], row["system"]), *numbers, _short_margin(row), gap, verdict)
     return grid
+
+
+def _short_margin(row: dict[str, Any]) -> str:
+    """In whole points: the table must fit a terminal of 80 columns."""
+    if row["margin"] is None:
+        return "–"
+    margin, low, high = (f"{100 * row[name]:+.0f}" for name in ("margin", "ci_low", "ci_high"))
+    return f"{margin} ({low}…{high})".replace("-", "−")
 
 
 def margin_text(row: dict[str, Any]) -> str:
