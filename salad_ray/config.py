@@ -720,7 +720,11 @@ class MeasureConfig(Section):
 class BenchmarkConfig(Section):
     """One benchmark, in its original format."""
 
-    name: Literal["storycloze", "openbookqa", "hellaswag", "arc_challenge", "piqa", "mmlu_spoken", "voicebench_mmsu"]
+    name: Literal[
+        "storycloze", "openbookqa", "hellaswag", "arc_challenge", "piqa", "mmlu_spoken", "voicebench_mmsu",
+        "openbookqa_letters", "arc_challenge_letters", "mmlu_spoken_letters", "voicebench_mmsu_letters",
+    ]  # fmt: skip
+    """With `_letters` the options are spoken too and their letters scored; without, the choices' texts are."""
     path: str
     """A file (jsonl, csv, parquet), a URL, or a hub id of a data set."""
     revision: str | None = None
@@ -732,6 +736,8 @@ class BenchmarkConfig(Section):
 
 
 Condition = Literal["clean", "voice", "noise", "speed", "codec", "telephone"]
+Floor = Literal["silence", "choices", "swapped"]
+FLOORS: tuple[Floor, ...] = typing.get_args(Floor)
 
 
 class EvaluateConfig(Section):
@@ -742,6 +748,9 @@ class EvaluateConfig(Section):
     conditions: tuple[Condition, ...] = ("clean",)
     """How the items are heard: as spoken, in another evaluation voice, with noise 10 dB below the speech, a fifth
     faster, through a lossy codec, over a telephone line (8 kHz)."""
+    floors: tuple[Floor, ...] = FLOORS
+    """What a system scores without the question: hearing silence of the same length, without any prompt (the choices
+    alone), and, as a check, hearing another item. The first and the last each cost as much as a condition."""
     cascade: Literal["none", "pocketsphinx", "ctc", "whisper"] = "none"
     """The recogniser of the cascade, whose transcript the text LM reads."""
     recogniser: str | None = None
@@ -764,6 +773,8 @@ class EvaluateConfig(Section):
             raise ValueError("evaluate.benchmarks names a benchmark twice; each has one file")
         if "clean" not in self.conditions or len(set(self.conditions)) < len(self.conditions):
             raise ValueError("evaluate.conditions must hold 'clean', and each condition once")
+        if len(set(self.floors)) < len(self.floors):
+            raise ValueError("evaluate.floors must hold each floor once")
         if self.cascade in ("ctc", "whisper") and self.recogniser is None:
             example = "openai/whisper-large-v3" if self.cascade == "whisper" else "facebook/wav2vec2-base-960h"
             raise ValueError(f"evaluate.cascade={self.cascade} needs evaluate.recogniser, for example {example}")

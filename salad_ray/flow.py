@@ -253,7 +253,7 @@ def _evaluate(config: Config, trained: Collection[str]) -> list[Step]:
     """What every system answers to the benchmarks' items: the text LLM, the trained models, the cascade."""
     pool = ("benchmark/exemplars",) if config.evaluate.has_pool else ()
     read = ("teacher", "benchmark/items", *pool)
-    keys = ("evaluate.num_shots", "distill.precision", "pack.context", "seed")
+    keys = ("evaluate.num_shots", "evaluate.floors", "distill.precision", "pack.context", "seed")
     found = [Step("evaluate", "benchmark", ("scores_base",), read, keys, by_shard=True)]
     for system in trained:
         reads = (*read, "benchmark/features", system)

@@ -9,6 +9,7 @@
 | piqa | "Question: " | the goal | newline, "Answer:" | both solutions |
 | mmlu_spoken | "Question: " | the question | newline, "Answer:" | the choices, as text |
 | voicebench_mmsu | "Question: " | what its recording says: question, lettered choices, instruction | newline, "Answer:" | as mmlu_spoken |
+| …_letters | "Question: " | the question, and a line "A. …" for each choice | newline, "Answer:" | the letters |
 | world | | a document's beginning and the question | | the choices |
 
 The requests of OpenBookQA, HellaSwag, ARC, PIQA and StoryCloze are those of lm-evaluation-harness 0.4.13, byte for byte,
@@ -23,7 +24,8 @@ import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
@@ -44,13 +46,18 @@ PARQUET_ROWS = 16
 """That are decoded at once."""
 MAX_AUDIO_BYTES = 2**31
 """Of the recordings of a row group."""
-BENCHMARKS = ("storycloze", "openbookqa", "hellaswag", "arc_challenge", "piqa", "mmlu_spoken", "voicebench_mmsu")
+LETTERS = "_letters"
+"""How benchmarks are called whose options are listed behind the question, and of which the letters are scored."""
+BENCHMARKS = (
+    *("storycloze", "openbookqa", "hellaswag", "arc_challenge", "piqa", "mmlu_spoken", "voicebench_mmsu"),
+    *(f"{name}{LETTERS}" for name in ("openbookqa", "arc_challenge", "mmlu_spoken", "voicebench_mmsu")),
+)
 ENDS: dict[str, tuple[str, ...]] = {
     "parquet": (".parquet",),
     "jsonl": (".jsonl", ".jsonl.gz"),
     "csv": (".csv", ".csv.gz"),
 }
-_DOMAIN_EXEMPLARS = ("mmlu_spoken", "voicebench_mmsu")
+_OWN_DOMAIN = ("mmlu_spoken", "voicebench_mmsu")
 """Exemplars of these are of the item's own domain."""
 _HUB_FOLDERS = {
     "arc_challenge": "ARC-Challenge",
@@ -64,6 +71,7 @@ _NO_TEST_LABELS = ("hellaswag", "piqa")
 _MMLU_COLUMNS = ("question", "A", "B", "C", "D", "answer")
 _LETTERS = "ABCDEFGHIJ"
 _LETTERED = re.compile(r"\s*\(?([A-J])[.):]\s+(\S.*)")
+_FIRST_OPTION = re.compile(r"^\s*\(?A[.):]\s", re.MULTILINE)
 _ANSWER = "\nAnswer:"
 _ROW = re.compile(r"(.+\.parquet)#row=(\d+)")
 # A hub cannot be reached: an error of its HTTP client, whichever that is, which HfHubHTTPError derives from.
@@ -162,7 +170,7 @@ def choose_exemplars(items: Sequence[Item], item: Item, num: int, seed: int) -> 
     The choice depends on the seed and the ids alone, not on the order of `items`, which may be another split. Every
     item gets exemplars of its own: with the same few for all, an interval over items would not know what they do.
     """
-    own_domain = item.benchmark in _DOMAIN_EXEMPLARS
+    own_domain = item.benchmark.removesuffix(LETTERS) in _OWN_DOMAIN
     others = [
         other
         for other in items
@@ -185,6 +193,38 @@ def choose_exemplars(items: Sequence[Item], item: Item, num: int, seed: int) -> 
 @lru_cache(maxsize=2**17)
 def _place(seed: int, item_id: str) -> int:
     return stable_hash("exemplars", seed, item_id)
+
+
+def choices_alone(item: Item) -> Item:
+    """The item without its question and the texts around it: nothing but its choices can tell the right one.
+
+    Where letters are scored, the options that they stand for are left, in front of the text behind them.
+    """
+    if not item.benchmark.endswith(LETTERS):
+        return replace(item, before="", spoken="", after="")
+    *_, first = _FIRST_OPTION.finditer(item.spoken)
+    return replace(item, before=item.spoken[first.start() :], spoken="")
+
+
+def swap_partners(items: Sequence[Item], lengths: Sequence[float]) -> list[int | None]:
+    """For each item the place of another one of its benchmark, with other words and the nearest length of speech.
+
+    None where there is no such item. Two items may have the same partner.
+    """
+
+    def distance(here: int, other: int) -> tuple[float, str]:
+        return abs(lengths[other] - lengths[here]), items[other].item_id
+
+    def partner(here: int) -> int | None:
+        own = items[here]
+        others = [
+            place
+            for place, item in enumerate(items)
+            if item.benchmark == own.benchmark and item.spoken.split() != own.spoken.split()
+        ]
+        return min(others, key=partial(distance, here), default=None)
+
+    return [partner(here) for here in range(len(items))]
 
 
 def read_recording(audio: str) -> bytes:
@@ -266,7 +306,7 @@ def _kind(file: str) -> Literal["parquet", "jsonl", "csv"] | None:
 def _evaluation_files(benchmark: str, files: list[str], path: str, root: str) -> list[str]:
     """Of a folder's files those of the right set, split and format; all where no name tells a split (VoiceBench)."""
     within = {file: file.removeprefix(root).lstrip("/") for file in files}
-    folder = _HUB_FOLDERS.get(benchmark)
+    folder = _HUB_FOLDERS.get(benchmark.removesuffix(LETTERS))
     if any(folder in name.split("/")[:-1] for name in within.values()):
         within = {file: name for file, name in within.items() if folder in name.split("/")[:-1]}
     splits = {file: _split(name) for file, name in within.items()}
@@ -328,7 +368,7 @@ def _records(benchmark: str, url: str) -> Iterator[tuple[int, Record | BadInput]
         return _parquet_records(url)
     data = _read(url)
     if kind == "csv":
-        return _csv_records(data, _stem(url.rsplit("/", 1)[-1]) if benchmark == "mmlu_spoken" else None)
+        return _csv_records(data, _stem(url.rsplit("/", 1)[-1]) if benchmark.startswith("mmlu_spoken") else None)
     records = _json_records(data)
     return _labelled(records, url) if benchmark == "piqa" else records
 
@@ -486,6 +526,9 @@ def _check_choices(choices: Sequence[str]) -> None:
 
 def _parse(benchmark: str, record: Record) -> _Parts:
     """Dispatch by name; raises `BadInput`."""
+    if benchmark.endswith(LETTERS):
+        parts = _parse(benchmark.removesuffix(LETTERS), record)
+        return _with_letters(parts, listed=benchmark == f"voicebench_mmsu{LETTERS}")
     if benchmark == "storycloze":
         return _storycloze(record)
     if benchmark in ("openbookqa", "arc_challenge"):
@@ -495,6 +538,27 @@ def _parse(benchmark: str, record: Record) -> _Parts:
     if benchmark == "piqa":
         return _piqa(record)
     return _mmlu(record) if benchmark == "mmlu_spoken" else _voicebench(record)
+
+
+def _with_letters(parts: _Parts, listed: bool) -> _Parts:
+    """The options are spoken behind the question, a line each, as VoiceBench has them; the choices are their letters.
+
+    Args:
+        listed: they must be there already, as a recording says them.
+    """
+    if len(parts.choices) > len(_LETTERS):
+        raise BadInput(f"it has {len(parts.choices)} choices, and letters go to {_LETTERS[-1]}")
+    _check_choices(parts.choices)
+    letters = list(_LETTERS[: len(parts.choices)])
+    spoken = parts.spoken.strip()
+    if not spoken:
+        raise BadInput("its question is empty")
+    if listed and not _lettered_choices(spoken):
+        raise BadInput("its prompt, which is what its recording says, has no lettered choices on lines of their own")
+    if not listed:
+        options = zip(letters, parts.choices, strict=True)
+        spoken += "".join(f"\n{letter}. {' '.join(text.split())}" for letter, text in options)
+    return parts._replace(before="Question: ", spoken=spoken, after=_ANSWER, choices=letters)
 
 
 def _storycloze(record: Record) -> _Parts:

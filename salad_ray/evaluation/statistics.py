@@ -1,4 +1,4 @@
-"""Accuracies, the text-speech gap and other differences between systems on the same items, with 95 % intervals.
+"""Accuracies, hearing margins, the text-speech gap and other differences on the same items, with 95 % intervals.
 
 An answer is right or wrong; a tie is wrong, and counted. So the difference of two systems on an item is −1, 0 or 1, and
 all that resampling n items can change are three counts: drawing items with replacement is one multinomial draw, and
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import binomtest, norm
 
-from salad_ray.config import ConfigError
+from salad_ray.config import FLOORS, ConfigError
 from salad_ray.tables import Score, stable_hash
 
 METRICS = ("acc", "acc_norm")
@@ -32,11 +32,14 @@ AVERAGE = "average"
 """Stands where a benchmark's name would: the mean over benchmarks, each counting the same."""
 _ORDER = {
     name: place
-    for names in (("base", "stage1", "stage2", "control", "cascade"), ("text", "speech"), ("clean",), METRICS)
+    for names in (("base", "stage1", "stage2", "control", "cascade"), ("text", "speech"), ("clean", *FLOORS), METRICS)
     for place, name in enumerate(names)
 }
 _PRIOR = np.array([0.5, 1.0, 0.5])
 """Items added to those where the first system loses, neither does, and it wins."""
+
+_NOTHING: Mapping[str, Any] = dict.fromkeys(("first", "second", "difference", "ci_low", "ci_high"))
+"""Stands for a comparison that was not made."""
 
 Answers = dict[str, tuple[int, int | None]]
 """Of one system and benchmark: the right answer and the prediction, by item."""
@@ -64,8 +67,10 @@ def accuracy_table(scores: Sequence[Score], heard: set[str] | None = None) -> li
         heard: domains of the natural training speech; given, the world's rows follow once more by heard and unheard.
 
     Returns:
-        Rows of `accuracy` in metrics.json. `num_short` counts the items with fewer exemplars than the most that any
-        item of the benchmark has, whatever the system; `word_error_rate` is the mean over the items that have one.
+        Rows of `accuracy` in metrics.json; floors are conditions, of which "choices" is read. `chance` is the mean of
+        one by the number of choices; a floor also has its 99 % interval, `ci99_low` and `ci99_high`. `num_short` counts
+        the items with fewer exemplars than the most that any item of the benchmark has, whatever the system;
+        `word_error_rate` is the mean over the items that have one.
 
     Raises:
         ValueError: an item that is there twice.
@@ -76,13 +81,21 @@ def accuracy_table(scores: Sequence[Score], heard: set[str] | None = None) -> li
     rows = []
     for key, group in _groups(scores):
         _require_once(group)
-        parts: list[tuple[bool | None, list[Score]]] = [(None, group)]
-        if key[1] == "world" and heard is not None:
-            parts += [(side, [score for score in group if (score.domain in heard) == side]) for side in (True, False)]
         rows += [
-            _accuracy_row(part, metric, side, most_shots[key[1]]) for side, part in parts for metric in METRICS if part
+            _accuracy_row(part, metric, side, most_shots[key[1]])
+            for side, part in _parts(group, heard)
+            for metric in METRICS
         ]
     return rows
+
+
+def _parts(scores: Sequence[Score], heard: set[str] | None) -> list[tuple[bool | None, list[Score]]]:
+    """The scores (None), and those of the world's domains that were heard in training (True) and were not (False)."""
+    parts: list[tuple[bool | None, list[Score]]] = [(None, list(scores))]
+    if heard is not None:
+        world = [score for score in scores if score.benchmark == "world"]
+        parts += [(side, [score for score in world if (score.domain in heard) == side]) for side in (True, False)]
+    return [(side, part) for side, part in parts if part]
 
 
 def _groups(scores: Iterable[Score]) -> list[tuple[tuple[str, str, str, str], list[Score]]]:
@@ -109,6 +122,7 @@ def _accuracy_row(scores: Sequence[Score], metric: str, heard: bool | None, most
     first, predictions = scores[0], [_prediction(score, metric) for score in scores]
     num_right = sum(guess == score.answer for guess, score in zip(predictions, scores, strict=True))
     low, high = wilson(num_right, len(scores))
+    floor = dict(zip(("ci99_low", "ci99_high"), wilson(num_right, len(scores), 0.99), strict=True))
     rates = [score.word_error_rate for score in scores if score.word_error_rate is not None]
     return {
         "system": first.system,
@@ -121,24 +135,123 @@ def _accuracy_row(scores: Sequence[Score], metric: str, heard: bool | None, most
         "ci_high": high,
         "num_items": len(scores),
         "num_ties": sum(guess is None for guess in predictions),
-        "num_short": sum(score.num_shots < most_shots for score in scores),
+        # Without a prompt there are no exemplars to lose.
+        "num_short": sum(score.num_shots < most_shots for score in scores if score.condition != "choices"),
         "heard": heard,
+        "chance": _mean([1 / len(score.log_likelihoods) for score in scores]),
         "word_error_rate": math.fsum(rates) / len(rates) if rates else None,
-    }
+    } | (floor if first.condition in FLOORS else {})
 
 
 def _prediction(score: Score, metric: str) -> int | None:
     return score.prediction if metric == "acc" else score.prediction_norm
 
 
-def wilson(num_right: int, num_items: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share."""
-    z = float(norm.ppf(0.975))
+def wilson(num_right: int, num_items: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's interval of a share."""
+    z = float(norm.ppf((1 + level) / 2))
     share, weight = num_right / num_items, z * z / num_items
     middle = share + weight / 2
     reach = z * math.sqrt(share * (1 - share) / num_items + weight / (4 * num_items))
     low, high = (middle - reach) / (1 + weight), (middle + reach) / (1 + weight)
     return (0.0 if num_right == 0 else low), (1.0 if num_right == num_items else high)
+
+
+def hearing_margins(
+    scores: Sequence[Score],
+    heard: set[str] | None = None,
+    metric: str = "acc",
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """What hearing is worth: accuracy on clean speech − that with silence of the same length, on the same items.
+
+    A gap to the text LLM cannot tell a system that listens from one that guesses well from the choices, or from the
+    exemplars; against silence nothing but the speech differs. But silence may also confuse a system that was trained on
+    speech alone, so that any speech is worth something. Hence a second margin, over speech of another item.
+
+    Args:
+        heard: as in `accuracy_table`.
+
+    Returns:
+        Rows of `hearing_margins` in metrics.json, a row for each system that hears, benchmark and part, and for the
+        `AVERAGE` as in `gap_table`. `margin_swapped` with its interval is that over swapped speech, where it was
+        asked. `deaf` says that the interval of either reaches down to 0. Beside them: the floors `silence` (with its
+        99 % interval), `choices` (a cascade's is the text LLM's) and `swapped`, and `chance`; on the items that both
+        have, the accuracy `reading` of the text LLM and the `gap` to it.
+
+    Raises:
+        ConfigError: an item whose right answer is not the same on both sides.
+    """
+    rows = []
+    by_system: dict[str, list[Score]] = defaultdict(list)
+    for score in scores:
+        by_system[score.system].append(score)
+    for system in sorted(by_system, key=_place):
+        for side, part in _parts(by_system[system], heard):
+            silent = _under(part, "speech", "silence")
+            if not silent:
+                continue
+            clean = _under(part, "speech", "clean")
+            [(_, base)] = [own for own in _parts(by_system["base"], heard) if own[0] == side] or [(side, [])]
+            purpose = f"margin {system} {side}"
+            swapped = _under(part, "speech", "swapped")
+            choices = _under(part, "text", "choices") or _under(base, "text", "choices")
+            pairs = {
+                "gap": (_under(base, "text", "clean"), clean),
+                "swapped": (clean, swapped),
+                "silence": (clean, silent),
+            }
+            tables = {
+                name: {row["benchmark"]: row for row in _paired_rows(*pair, resamples, seed, purpose, (metric,))}
+                for name, pair in pairs.items()
+            }
+            for name, row in tables["silence"].items():
+                others = (tables["gap"].get(name), tables["swapped"].get(name) if swapped else None)
+                rows.append(_margin_row(system, side, row, *others, silent, choices))
+    return rows
+
+
+def _under(scores: Iterable[Score], modality: str, condition: str) -> list[Score]:
+    return [score for score in scores if (score.modality, score.condition) == (modality, condition)]
+
+
+def _margin_row(
+    system: str,
+    heard: bool | None,
+    row: Mapping[str, Any],
+    gap: Mapping[str, Any] | None,
+    swapped: Mapping[str, Any] | None,
+    silent: Sequence[Score],
+    choices: Sequence[Score],
+) -> dict[str, Any]:
+    names, metric = row["benchmarks"], row["metric"]
+    facts = {"system": system, "benchmark": row["benchmark"], "heard": heard, "metric": metric}
+    numbers = {"accuracy": row["first"], "silence": row["second"], "margin": row["difference"]}
+    over = _NOTHING if swapped is None or swapped["benchmarks"] != names else swapped
+    numbers |= {"margin_swapped": over["difference"]}
+    numbers |= {"swapped_ci_low": over["ci_low"], "swapped_ci_high": over["ci_high"], "swapped": over["second"]}
+    lowest = [low for low in (row["ci_low"], over["ci_low"]) if low is not None]
+    numbers |= {"deaf": None if row["ci_low"] is None else min(lowest) <= 0}
+    own = [score for score in silent if score.benchmark in names]
+    low, high = None, None
+    if len(names) == 1:
+        low, high = wilson(sum(_is_right(score, metric) for score in own), len(own), 0.99)
+    numbers |= {"silence_ci99_low": low, "silence_ci99_high": high}
+    numbers |= {"choices": _by_benchmark(choices, names, lambda score: _is_right(score, metric))}
+    numbers |= {"chance": _by_benchmark(own, names, lambda score: 1 / len(score.log_likelihoods))}
+    reading = _NOTHING if gap is None or gap["benchmarks"] != names else gap
+    return facts | numbers | {"reading": reading["first"], "gap": reading["difference"]} | _rest(row)
+
+
+def _is_right(score: Score, metric: str) -> bool:
+    return _prediction(score, metric) == score.answer
+
+
+def _by_benchmark(scores: Sequence[Score], names: Sequence[str], value: Callable[[Score], float]) -> float | None:
+    """The mean over benchmarks of the mean over their items; None where one of them has no items."""
+    groups = [[value(score) for score in scores if score.benchmark == name] for name in names]
+    return _mean([_mean(group) for group in groups]) if groups and all(groups) else None
 
 
 def gap_table(
@@ -220,7 +333,7 @@ def robustness_table(scores: Sequence[Score], resamples: int = 10_000, seed: int
     for system in sorted({score.system for score in speech}, key=_place):
         own = [score for score in speech if score.system == system]
         clean = [score for score in own if score.condition == "clean"]
-        for condition in sorted({score.condition for score in own} - {"clean"}):
+        for condition in sorted({score.condition for score in own} - {"clean", *FLOORS}):
             other = [score for score in own if score.condition == condition]
             for row in _paired_rows(clean, other, resamples, seed, f"robustness {system} {condition}"):
                 facts = {"system": system, "benchmark": row["benchmark"], "condition": condition}
@@ -234,10 +347,15 @@ def _rest(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _paired_rows(
-    first: Sequence[Score], second: Sequence[Score], resamples: int, seed: int, purpose: str
+    first: Sequence[Score],
+    second: Sequence[Score],
+    resamples: int,
+    seed: int,
+    purpose: str,
+    metrics: Sequence[str] = METRICS,
 ) -> list[dict[str, Any]]:
     rows = []
-    for metric in METRICS:
+    for metric in metrics:
         answers = _answers(first, metric), _answers(second, metric)
         pairs = {
             name: _pair(name, answers[0].get(name, {}), answers[1].get(name, {}))

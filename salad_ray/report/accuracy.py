@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from salad_ray.config import FLOORS
 from salad_ray.report.facts import SCORED, RunFacts
 from salad_ray.report.grids import (
     MAX_ROWS,
@@ -23,27 +24,80 @@ from salad_ray.report.grids import (
     percent,
     points,
 )
+from salad_ray.report.metrics import place_name
 from salad_ray.report.plots import Dot, Panel, dot_plot
 
 
 def accuracy_section(pairs: Sequence[tuple[str, RunFacts]]) -> Section:
-    """The gap table first, then the accuracies that it is made of, then what disturbs them."""
+    """Hearing margins and gaps first, then the accuracies that they are made of, then what disturbs them."""
     if not any(run.metrics.get("accuracy") for _, run in pairs):
         return Section("Nothing measured yet: run `salad evaluate CONFIG` and then `salad report CONFIG`.")
+    margins = [grid for metric in ("acc", "acc_norm") if (grid := margin_grid(pairs, metric))]
     gaps = [grid for metric in ("acc", "acc_norm") if (grid := gap_grid(pairs, metric))]
     accuracies = [grid for metric in ("acc", "acc_norm") if (grid := accuracy_grid(pairs, metric))]
     plots = [plot] if (plot := accuracy_plot(pairs)) else []
     robustness = [grid] if (grid := robustness_grid(pairs)) else []
     lines = [
+        "The hearing margin is the accuracy hearing the questions minus the accuracy with silence of the same length "
+        "in their place, on the same items. Where its interval reaches down to 0, or that of the margin over another "
+        "item's speech, the system is deaf: whatever it scores, it does not score by listening.",
         "The gap is the text LLM's accuracy reading the questions minus the system's accuracy hearing them, on the "
         "same items, in percentage points. Brackets hold 95 % intervals. The cascade is a "
-        "recogniser followed by the text LLM."
+        "recogniser followed by the text LLM.",
     ]
-    return Section("", lines, plots, gaps[:1] + accuracies[:1] + robustness, gaps[1:] + accuracies[1:])
+    shown = margins[:1] + gaps[:1] + accuracies[:1] + robustness
+    return Section("", lines, plots, shown, margins[1:] + gaps[1:] + accuracies[1:])
 
 
-def _heard_name(benchmark: Any, heard: Any) -> str:
-    return str(benchmark) + {True: ", heard domains", False: ", unheard domains"}.get(heard, "")
+def margin_grid(pairs: Sequence[tuple[str, RunFacts]], metric: str) -> Grid | None:
+    """Rows are benchmarks and systems, beside what each scores without the question; of several runs one by one."""
+    name = "hearing_margins" if metric == "acc" else "hearing_margins_norm"
+    lead = ["run"] if len(pairs) > 1 else []
+    rows: list[list[Cell | str]] = []
+    for run_name, run in pairs:
+        for row in run.metrics.get(name) or []:
+            low, high = row.get("silence_ci99_low"), row.get("silence_ci99_high")
+            spread = interval(low, high)
+            verdict = {True: "deaf", False: "hears"}.get(row.get("deaf"), "–")
+            rows.append([
+                *([run_name] if lead else []),
+                place_name(row["benchmark"], row.get("heard")),
+                SYSTEM_NAMES.get(row["system"], str(row["system"])),
+                percent(row.get("chance")),
+                percent(row.get("choices")),
+                percent(row.get("silence")) + (f" ({spread})" if spread else ""),
+                percent(row.get("swapped")),
+                percent(row.get("accuracy")),
+                points(row.get("margin")),
+                interval(row.get("ci_low"), row.get("ci_high")),
+                points(row.get("margin_swapped")),
+                interval(row.get("swapped_ci_low"), row.get("swapped_ci_high")),
+                points(row.get("gap")),
+                Cell(verdict, tone="down" if row.get("deaf") else ""),
+                number(row.get("num_items")),
+            ])  # fmt: skip
+    if not rows:
+        return None
+    floors = ["chance", "choices alone", "silence (99 %)", "swapped speech"]
+    columns = [
+        *lead,
+        "benchmark",
+        "system",
+        *floors,
+        "hearing",
+        "margin",
+        "95 %",
+        "over swapped",
+        "95 %",
+        "gap",
+        "",
+        "items",
+    ]
+    notes = [
+        "Choices alone: without a prompt; with letters, the options without the question. Swapped: hearing another "
+        "item's speech, which tells nothing of the question."
+    ]
+    return Grid(f"Hearing margin, {_METRICS[metric]}", columns, rows, notes=notes, num_text_columns=len(lead) + 2)
 
 
 def gap_grid(pairs: Sequence[tuple[str, RunFacts]], metric: str) -> Grid | None:
@@ -59,7 +113,7 @@ def gap_grid(pairs: Sequence[tuple[str, RunFacts]], metric: str) -> Grid | None:
     for key in keys:
         modality, benchmark, heard, system = key
         reads = ", reading" if modality == "text" else ""
-        cells: list[Cell | str] = [_heard_name(benchmark, heard), SYSTEM_NAMES.get(system, str(system)) + reads]
+        cells: list[Cell | str] = [place_name(benchmark, heard), SYSTEM_NAMES.get(system, str(system)) + reads]
         for table in tables:
             cells += _gap_cells(table.get(key), tables[0].get(key))
         rows.append(cells)
@@ -129,7 +183,7 @@ def accuracy_grid(pairs: Sequence[tuple[str, RunFacts]], metric: str) -> Grid | 
     rows: list[list[Cell | str]] = []
     for key in keys:
         cells = [_accuracy_cell(found[place].get((*key, *column)), runs[place], notes) for place, *column in columns]
-        rows.append([_heard_name(*key), *cells])
+        rows.append([place_name(*key), *cells])
     titles = [f"{SYSTEM_NAMES[system]}, {_MODALITIES[modality]}" for _, system, modality in columns]
     counts = [sum(place == wanted for place, *_ in columns) for wanted in range(len(pairs))]
     several = [("", 1), *((name, count) for (name, _), count in zip(pairs, counts, strict=True))]
@@ -174,28 +228,36 @@ def accuracy_plot(pairs: Sequence[tuple[str, RunFacts]]) -> Plot | None:
             if (row["system"] == "base") == (row["modality"] == "text")
         ]
         keys = ordered((row["benchmark"], row.get("heard")) for row in rows)[:MAX_ROWS]
+        silent = [
+            row
+            for row in run.metrics.get("accuracy") or []
+            if row.get("metric") == "acc" and row.get("condition") == "silence" and finite(row.get("accuracy"))
+        ]
         dots = [
             _accuracy_dot(keys.index((row["benchmark"], row.get("heard"))), row)
-            for row in rows
+            for row in rows + silent
             if row["system"] in SCORED and (row["benchmark"], row.get("heard")) in keys
         ]
         systems += [made.series for made in dots]
-        panels.append(Panel(name if len(pairs) > 1 else "", [_heard_name(*key) for key in keys], dots))
+        panels.append(Panel(name if len(pairs) > 1 else "", [place_name(*key) for key in keys], dots))
         alts += [
-            f"{_heard_name(row['benchmark'], row.get('heard'))}, {SYSTEM_NAMES.get(row['system'])} "
+            f"{place_name(row['benchmark'], row.get('heard'))}, {SYSTEM_NAMES.get(row['system'])} "
             f"{_MODALITIES.get(row['modality'])}: {percent(row['accuracy'])}."
             for row in rows
         ]
     if not systems:
         return None
     svg = dot_plot("accuracy", f"Accuracy by benchmark. {' '.join(alts[:MAX_ROWS])}", panels, "accuracy, %")
-    caption = "Accuracy with 95 % intervals: the text LLM reads the questions, the others hear them."
+    caption = (
+        "Accuracy with 95 % intervals: the text LLM reads the questions, the others hear them; hollow marks: silence "
+        "instead of the question."
+    )
     return Plot(svg, caption, legend(name for name in SCORED if name in systems))
 
 
 def _accuracy_dot(place: int, row: dict[str, Any]) -> Dot:
     low, high = (100 * row[key] if finite(row.get(key)) else None for key in ("ci_low", "ci_high"))
-    return Dot(place, row["system"], 100 * row["accuracy"], low, high)
+    return Dot(place, row["system"], 100 * row["accuracy"], low, high, hollow=row.get("condition") == "silence")
 
 
 def robustness_grid(pairs: Sequence[tuple[str, RunFacts]]) -> Grid | None:
@@ -206,6 +268,8 @@ def robustness_grid(pairs: Sequence[tuple[str, RunFacts]]) -> Grid | None:
         for row in run.metrics.get("accuracy") or []:
             if row.get("modality") == "speech" and row.get("metric") == "acc" and row.get("heard") is None:
                 condition = row.get("condition", "clean")
+                if condition in FLOORS:
+                    continue
                 columns += [condition] if condition not in columns else []
                 system = SYSTEM_NAMES.get(row["system"], str(row["system"]))
                 key = (*((name,) if len(pairs) > 1 else ()), str(row["benchmark"]), system)
@@ -217,6 +281,14 @@ def robustness_grid(pairs: Sequence[tuple[str, RunFacts]]) -> Grid | None:
     ]
     lead = [*(("run",) if len(pairs) > 1 else ()), "benchmark", "system"]
     return Grid("Robustness: accuracy hearing disturbed speech", [*lead, *columns], rows, num_text_columns=len(lead))
+
+
+def main_margin(metrics: dict[str, Any], system: str) -> dict[str, Any] | None:
+    """The hearing margin that stands for all benchmarks, as `main_gap`."""
+    rows = [row for row in metrics.get("hearing_margins") or [] if row.get("system") == system]
+    rows = [row for row in rows if row.get("heard") is None and finite(row.get("margin"))]
+    average = [row for row in rows if row.get("benchmark") == "average"]
+    return (average or (rows if len(rows) == 1 else [None]))[0]
 
 
 def main_gap(metrics: dict[str, Any], system: str) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ from salad_ray.distill.step import DTYPES
 from salad_ray.model.loading import is_hub_id, weights_fingerprint
 from salad_ray.model.speech_lm import SpeechLM
 from salad_ray.report.card import SpeechData, model_card, speech_of_run, text_alone
-from salad_ray.report.metrics import NAMES
+from salad_ray.report.metrics import NAMES, hearing_sentences
 from salad_ray.runs import Places, open_places
 from salad_ray.speech.readers import language_code
 from salad_ray.tables import Table, TableError, local_folder, read_json
@@ -376,6 +376,9 @@ def _numbers(run: _Run) -> Iterator[str]:
         return
     yield from _misalignment(metrics, system, "held-out text that was spoken")
     yield from _misalignment(metrics.get("recorded", {}), system, "held-out recordings")
+    hears = hearing_sentences(_of(metrics, "hearing_margins", system))
+    yield from (f"- {line[0].upper()}{line[1:]}." for line in hears)
+    yield from [""] if hears else []
     yield from _accuracies(_of(metrics, "accuracy", "base", system, "cascade"))
     yield from _gaps(_of(metrics, "gaps", system, "cascade"))
 

@@ -182,6 +182,78 @@ def accuracy_table(accuracy: Sequence[dict[str, Any]], metric: str = "acc") -> G
     return grid
 
 
+def hearing_table(margins: Sequence[dict[str, Any]]) -> Grid:
+    """Hearing margins over silence, with the gap and the floors; a system that does not hear is called deaf."""
+    grid = Grid(title="Hearing margin, points (95 % interval): accuracy hearing − with silence", title_justify="left")
+    grid.add_column("benchmark")
+    grid.add_column("system")
+    for name in ("hears", "silence", "swapped", "margin", "gap"):
+        grid.add_column(name, justify="right")
+    grid.add_column("")
+    keys = ("accuracy", "silence", "swapped")
+    for row in sorted(margins, key=lambda row: row["benchmark"]):
+        name = row["benchmark"] if row["heard"] is None else f"  {'heard' if row['heard'] else 'unheard'}"
+        numbers = (f"{100 * row[key]:.0f}" if row[key] is not None else "–" for key in keys)
+        gap = "–" if row["gap"] is None else f"{100 * row['gap']:.0f}"
+        verdict = {True: "deaf", False: "", None: ""}[row["deaf"]]
+        grid.add_row(name, NAMES.get(row["system"], row["system"]), *numbers, _short_margin(row), gap, verdict)
+    return grid
+
+
+def _short_margin(row: dict[str, Any]) -> str:
+    """In whole points: the table must fit a terminal of 80 columns."""
+    if row["margin"] is None:
+        return "–"
+    margin, low, high = (f"{100 * row[name]:+.0f}" for name in ("margin", "ci_low", "ci_high"))
+    return f"{margin} ({low}…{high})".replace("-", "−")
+
+
+def margin_text(row: dict[str, Any]) -> str:
+    """A margin in points with its interval."""
+    if row["margin"] is None:
+        return "–"
+    return f"{100 * row['margin']:+.1f} ({100 * row['ci_low']:+.1f} to {100 * row['ci_high']:+.1f})".replace("-", "−")
+
+
+def hearing_sentences(margins: Sequence[dict[str, Any]]) -> list[str]:
+    """A sentence for each system: what it hears over all, and where it is deaf."""
+    lines = []
+    for system in dict.fromkeys(row["system"] for row in margins):
+        own = [row for row in margins if row["system"] == system and row["margin"] is not None]
+        names = [row["benchmark"] for row in own]
+        main = [row for row in own if row["heard"] is None and row["benchmark"] in ("average", names[0])][-1:]
+        lines += [
+            f"hearing margin of {NAMES[system]} over silence, {row['benchmark']}: {margin_text(row)} points "
+            f"({100 * row['accuracy']:.1f} % hearing, {100 * row['silence']:.1f} % with silence)"
+            for row in main
+        ]
+        lines += deaf_sentences(own)
+    return lines
+
+
+def deaf_sentences(margins: Sequence[dict[str, Any]]) -> list[str]:
+    """Who is deaf where: within silence, or where it is not, within the speech of other items."""
+    lines = []
+    for system in dict.fromkeys(row["system"] for row in margins):
+        deaf = [row for row in margins if row["system"] == system and row["deaf"]]
+        parts = {
+            "silence": [row for row in deaf if row["ci_low"] <= 0],
+            "the speech of another question": [row for row in deaf if row["ci_low"] > 0],
+        }
+        lines += [
+            f"{NAMES[system]} is deaf on {'; '.join(place_name(row['benchmark'], row['heard']) for row in rows)}: "
+            f"hearing the question is no better than hearing {what} (the 95 % interval of the difference includes 0)"
+            for what, rows in parts.items()
+            if rows
+        ]
+    return lines
+
+
+def place_name(benchmark: Any, heard: Any) -> str:
+    """A benchmark, or its part of heard or unheard domains."""
+    return str(benchmark) + {True: ", heard domains", False: ", unheard domains"}.get(heard, "")
+
+
 def _percent(row: dict[str, Any] | None) -> str:
     if row is None or not row["num_items"]:
         return "–"

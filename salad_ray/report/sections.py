@@ -10,7 +10,7 @@ from typing import Any
 
 from salad_ray.config import PROTOCOLS
 from salad_ray.flow import TRAINED
-from salad_ray.report.accuracy import main_gap
+from salad_ray.report.accuracy import main_gap, main_margin
 from salad_ray.report.facts import MAX_REJECTS, MEASURED, RunFacts
 from salad_ray.report.grids import (
     MAX_ROWS,
@@ -36,7 +36,7 @@ from salad_ray.report.grids import (
     systems_of,
     with_error,
 )
-from salad_ray.report.metrics import SIDES, with_interval
+from salad_ray.report.metrics import SIDES, deaf_sentences, with_interval
 from salad_ray.report.plots import Line, Panel, Spot, cluster_map, dot_plot, is_wide, line_plot
 
 ERRORS = "± standard error, with books, videos or documents as the units, stratified by domain."
@@ -51,8 +51,13 @@ def headline(pairs: Sequence[tuple[str, RunFacts]]) -> Section:
 
 
 def sentences(metrics: dict[str, Any]) -> list[str]:
-    """The three to five sentences that matter, of what was measured."""
-    found = [*_misalignment_sentence(metrics), *_heard_sentence(metrics), *_forgetting_sentence(metrics)]
+    """The three to six sentences that matter, of what was measured."""
+    found = [
+        *_margin_sentences(metrics),
+        *_misalignment_sentence(metrics),
+        *_heard_sentence(metrics),
+        *_forgetting_sentence(metrics),
+    ]
     aucs = _aucs(metrics.get("selection") or {})
     if aucs:
         found.append(
@@ -128,6 +133,20 @@ def _forgetting_sentence(metrics: dict[str, Any]) -> list[str]:
     return [f"Forgetting F, how far it has moved from the text LLM on text, is {_and(shown)}."] if shown else []
 
 
+def _margin_sentences(metrics: dict[str, Any]) -> list[str]:
+    """Who hears, and who is deaf where."""
+    parts = []
+    for name in ("stage1", "stage2", "cascade"):
+        row = main_margin(metrics, name)
+        if row is not None:
+            spread = interval(row.get("ci_low"), row.get("ci_high"))
+            whose = "the cascade" if name == "cascade" else SYSTEM_NAMES[name]
+            parts.append(f"{points(row['margin'])}{f' ({spread})' if spread else ''} for {whose}")
+    what = "The hearing margin, how many points of accuracy hearing the questions is above hearing silence instead"
+    found = [f"{what}, is {_and(parts)} (95 % intervals)."] if parts else []
+    return found + [f"{line}." for line in deaf_sentences(metrics.get("hearing_margins") or [])]
+
+
 def _gap_sentence(metrics: dict[str, Any]) -> list[str]:
     parts = []
     for name in ("stage1", "stage2", "cascade"):
@@ -189,6 +208,7 @@ def run_facts(run: RunFacts) -> dict[str, str]:
     active = run.table("active", "features").get("totals", {})
     stage1, stage2 = run.config.get("distill") or {}, run.config.get("stage2") or {}
     gap = main_gap(metrics, "stage2") or main_gap(metrics, "stage1")
+    margin = main_margin(metrics, "stage2") or main_margin(metrics, "stage1")
     return {
         "teacher LLM": teacher_name(run),
         "speech encoder": encoder_name(run),
@@ -203,6 +223,9 @@ def run_facts(run: RunFacts) -> dict[str, str]:
         },
         **{f"mean F, {SYSTEM_NAMES[name]}": with_error(metrics.get(name) or {}, "forgetting") for name in TRAINED},
         "AUC of M(c) for unheard domains": _aucs(selection) or "–",
+        "hearing margin, points": "–"
+        if margin is None
+        else f"{points(margin['margin'])} ({SYSTEM_NAMES[margin['system']]})",
         "text-speech gap, points": "–" if gap is None else f"{points(gap['gap'])} ({SYSTEM_NAMES[gap['system']]})",
     }
 

@@ -542,7 +542,8 @@ def amount_of(config: Config, step: Step, data: Amounts) -> tuple[float, str]:
     elif step.stage == "measure":
         name, times = "held-out recordings" if step.set == "natural" else SPEECH[step.set], systems
     elif step.stage == "evaluate":
-        name, times = PASSAGES["benchmark"], systems * conditions
+        floors = len(set(config.evaluate.floors) - {"choices"})  # without a prompt, an item costs next to nothing
+        name, times = PASSAGES["benchmark"], systems * (conditions + floors)
     elif step.stage in ("probe", "select"):
         name, times = PASSAGES["web"], 1
     elif (step.stage, step.set) == ("pack", "natural"):

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from salad_ray.config import Config
 from salad_ray.distill.step import DTYPES
-from salad_ray.evaluation.benchmarks import choose_exemplars, exemplar_of
+from salad_ray.evaluation.benchmarks import choices_alone, choose_exemplars, exemplar_of, swap_partners
 from salad_ray.evaluation.scoring import Query, batches, predict, score, speech_query, text_query
 from salad_ray.flow import Step
+from salad_ray.model.encoder import Encoder, load_encoder
 from salad_ray.model.loading import load_tokenizer
 from salad_ray.model.speech_lm import SpeechLM, load_text_lm
 from salad_ray.runs import Run
@@ -28,6 +30,7 @@ from salad_ray.tables import Features, Item, Score, Table, Utterance, local_fold
 CASCADE = "cascade"
 SPOKEN_RATE = 16000
 """At which recognisers listen, in Hz."""
+HEARD_FLOORS = ("silence", "swapped")
 
 Asked = tuple[Item, str, Query, dict[str, Any]]
 """An item, the condition under which it is heard, what the model is asked, and what else is known of it."""
@@ -50,7 +53,8 @@ def work(run: Run, step: Step, ahead: Ahead) -> Work:
     items |= {f"speech-{shard}": ["speech", shard] for shard in shards.get("features", ())}
     items |= {f"speech-{shard}": [CASCADE, shard] for shard in shards.get("utterances", ())}
     model = f"{tables[system].url}/model" if system in tables else None
-    worker = partial(AskShard, run.config, system, teacher_of(run), tables, model)
+    weights = stage.inputs["benchmark/features"]["sources"]["weights"] if "features" in tables else ""
+    worker = partial(AskShard, run.config, system, teacher_of(run), tables, model, weights)
     return Work(stage, items, worker, run.config.evaluate.num_gpus)
 
 
@@ -64,9 +68,15 @@ class AskShard:
     """A system and all items; scores the items of one shard of texts, features or utterances."""
 
     def __init__(
-        self, config: Config, system: str, teacher: dict[str, Any], tables: dict[str, Table], model: str | None
+        self,
+        config: Config,
+        system: str,
+        teacher: dict[str, Any],
+        tables: dict[str, Table],
+        model: str | None,
+        weights: str,
     ) -> None:
-        self.config, self.system, self.tables = config, system, tables
+        self.config, self.system, self.tables, self.weights = config, system, tables, weights
         device, dtype = "cuda" if config.evaluate.num_gpus else "cpu", DTYPES[config.distill.precision]
         with local_folder(model or teacher["path"]) as path:
             if model is None:
@@ -89,9 +99,9 @@ class AskShard:
 
     def __call__(self, payload: tuple[str, str]) -> Iterator[ShardPart]:
         kind, shard = payload
-        rows, key, ask = self._rows(kind, shard)
+        rows, ask = self._rows(kind, shard)
         strict = self.config.strict
-        asked, rejects = keep_or_reject("evaluate", rows, key, ask, strict)
+        asked, rejects = keep_or_reject("evaluate", rows, _key, ask, strict)
         scored: list[tuple[Asked, list[float]]] = []
         for batch in batches([query for _, _, query, _ in asked], self.config.evaluate.batch_positions):
             values = score(self.model, [asked[index][2] for index in batch])
@@ -103,56 +113,106 @@ class AskShard:
         kept.sort(key=lambda row: (row.item_id, row.condition))
         yield ShardPart(to_arrow(Score, kept), len(rows), len(kept), rejects + unusable)
 
-    def _rows(self, kind: str, shard: str) -> tuple[Sequence[Any], Any, Any]:
-        """A shard's rows, how they are called, and how each is asked."""
+    def _rows(self, kind: str, shard: str) -> tuple[list[tuple[Any, str]], Callable[[tuple[Any, str]], Asked]]:
+        """A shard's rows with the conditions under which each is asked, and how it is asked."""
         if kind == "text":
             items = self.tables["items"].read_rows(Item, shard)
-            return items, lambda row: row.item_id, self._ask_text
+            conditions = ["clean", *(name for name in self.config.evaluate.floors if name == "choices")]
+            return [(item, condition) for item in items for condition in conditions], self._ask_text
         if kind == "speech":
             features = self.tables["features"].read_rows(Features, shard)
-            return features, lambda row: row.utt_id, self._ask_speech
+            self._prepare_floors(features, [row.num_frames for row in features])
+            rows = [(row, condition) for row in features for condition in self._conditions(row, ("clean",))]
+            return rows, partial(self._ask_speech, self._silence(max((row.num_frames for row in features), default=0)))
         utterances = self.tables["utterances"].read_rows(Utterance, shard)
-        heard = [(row, condition) for row in utterances for condition in self._conditions(row)]
-        return heard, lambda pair: f"{pair[0].utt_id}@{pair[1]}", self._ask_cascade
+        self._prepare_floors(utterances, [row.duration_secs for row in utterances])
+        conditions = [name for name in self.config.evaluate.conditions if name != "voice"]
+        return [(row, name) for row in utterances for name in self._conditions(row, conditions)], self._ask_cascade
 
-    def _conditions(self, row: Utterance) -> Sequence[str]:
+    def _conditions(self, row: Features | Utterance, of_clean: Sequence[str]) -> list[str]:
+        """Those under which this speech is heard: its own, or those of clean speech and its floors."""
         own = condition_of(row.utt_id)[1]
-        return [own] if own != "clean" else [name for name in self.config.evaluate.conditions if name != "voice"]
+        floors = [name for name in self.config.evaluate.floors if name in HEARD_FLOORS]
+        if row.utt_id not in self.swapped:
+            floors = [name for name in floors if name != "swapped"]
+        return [*of_clean, *floors] if own == "clean" else [own]
+
+    def _prepare_floors(self, rows: Sequence[Any], lengths: Sequence[float]) -> None:
+        """Whose speech each clean row of the shard hears when it is swapped; an item alone of its kind in the shard is
+        not swapped. Nothing is remembered of the cascade's shard before."""
+        clean = [place for place, row in enumerate(rows) if condition_of(row.utt_id)[1] == "clean"]
+        items = [self._item(rows[place].utt_id)[0] for place in clean]
+        partners = swap_partners(items, [lengths[place] for place in clean])
+        self.swapped: dict[str, Any] = {
+            rows[place].utt_id: rows[clean[other]]
+            for place, other in zip(clean, partners, strict=True)
+            if other is not None
+        }
+        self.heard: dict[str, str] = {}
+
+    def _silence(self, num_frames: int) -> NDArray[np.floating]:
+        """(num_frames, C): what the encoder makes of silence. It is causal, so shorter silence is the beginning of it;
+        of a shard the longest is encoded anew, so that no shard depends on those before."""
+        if "silence" not in self.config.evaluate.floors:
+            return np.empty((0, 0), np.float32)
+        samples = round(num_frames * self.encoder.sampling_rate / self.encoder.frame_rate)
+        [frames] = self.encoder.encode([np.zeros(samples, np.float32)])
+        return frames
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        encoder = load_encoder(self.config.encode, "cuda" if self.config.evaluate.num_gpus else "cpu")
+        if encoder.weights != self.weights:
+            raise StageError(f"evaluate: {self.config.encode.path} holds other weights than what encoded the items")
+        return encoder
 
     def _exemplars(self, item: Item) -> list[str]:
         chosen = choose_exemplars(self.pools[item.benchmark], item, self.config.evaluate.num_shots, self.config.seed)
         return [exemplar_of(row) for row in chosen]
 
-    def _ask_text(self, item: Item) -> Asked:
-        query = text_query(self.tokenizer, self._exemplars(item), item, self.context)
-        return item, "clean", query, {}
+    def _ask_text(self, pair: tuple[Item, str]) -> Asked:
+        item, condition = pair
+        if condition == "choices":
+            return item, condition, text_query(self.tokenizer, [], choices_alone(item), self.context), {}
+        return item, condition, text_query(self.tokenizer, self._exemplars(item), item, self.context), {}
 
-    def _ask_speech(self, row: Features) -> Asked:
-        item, condition = self._item(row.utt_id)
-        frames = frames_of(row)
-        return (
-            item,
-            condition,
-            speech_query(
-                self.tokenizer, self._exemplars(item), item, frames, self.context, self.model.config.adapter.stride
-            ),
-            {},
-        )
+    def _ask_speech(self, silence: NDArray[np.floating], pair: tuple[Features, str]) -> Asked:
+        row, condition = pair
+        item, _ = self._item(row.utt_id)
+        frames = frames_of(self.swapped[row.utt_id] if condition == "swapped" else row)
+        if condition == "silence":
+            frames = silence[: len(frames)]
+        stride = self.model.config.adapter.stride
+        query = speech_query(self.tokenizer, self._exemplars(item), item, frames, self.context, stride)
+        return item, condition, query, {}
 
     def _ask_cascade(self, pair: tuple[Utterance, str]) -> Asked:
         """The recogniser listens, and its transcript stands where the item's own words would."""
         row, condition = pair
         item, _ = self._item(row.utt_id)
-        audio = load_utterance(row, SPOKEN_RATE)
-        if condition not in ("clean", "voice"):
-            rng = np.random.default_rng(stable_hash(self.config.seed, f"{row.utt_id}@{condition}"))
-            audio = distort(audio, SPOKEN_RATE, condition, rng)
-        assert self.recogniser is not None
-        heard = self.recogniser.transcribe(audio, SPOKEN_RATE)
+        if condition == "swapped":
+            heard = self._transcribe(self.swapped[row.utt_id], "clean")
+        else:
+            heard = self._transcribe(row, condition)
         # What was not heard at all is asked too, without words: a cascade must not gain by being deaf.
         asked = replace(item, spoken=heard.strip())
         query = text_query(self.tokenizer, self._exemplars(item), asked, self.context)
         return item, condition, query, {"heard": heard, "word_error_rate": word_error_rate(item.spoken, heard)}
+
+    def _transcribe(self, row: Utterance, condition: str) -> str:
+        """What the recogniser hears; clean speech of the shard once, though it is heard in the place of others too."""
+        name = f"{row.utt_id}@{condition}"
+        if name not in self.heard:
+            audio = load_utterance(row, SPOKEN_RATE)
+            if condition == "silence":
+                audio = np.zeros_like(audio)
+            elif condition not in ("clean", "voice"):
+                audio = distort(
+                    audio, SPOKEN_RATE, condition, np.random.default_rng(stable_hash(self.config.seed, name))
+                )
+            assert self.recogniser is not None
+            self.heard[name] = self.recogniser.transcribe(audio, SPOKEN_RATE)
+        return self.heard[name]
 
     def _item(self, utt_id: str) -> tuple[Item, str]:
         name, condition = condition_of(utt_id)
@@ -177,6 +237,13 @@ class AskShard:
             num_shots=query.num_shots,
             **facts,
         )
+
+
+def _key(pair: tuple[Any, str]) -> str:
+    """An item or its speech as rejects call it, with the condition under which it is asked."""
+    row, condition = pair
+    name = getattr(row, "item_id", None) or row.utt_id
+    return name if condition == "clean" or name.endswith(f"@{condition}") else f"{name}@{condition}"
 
 
 def _all_items(table: Table) -> list[Item]:

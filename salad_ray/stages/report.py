@@ -11,7 +11,7 @@ from salad_ray.config import SetName
 from salad_ray.console import say, show
 from salad_ray.evaluation.analysis import robustness_grid
 from salad_ray.evaluation.statistics import accuracy_table as accuracy_rows
-from salad_ray.evaluation.statistics import compare, gap_table, robustness_table
+from salad_ray.evaluation.statistics import compare, gap_table, hearing_margins, robustness_table
 from salad_ray.flow import Step
 from salad_ray.report.metrics import (
     NAMES,
@@ -19,6 +19,8 @@ from salad_ray.report.metrics import (
     accuracy_table,
     difference_table,
     gap_tables,
+    hearing_sentences,
+    hearing_table,
     protocol_end,
     rankings,
     selection_table,
@@ -56,9 +58,13 @@ def make(run: Run, step: Step) -> None:
     scores = scored(run)
     if scores:
         metrics["accuracy"] = accuracy_rows(scores, heard)
+        metrics["hearing_margins"] = hearing_margins(scores, heard)
+        metrics["hearing_margins_norm"] = hearing_margins(scores, heard, "acc_norm")
         metrics["gaps"] = gap_table(scores)
         metrics["differences"] = differences(scores)
         show(accuracy_table(metrics["accuracy"]))
+        if metrics["hearing_margins"]:
+            show(hearing_table(metrics["hearing_margins"]))
     if len(config.evaluate.conditions) > 1:
         metrics["robustness"] = robustness_table(scores)
         show(robustness_grid(metrics["robustness"]))
@@ -158,8 +164,8 @@ def selection_metrics(run: Run, manifest: dict[str, Any], heard: set[str]) -> di
 
 
 def conclusions(metrics: dict[str, Any]) -> list[str]:
-    """One sentence for what Stage II set out to do."""
-    lines = []
+    """Who hears, and one sentence for what Stage II set out to do."""
+    lines = hearing_sentences(metrics.get("hearing_margins", []))
     ranked = metrics.get("selection", {}).get("by_protocol", {})
     known = [f"{name} {row['unheard_auc']:.3f}" for name, row in ranked.items() if row["unheard_auc"] is not None]
     if known:

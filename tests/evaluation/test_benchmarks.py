@@ -7,6 +7,7 @@ import errno
 import gzip
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,15 @@ from huggingface_hub import constants
 from salad_ray.config import ConfigError
 from salad_ray.evaluation.benchmarks import (
     BENCHMARKS,
+    LETTERS,
+    choices_alone,
     choose_exemplars,
     exemplar_of,
     find_files,
     prompt_of,
     read_items,
     read_recording,
+    swap_partners,
     world_items,
 )
 from salad_ray.tables import BadInput, Item, Reject, from_arrow, to_arrow
@@ -459,4 +463,62 @@ def test_many_copies_of_one_prompt_do_not_hide_the_others(tmp_path: Path) -> Non
 
 
 def test_benchmarks_are_told_apart() -> None:
-    assert set(GOOD) == set(BENCHMARKS)
+    lettered = {"openbookqa", "arc_challenge", "mmlu_spoken", "voicebench_mmsu"}
+    assert set(GOOD) | {f"{name}{LETTERS}" for name in lettered} == set(BENCHMARKS)
+
+
+def test_options_are_spoken_behind_the_question_and_their_letters_scored(tmp_path: Path) -> None:
+    (arc,) = items_of("arc_challenge_letters", write_jsonl(tmp_path / "a.jsonl", GOOD["arc_challenge"]))
+    assert exemplar_of(arc) == "Question: What falls?\nA. rain\nB. sky\nAnswer: B"
+    assert (arc.spoken, arc.choices, arc.answer) == ("What falls?\nA. rain\nB. sky", ["A", "B"], 1)
+    assert arc.item_id == "arc_challenge_letters-M_1"
+    assert prompt_of(choices_alone(arc)) == "A. rain\nB. sky\nAnswer:"
+    (recorded,) = items_of(
+        "voicebench_mmsu_letters", write_jsonl(tmp_path / "b.jsonl", changed("voicebench_mmsu", audio=None))
+    )
+    assert (recorded.spoken, recorded.choices, recorded.answer) == (SPOKEN, ["A", "B", "C", "D"], 1)
+    assert prompt_of(choices_alone(recorded)) == SPOKEN.removeprefix("Who makes law?\n") + "\nAnswer:"
+    silent = changed("voicebench_mmsu", audio=None, prompt="Who makes law?", options=["Courts", "Parliament"])
+    with pytest.raises(ConfigError, match="its prompt, which is what its recording says, has no lettered choices"):
+        list(read_items("voicebench_mmsu_letters", write_jsonl(tmp_path / "c.jsonl", silent)))
+    assert len(items_of("voicebench_mmsu", tmp_path / "c.jsonl")) == 1
+
+
+def test_letters_stand_for_what_the_file_says(shared_data: Path) -> None:
+    path = shared_data / "benchmarks" / "arc_challenge.jsonl"
+    letters, cloze = items_of("arc_challenge_letters", path), items_of("arc_challenge", path)
+    assert len(letters) == len(cloze) == 500
+    for listed, item in zip(letters, cloze, strict=True):
+        lines = listed.spoken.splitlines()[-len(item.choices) :]
+        assert lines == [f"{a}. {text}" for a, text in zip("ABCDE", item.choices, strict=False)]
+        assert lines[listed.answer] == f"{listed.choices[listed.answer]}. {item.choices[item.answer]}"
+        assert prompt_of(choices_alone(listed)) == "\n".join(lines) + "\nAnswer:"
+
+
+def test_three_to_ten_choices_have_letters(tmp_path: Path) -> None:
+    records = [
+        changed("mmlu_spoken", choices=[f"{n} of {num}" for n in range(num)], answer=num - 1) for num in (3, 10, 11)
+    ]
+    found = list(read_items("mmlu_spoken_letters", write_jsonl(tmp_path / "a.jsonl", *records)))
+    three, ten, eleven = found
+    assert isinstance(three, Item)
+    assert isinstance(ten, Item)
+    assert (three.choices[three.answer], ten.choices[ten.answer]) == ("C", "J")
+    assert ten.spoken.endswith("\nI. 8 of 10\nJ. 9 of 10")
+    assert isinstance(eleven, Reject)
+    assert "it has 11 choices, and letters go to J" in eleven.reason
+
+
+def test_choices_alone_have_no_prompt(tmp_path: Path) -> None:
+    for name in ("storycloze", "hellaswag", "piqa", "mmlu_spoken", "voicebench_mmsu"):
+        (item,) = items_of(name, write_jsonl(tmp_path / f"{name}.jsonl", changed(name, audio=None)))
+        alone = choices_alone(item)
+        assert prompt_of(alone) == ""
+        assert (alone.choices, alone.answer) == (item.choices, item.answer)
+
+
+def test_speech_is_swapped_for_the_nearest_in_length_of_other_words() -> None:
+    items = world_items(6, DOMAINS, seed=0)
+    items[1] = replace(items[1], spoken=items[0].spoken)
+    items[5] = replace(items[5], benchmark="piqa")
+    assert swap_partners(items, [50, 50, 53, 90, 70, 50]) == [2, 2, 0, 4, 2, None]

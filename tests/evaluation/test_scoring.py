@@ -16,11 +16,14 @@ from tokenizers import pre_tokenizers as pre
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from salad_ray.config import AdapterConfig
+from salad_ray.evaluation.benchmarks import choices_alone, world_items
 from salad_ray.evaluation.scoring import Query, batches, predict, score, speech_query, text_query
+from salad_ray.evaluation.statistics import hearing_margins
 from salad_ray.model.adapter import Adapter
 from salad_ray.model.speech_lm import EncoderSpec, ModelError, SpeechLM, SpeechLMConfig
 from salad_ray.sequences.batch import Batch
-from salad_ray.tables import BadInput, Item
+from salad_ray.tables import BadInput, Item, Score
+from salad_ray.text.world import DOMAINS
 
 DIM = 6
 ADAPTER = AdapterConfig(hidden_size=16, num_layers=2, num_heads=2, ffn_size=24)
@@ -361,3 +364,50 @@ def test_a_model_that_breaks_gives_no_prediction() -> None:
         llm.get_input_embeddings().weight[queries[0].before[0]] = float("nan")
     with pytest.raises(BadInput, match="not finite"):
         predict(score(llm, queries)[0], ITEMS[0].choices)
+
+
+@pytest.mark.parametrize("kind", TOKENS)
+def test_choices_alone_follow_the_start_of_a_text(kind: str) -> None:
+    tokenizer, llm = make_tokenizer(kind), make_llm()
+    query = text_query(tokenizer, [], choices_alone(make_item()), 1000)
+    assert query.before == [tokenizer.bos_token_id]
+    assert score(llm, [query])[0] == pytest.approx(text_alone(llm, query), abs=2e-4)
+
+
+def score_of(item: Item, condition: str, log_likelihoods: list[float]) -> Score:
+    guess, guess_norm = predict(log_likelihoods, item.choices)
+    return Score(
+        system="stage1",
+        benchmark=item.benchmark,
+        item_id=item.item_id,
+        modality="speech",
+        condition=condition,
+        domain=item.domain,
+        log_likelihoods=log_likelihoods,
+        answer=item.answer,
+        prediction=guess,
+        prediction_norm=guess_norm,
+        num_shots=0,
+    )
+
+
+def test_a_student_that_was_never_trained_is_deaf() -> None:
+    """Its answers change with what it hears, and are right no more often than with silence."""
+    tokenizer = make_tokenizer("byte_level")
+    model, silence = make_speech_lm(tokenizer), np.zeros((40, DIM), np.float16)
+    items = world_items(120, DOMAINS, seed=0)
+    table = []
+    for condition in ("clean", "silence"):
+        lengths = [20 + place % 20 for place in range(len(items))]
+        heard = [make_frames(length) if condition == "clean" else silence[:length] for length in lengths]
+        queries = [speech_query(tokenizer, [], item, frames, 1000) for item, frames in zip(items, heard, strict=True)]
+        for batch in batches(queries, 8192):
+            values = score(model, [queries[place] for place in batch])
+            table += [score_of(items[place], condition, own) for place, own in zip(batch, values, strict=True)]
+    by_condition = [
+        {row.item_id: row.prediction for row in table if row.condition == name} for name in ("clean", "silence")
+    ]
+    assert by_condition[0] != by_condition[1]
+    [row] = hearing_margins(table)
+    assert row["deaf"]
+    assert row["silence_ci99_low"] <= row["chance"] == 0.25 <= row["silence_ci99_high"]

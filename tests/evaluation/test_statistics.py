@@ -15,12 +15,14 @@ from salad_ray.evaluation.statistics import (
     accuracy_table,
     compare,
     gap_table,
+    hearing_margins,
     mcnemar,
     paired_interval,
     robustness_table,
     sign_flip,
     wilson,
 )
+from salad_ray.report.metrics import deaf_sentences
 from salad_ray.tables import Score
 
 
@@ -287,6 +289,83 @@ def test_robustness_is_against_clean_speech_of_the_same_items() -> None:
     assert (row["system"], row["condition"], row["clean"], row["accuracy"]) == ("stage1", "noise", 1.0, 1 / 3)
     assert row["loss"] == pytest.approx(2 / 3)
     assert (row["num_items"], row["num_unpaired"]) == (3, 1)
+
+
+def heard_and_silent(clean: Sequence[bool], silent: Sequence[bool], **facts: object) -> list[Score]:
+    return scores("stage1", "speech", clean, **facts) + scores("stage1", "speech", silent, condition="silence", **facts)  # type: ignore[arg-type]
+
+
+def test_a_hearing_margin_is_over_silence_on_the_same_items_with_its_floors_beside_it() -> None:
+    table = heard_and_silent([True] * 90 + [False] * 10, [True] * 30 + [False] * 69)
+    table += scores("stage1", "speech", [True] * 40 + [False] * 60, condition="swapped")
+    table += scores("stage1", "text", [True] * 20 + [False] * 80, condition="choices")
+    table += scores("base", "text", [True] * 100)
+    row = row_of(hearing_margins(table))
+    assert (row["system"], row["benchmark"], row["heard"], row["metric"]) == ("stage1", "piqa", None, "acc")
+    assert (row["accuracy"], row["silence"]) == (90 / 99, 30 / 99)
+    assert row["margin"] == pytest.approx(60 / 99)
+    assert (row["num_items"], row["num_unpaired"]) == (99, 1)
+    assert 0.4 < row["ci_low"] < row["margin"] < row["ci_high"] < 0.8
+    assert row["deaf"] is False
+    assert (row["swapped"], row["choices"], row["chance"]) == (0.4, 0.2, 0.5)
+    assert (row["silence_ci99_low"], row["silence_ci99_high"]) == wilson(30, 99, 0.99)
+    assert (row["reading"], row["gap"]) == (1.0, pytest.approx(0.1))
+    assert {part["benchmark"] for part in robustness_table(table)} == set()  # a floor is no disturbance
+    told = row_of(accuracy_table(table), condition="silence", metric="acc")
+    assert (told["ci99_low"], told["ci99_high"]) == wilson(30, 99, 0.99)
+    assert "ci99_low" not in row_of(accuracy_table(table), system="stage1", condition="clean", metric="acc")
+    assert row_of(accuracy_table(table), condition="choices", metric="acc")["num_short"] == 0
+
+
+def test_a_system_that_only_likes_speech_better_than_silence_is_deaf_too() -> None:
+    """As the old quickstart's Stage II: 12 points above silence, none above the speech of other questions."""
+    clean, silent = [True] * 48 + [False] * 52, [True] * 24 + [False] * 76
+    table = heard_and_silent(clean, silent) + scores("stage1", "speech", clean[::-1], condition="swapped")
+    row = row_of(hearing_margins(table))
+    assert row["ci_low"] > 0 == row["margin_swapped"]
+    assert row["swapped_ci_low"] < 0 < row["swapped_ci_high"]
+    assert row["deaf"]
+    [line] = deaf_sentences([row])
+    assert line.startswith(
+        "Stage I is deaf on piqa: hearing the question is no better than hearing the speech of another question"
+    )
+    assert not row_of(hearing_margins(heard_and_silent(clean, silent)))["deaf"]  # where it was not asked
+
+
+def test_a_systems_margin_is_split_by_heard_domains_and_averaged_over_benchmarks() -> None:
+    world = {"benchmark": "world"}
+    table = heard_and_silent([True] * 200, [False] * 200, domain="food", **world)
+    table += heard_and_silent([False, True] * 100, [True, False] * 100, domain="law", start=200, **world)
+    rows = {row["heard"]: row for row in hearing_margins(table, heard={"food"})}
+    assert {part: (row["margin"], row["deaf"]) for part, row in rows.items()} == {
+        None: (0.5, False),
+        True: (1.0, False),
+        False: (0.0, True),
+    }
+    both = table + heard_and_silent([True] * 10, [False] * 10)
+    average = row_of(hearing_margins(both), benchmark="average")
+    assert (average["margin"], average["silence_ci99_low"]) == (0.75, None)
+    assert hearing_margins(scores("base", "text", [True])) == []
+
+
+def test_chance_is_that_of_the_choices_there_are() -> None:
+    two, *_ = scores("stage1", "speech", [True])
+    fields = {name: getattr(two, name) for name in Score.__slots__}
+    ten = Score(**fields | {"item_id": "piqa-9", "log_likelihoods": [-float(n) for n in range(10)]})
+    assert row_of(accuracy_table([two, ten]), metric="acc")["chance"] == pytest.approx((1 / 2 + 1 / 10) / 2)
+
+
+def test_a_deaf_system_is_called_deaf_and_the_margins_interval_covers_the_truth() -> None:
+    """A system that is right on a quarter of the items with and without speech, and one that hears ten points."""
+    rng = np.random.default_rng(11)
+    deaf, covered = [], []
+    for _ in range(200):
+        nothing, something = (correlated(rng, 150, pair, 0.5) for pair in ((0.25, 0.25), (0.45, 0.25)))
+        deaf.append(row_of(hearing_margins(heard_and_silent(*nothing.tolist()), resamples=300))["deaf"])
+        row = row_of(hearing_margins(heard_and_silent(*something.tolist()), resamples=300))
+        covered.append(row["ci_low"] <= 0.2 <= row["ci_high"])
+    assert np.mean(deaf) > 0.94  # 97.5 % are expected
+    assert 0.90 <= np.mean(covered) <= 0.99
 
 
 def test_ten_thousand_resamples_of_a_large_evaluation_take_seconds() -> None:

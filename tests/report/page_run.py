@@ -74,6 +74,10 @@ def metrics(domains: tuple[str, str] = ("law", "stars"), stage2: float = 0.16) -
         "accuracy": 0.8,
         "num_items": 200,
     }
+    margin = {"metric": "acc", "benchmark": "world", "chance": 0.25, "choices": 0.26, "swapped": 0.24, "silence": 0.27}
+    margin |= {"silence_ci99_low": 0.2, "silence_ci99_high": 0.35, "num_items": 200, "reading": 0.95, "heard": None}
+    hears = {"system": "stage2", "accuracy": 0.8, "margin": 0.53, "ci_low": 0.45, "ci_high": 0.6, "gap": 0.15}
+    deaf = {"system": "stage1", "accuracy": 0.3, "margin": 0.03, "ci_low": -0.02, "ci_high": 0.08, "gap": 0.65}
     return {
         "untrained": system(2.2, 2.4, 0.0, domains),
         "stage1": system(0.12, 1.2, 0.12, domains),
@@ -106,7 +110,13 @@ def metrics(domains: tuple[str, str] = ("law", "stars"), stage2: float = 0.16) -
             accuracy("stage2", "speech", 0.8, num_short=7),
             accuracy("stage2", "speech", 0.85, heard=False),
             accuracy("stage2", "speech", 0.6, condition="telephone"),
+            accuracy("stage2", "speech", 0.27, condition="silence"),
             accuracy("cascade", "speech", 0.9, word_error_rate=0.125),
+        ],
+        "hearing_margins": [
+            margin | deaf | {"deaf": True},
+            margin | deaf | {"deaf": True, "heard": False},
+            margin | hears | {"deaf": False},
         ],
         "gaps": [
             gap | {"modality": "speech", "gap": 0.15, "ci_low": 0.1, "ci_high": 0.2, "p_value": 1e-4, "num_items": 200},

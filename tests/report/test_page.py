@@ -97,6 +97,23 @@ def test_the_gap_table_has_intervals_and_footnotes(page: Reader) -> None:
     assert "Word error rate of the recogniser: world, cascade hearing 12.5 %." in text
 
 
+def test_the_hearing_margin_leads_and_the_deaf_are_called_deaf(page: Reader) -> None:
+    text = page.text["headline"]
+    assert "is 3.0 (−2.0 to 8.0) for Stage I and 53.0 (45.0 to 60.0) for Stage II (95 % intervals)" in text
+    assert (
+        "Stage I is deaf on world; world, unheard domains: hearing the question is no better than hearing silence"
+        in text
+    )
+    assert "Stage II is deaf" not in text
+    accuracy = page.text["accuracy"]
+    assert accuracy.index("Hearing margin, choices scored whole") < accuracy.index("Text-speech gap, choices")
+    for cell in ("chance", "27.0 % (20.0 to 35.0)", "45.0 to 60.0", "deaf", "hears", "hollow marks: silence"):
+        assert cell in accuracy
+    table = accuracy[accuracy.index("Robustness") :]
+    assert "telephone" in table
+    assert "silence" not in table  # a floor, and no disturbance
+
+
 def test_clusters_have_passages_their_loss_and_players(page: Reader, run_dir: str) -> None:
     text = page.text["clusters"]
     assert "Cluster 0: judge, signs" in text

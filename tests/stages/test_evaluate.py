@@ -7,16 +7,25 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from factories import run_stage, table_of
 
 from salad_ray.config import Config, ConfigError
 from salad_ray.configfile import parse_config
+from salad_ray.evaluation.scoring import Query
+from salad_ray.evaluation.statistics import hearing_margins
+from salad_ray.flow import steps_of
+from salad_ray.model.encoder import LogMelEncoder
 from salad_ray.model.speech_lm import SpeechLM
+from salad_ray.pipeline import resolve
 from salad_ray.report.export import export
-from salad_ray.stages.common import condition_of
+from salad_ray.sequences.batch import frames_of
+from salad_ray.stages import evaluate
+from salad_ray.stages.common import condition_of, teacher_of
+from salad_ray.stages.evaluate import AskShard
 from salad_ray.stages.shards import ShardPart, StageError, write_shard
-from salad_ray.tables import Features, Item, Reject, Score, Utterance, to_arrow
+from salad_ray.tables import Features, Item, Reject, Score, Utterance, from_arrow, to_arrow
 
 CONDITIONS = ("clean", "voice", "noise", "speed", "codec", "telephone")
 
@@ -42,9 +51,11 @@ def test_every_system_answers_every_item(finished_run: Config) -> None:
     assert len(items) == finished_run.world.num_questions == 24
     for system in ("base", "stage1", "stage2", "control"):
         scores = rows_of(finished_run, f"scores_{system}", Score)
-        modalities = ("text",) if system == "base" else ("text", "speech")
-        asked = {(row.item_id, row.modality) for row in scores}
-        assert asked == {(item.item_id, modality) for item in items for modality in modalities}
+        ways = {("text", "clean"), ("text", "choices")}
+        if system != "base":
+            ways |= {("speech", "clean"), ("speech", "silence"), ("speech", "swapped")}
+        asked = {(row.item_id, row.modality, row.condition) for row in scores}
+        assert asked == {(item.item_id, *way) for item in items for way in ways}
         assert len(scores) == len(asked)
         assert all(len(row.log_likelihoods) == 4 and max(row.log_likelihoods) < 0 for row in scores)
 
@@ -81,6 +92,79 @@ def test_the_report_tells_accuracies_and_gaps(finished_run: Config) -> None:
     assert "data:audio" in page
 
 
+def shard_asker(config: Config, system: str = "stage1", **changes: Any) -> AskShard:
+    """The worker of `evaluate` on the tables of a run, in this process; `changes` are of its own config alone."""
+    run = resolve(config)
+    step = next(step for step in steps_of(config, "evaluate", "benchmark") if step.tables == (f"scores_{system}",))
+    tables = {table.name: table for table in map(run.labelled, step.reads)}
+    weights = tables["features"].manifest()["sources"]["weights"]  # type: ignore[index]
+    own = config.model_copy(update={"evaluate": config.evaluate.model_copy(update=changes)})
+    return AskShard(own, system, teacher_of(run), tables, f"{tables[system].url}/model", weights)
+
+
+def test_silence_is_as_long_as_the_speech_and_swapped_speech_is_anothers(
+    finished_run: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the model is asked, frame by frame; and what one that hears perfectly would score."""
+    features = {row.utt_id: frames_of(row) for row in rows_of(finished_run, "features", Features)}
+    items = {row.item_id: row for row in rows_of(finished_run, "items", Item)}
+    asker = shard_asker(finished_run)
+    longest = max(map(len, features.values()))
+    silence = LogMelEncoder().encode([np.zeros(longest * 1280, np.float32)])[0]
+    asked: list[Query] = []
+
+    def hear(_: Any, queries: list[Query]) -> list[list[float]]:
+        """The answer of the item whose speech this is; the first choice where it is no item's."""
+        asked.extend(queries)
+        values = []
+        for query in queries:
+            whose = [name for name, frames in features.items() if np.array_equal(frames, query.frames)]
+            right = items[whose[0]].answer if whose else 0
+            values.append([0.0 if place == right else -1.0 - place for place in range(len(query.choices))])
+        return values
+
+    monkeypatch.setattr(evaluate, "score", hear)
+    shards = table_of(finished_run, "benchmark", "features").shards()
+    rows = [row for shard in shards for part in asker(("speech", shard)) for row in from_arrow(Score, part.rows)]
+    quiet = [query.frames for query in asked if np.array_equal(query.frames, silence[: query.num_frames])]
+    assert sorted(map(len, quiet)) == sorted(map(len, features.values()))
+    assert not any(np.array_equal(frames, silence[: len(frames)]) for frames in features.values())
+    right = {name: [row.item_id for row in rows if row.condition == name and row.prediction == row.answer]
+             for name in ("clean", "silence", "swapped")}  # fmt: skip
+    assert len(right["clean"]) == len(items)
+    assert len(right["silence"]) == sum(item.answer == 0 for item in items.values())
+    assert len(right["swapped"]) <= len(items) / 2  # a quarter is expected
+    [whole, *_] = hearing_margins(rows)
+    assert not whole["deaf"]
+    assert whole["swapped"] == len(right["swapped"]) / len(items)
+
+
+def test_floors_are_a_choice(finished_run: Config) -> None:
+    """Without them nothing but the items themselves is asked, and no encoder is loaded."""
+    asker = shard_asker(finished_run, floors=())
+    shard = table_of(finished_run, "benchmark", "features").shards()[0]
+    for kind in ("text", "speech"):
+        rows = [row for part in asker((kind, shard)) for row in from_arrow(Score, part.rows)]
+        assert {row.condition for row in rows} == {"clean"}
+    assert "encoder" not in vars(asker)
+
+
+def test_the_report_says_who_is_deaf(finished_run: Config) -> None:
+    """The miniature is trained for seconds: it hears nothing yet, and must not look as if it did."""
+    metrics = json.loads(Path(finished_run.run_dir, "report/metrics.json").read_text())
+    margins = metrics["hearing_margins"]
+    told = {(row["system"], row["benchmark"], row["heard"]) for row in margins}
+    assert told == {(name, "world", part) for name in ("stage1", "stage2", "control") for part in (None, True, False)}
+    assert len(margins) == len(told)
+    assert all(row["deaf"] == (min(row["ci_low"], row["swapped_ci_low"]) <= 0) for row in margins)
+    assert all(row["chance"] == 0.25 for row in margins)
+    [deaf] = [row for row in margins if row["system"] == "stage1" and row["heard"] is None]
+    assert deaf["deaf"]
+    page = Path(finished_run.run_dir, "report/page.html").read_text()
+    assert "Hearing margin" in page
+    assert "Stage I is deaf on world" in page
+
+
 @pytest.mark.slow
 def test_conditions_and_cascade(finished_run: Config, tmp_path: Path) -> None:
     config = copy_of(finished_run, tmp_path, ("stage2",), conditions=CONDITIONS, cascade="pocketsphinx")
@@ -98,9 +182,14 @@ def test_conditions_and_cascade(finished_run: Config, tmp_path: Path) -> None:
     lengths = {row.utt_id: row.num_frames for row in rows_of(config, "features", Features)}
     assert all(lengths[f"{name}@speed"] < lengths[name] for name in names)
     stage2 = [row for row in rows_of(config, "scores_stage2", Score) if row.modality == "speech"]
-    assert {(row.item_id, row.condition) for row in stage2} == heard
+    floors = {(name, floor) for name in names for floor in ("silence", "swapped")}
+    assert {(row.item_id, row.condition) for row in stage2} == heard | floors
     cascade = rows_of(config, "scores_cascade", Score)
-    assert {(row.item_id, row.condition) for row in cascade} == heard
+    assert {(row.item_id, row.condition) for row in cascade} == heard | floors
+    transcripts = {(row.item_id, row.condition): row.heard for row in cascade}
+    first, second = names
+    assert transcripts[first, "swapped"] == transcripts[second, "clean"] != transcripts[first, "clean"]
+    assert all(transcripts[name, "silence"] == "" for name in names)
     assert all(row.word_error_rate == 1 for row in cascade if row.heard == "")
     errors = [row.word_error_rate for row in cascade if row.condition == "clean"]
     assert 0 < sum(errors) / len(errors) < 2  # pocketsphinx understands little of eSpeak
