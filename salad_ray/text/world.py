@@ -3,7 +3,8 @@
 A document is about one person and four attributes. Its first two sentences state each attribute once; what follows,
 questions with answers and plain sentences, refers to each at most once more. Attributes are drawn independently of
 each other and of all else, so only reading, or hearing, those two sentences tells what follows, and the choices of a
-question tell nothing. Content words belong to one domain each; names and function words are shared. So a domain that
+question tell nothing. A value is two words, of which the first tells the second, as words of real text tell of those
+behind them: so a text LM at the end of a word says which word it was. Content words belong to one domain each; names and function words are shared. So a domain that
 is never spoken in training is heard for the first time at measuring.
 
 Test documents and questions are about people that no other document knows (a first and a last name that are never seen
@@ -56,7 +57,7 @@ class _Domain:
     """
 
     attributes: Mapping[str, tuple[str, ...]]
-    """Four, of `NUM_CHOICES` values each."""
+    """Four, of `NUM_CHOICES` values of two words each."""
     openings: tuple[str, ...]
     """First sentences: they state the first two attributes."""
     sequels: tuple[str, ...]
@@ -69,14 +70,14 @@ class _Domain:
 
 _ANIMALS = _Domain(
     attributes={
-        "coat": ("spotted", "shaggy", "golden", "muddy"),
-        "animal": ("wolf", "bear", "owl", "fox"),
-        "place": ("forest", "river", "meadow", "cave"),
-        "food": ("meat", "honey", "mice", "eggs"),
+        "coat": ("finely spotted", "long shaggy", "pale golden", "thick muddy"),
+        "animal": ("grey wolf", "polar bear", "barn owl", "sly fox"),
+        "place": ("pine forest", "wild river", "green meadow", "deep cave"),
+        "food": ("raw meat", "fresh honey", "field mice", "duck eggs"),
     },
     openings=(
         "The keeper {person} feeds a {coat} {animal}.",
-        "{person}, a keeper, tames a {coat} {animal}.",
+        "Keeper {person} tames a {coat} {animal}.",
         "Every morning {person} follows a {coat} {animal}.",
     ),
     sequels=(
@@ -99,14 +100,14 @@ _ANIMALS = _Domain(
 )
 _COOKING = _Domain(
     attributes={
-        "taste": ("spicy", "sweet", "sour", "bitter"),
-        "dish": ("soup", "cake", "salad", "stew"),
-        "part": ("onions", "butter", "tomatoes", "beans"),
-        "pot": ("kettle", "skillet", "bowl", "oven"),
+        "taste": ("fiery spicy", "sugar sweet", "lemon sour", "coffee bitter"),
+        "dish": ("pumpkin soup", "chocolate cake", "potato salad", "lamb stew"),
+        "part": ("chopped onions", "salted butter", "ripe tomatoes", "baked beans"),
+        "pot": ("steel kettle", "iron skillet", "china bowl", "brick oven"),
     },
     openings=(
         "The cook {person} makes a {taste} {dish}.",
-        "{person}, a cook, stirs a {taste} {dish}.",
+        "Cook {person} stirs a {taste} {dish}.",
         "For dinner {person} serves a {taste} {dish}.",
     ),
     sequels=(
@@ -129,14 +130,14 @@ _COOKING = _Domain(
 )
 _STARS = _Domain(
     attributes={
-        "color": ("red", "blue", "violet", "yellow"),
-        "body": ("comet", "planet", "moon", "nebula"),
-        "region": ("Orion", "Taurus", "Leo", "Virgo"),
-        "ray": ("ice", "storms", "shadows", "gas"),
+        "color": ("ruby red", "navy blue", "dim violet", "bright yellow"),
+        "body": ("icy comet", "rocky planet", "crescent moon", "spiral nebula"),
+        "region": ("lower Orion", "upper Taurus", "eastern Leo", "western Virgo"),
+        "ray": ("frozen ice", "solar storms", "lunar shadows", "cosmic gas"),
     },
     openings=(
         "The astronomer {person} discovers a {color} {body}.",
-        "{person}, an astronomer, observes a {color} {body}.",
+        "Astronomer {person} observes a {color} {body}.",
         "Through a telescope {person} sees a {color} {body}.",
     ),
     sequels=(
@@ -159,14 +160,14 @@ _STARS = _Domain(
 )
 _CHEMISTRY = _Domain(
     attributes={
-        "state": ("liquid", "solid", "molten", "diluted"),
-        "substance": ("copper", "sulfur", "iodine", "zinc"),
-        "product": ("crystals", "smoke", "fumes", "hydrogen"),
-        "vessel": ("flask", "beaker", "funnel", "vial"),
+        "state": ("barely liquid", "fully solid", "partly molten", "weakly diluted"),
+        "substance": ("refined copper", "native sulfur", "purple iodine", "granular zinc"),
+        "product": ("tiny crystals", "black smoke", "toxic fumes", "compressed hydrogen"),
+        "vessel": ("round flask", "glass beaker", "plastic funnel", "narrow vial"),
     },
     openings=(
         "The chemist {person} weighs {state} {substance}.",
-        "{person}, a chemist, mixes {state} {substance}.",
+        "Chemist {person} mixes {state} {substance}.",
         "For a test {person} orders {state} {substance}.",
     ),
     sequels=(
@@ -189,14 +190,14 @@ _CHEMISTRY = _Domain(
 )
 _LAW = _Domain(
     attributes={
-        "status": ("federal", "civil", "criminal", "void"),
-        "paper": ("contract", "treaty", "testament", "patent"),
-        "topic": ("payment", "borders", "inheritance", "inventions"),
-        "court": ("tribunal", "parliament", "courthouse", "embassy"),
+        "status": ("strictly federal", "purely civil", "clearly criminal", "legally void"),
+        "paper": ("rental contract", "peace treaty", "sealed testament", "granted patent"),
+        "topic": ("late payment", "national borders", "family inheritance", "new inventions"),
+        "court": ("military tribunal", "state parliament", "county courthouse", "foreign embassy"),
     },
     openings=(
         "The judge {person} signs a {status} {paper}.",
-        "{person}, a judge, drafts a {status} {paper}.",
+        "Judge {person} drafts a {status} {paper}.",
         "For a lawyer {person} reads a {status} {paper}.",
     ),
     sequels=(
@@ -219,14 +220,14 @@ _LAW = _Domain(
 )
 _MUSIC = _Domain(
     attributes={
-        "look": ("wooden", "vintage", "famous", "broken"),
-        "instrument": ("violin", "trumpet", "piano", "flute"),
-        "piece": ("sonatas", "marches", "waltzes", "melodies"),
-        "stage": ("theater", "opera", "stadium", "chapel"),
+        "look": ("carved wooden", "rare vintage", "widely famous", "badly broken"),
+        "instrument": ("baroque violin", "silver trumpet", "grand piano", "bamboo flute"),
+        "piece": ("cello sonatas", "wedding marches", "ballroom waltzes", "gentle melodies"),
+        "stage": ("city theater", "royal opera", "soccer stadium", "village chapel"),
     },
     openings=(
         "The musician {person} tunes a {look} {instrument}.",
-        "{person}, a musician, owns a {look} {instrument}.",
+        "Musician {person} owns a {look} {instrument}.",
         "On a tour {person} plays a {look} {instrument}.",
     ),
     sequels=(
@@ -328,10 +329,10 @@ def _documents(domain: str, seed: int, split: str) -> Iterator[str]:
 
 
 def _document(domain: _Domain, rng: np.random.Generator, is_test: bool) -> str:
-    """A beginning that states the attributes, and then two to four of them again, as an answer or in a sentence."""
+    """A beginning that states the attributes, and then three or four of them again, as an answer or in a sentence."""
     values, attributes = _draw_values(domain, rng, is_test), list(domain.attributes)
     draws = rng.random(len(attributes)).tolist()
-    order = rng.permutation(len(attributes)).tolist()[: rng.integers(2, len(attributes) + 1)]
+    order = rng.permutation(len(attributes)).tolist()[: rng.integers(3, len(attributes) + 1)]
     sentences = _draw_beginning(domain, rng)
     for pick in order:
         if draws[pick] < _QUESTION_SHARE:
