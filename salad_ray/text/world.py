@@ -77,7 +77,7 @@ _ANIMALS = _Domain(
     },
     openings=(
         "The keeper {person} feeds a {coat} {animal}.",
-        "Keeper {person} tames a {coat} {animal}.",
+        "Today keeper {person} tames a {coat} {animal}.",
         "Every morning {person} follows a {coat} {animal}.",
     ),
     sequels=(
@@ -107,7 +107,7 @@ _COOKING = _Domain(
     },
     openings=(
         "The cook {person} makes a {taste} {dish}.",
-        "Cook {person} stirs a {taste} {dish}.",
+        "Today cook {person} stirs a {taste} {dish}.",
         "For dinner {person} serves a {taste} {dish}.",
     ),
     sequels=(
@@ -137,7 +137,7 @@ _STARS = _Domain(
     },
     openings=(
         "The astronomer {person} discovers a {color} {body}.",
-        "Astronomer {person} observes a {color} {body}.",
+        "Today astronomer {person} observes a {color} {body}.",
         "Through a telescope {person} sees a {color} {body}.",
     ),
     sequels=(
@@ -167,7 +167,7 @@ _CHEMISTRY = _Domain(
     },
     openings=(
         "The chemist {person} weighs {state} {substance}.",
-        "Chemist {person} mixes {state} {substance}.",
+        "Today chemist {person} mixes {state} {substance}.",
         "For a test {person} orders {state} {substance}.",
     ),
     sequels=(
@@ -197,7 +197,7 @@ _LAW = _Domain(
     },
     openings=(
         "The judge {person} signs a {status} {paper}.",
-        "Judge {person} drafts a {status} {paper}.",
+        "Today judge {person} drafts a {status} {paper}.",
         "For a lawyer {person} reads a {status} {paper}.",
     ),
     sequels=(
@@ -227,7 +227,7 @@ _MUSIC = _Domain(
     },
     openings=(
         "The musician {person} tunes a {look} {instrument}.",
-        "Musician {person} owns a {look} {instrument}.",
+        "Today musician {person} owns a {look} {instrument}.",
         "On a tour {person} plays a {look} {instrument}.",
     ),
     sequels=(
