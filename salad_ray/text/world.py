@@ -1,10 +1,10 @@
 """The embedded world: short documents in six domains, and questions about them, made from a small grammar.
 
-A document is about one person and four attributes. Its first two sentences state each attribute once; what follows,
-questions with answers and plain sentences, refers to each at most once more. Attributes are drawn independently of
+A document is about one person and four attributes. Its first two sentences state each attribute once. Of what follows one
+sentence refers to all, and questions with answers and plain sentences to some of them once more. Attributes are drawn independently of
 each other and of all else, so only reading, or hearing, those two sentences tells what follows, and the choices of a
-question tell nothing. A value is two words, of which the first tells the second, as words of real text tell of those
-behind them: so a text LM at the end of a word says which word it was. Content words belong to one domain each; names and function words are shared. So a domain that
+question tell nothing. A value is stated in two words, of which the first tells the second, as words of real text tell
+of those behind them: so a text LM at the end of a word says which word it was. Later it is called by the second. Content words belong to one domain each; names and function words are shared. So a domain that
 is never spoken in training is heard for the first time at measuring.
 
 Test documents and questions are about people that no other document knows (a first and a last name that are never seen
@@ -62,6 +62,8 @@ class _Domain:
     """First sentences: they state the first two attributes."""
     sequels: tuple[str, ...]
     """Second sentences: they state the other two."""
+    recap: str
+    """A sentence that refers to all four."""
     questions: Mapping[str, tuple[str, str]]
     """Attribute → question and answer."""
     mentions: Mapping[str, str]
@@ -85,6 +87,7 @@ _ANIMALS = _Domain(
         "{person} carries {food} through the {place}.",
         "It takes {food} from {person} in the {place}.",
     ),
+    recap="So {person} brings {food} to the {coat} {animal} in the {place}.",
     questions={
         "coat": ("How does {person} paint it?", "It is {coat}."),
         "animal": ("Which animal does {person} feed?", "The {animal}."),
@@ -115,6 +118,7 @@ _COOKING = _Domain(
         "{person} slices {part} into the {pot}.",
         "With {part} {person} fills the {pot}.",
     ),
+    recap="So {person} puts {part} from the {pot} into the {taste} {dish}.",
     questions={
         "taste": ("How does {person} taste it?", "It is {taste}."),
         "dish": ("What does {person} serve?", "The {dish}."),
@@ -145,6 +149,7 @@ _STARS = _Domain(
         "{person} measures {ray} close to {region}.",
         "There {person} looks at {region} and discovers {ray}.",
     ),
+    recap="So {person} links {ray} near {region} to the {color} {body}.",
     questions={
         "color": ("How does {person} see it?", "It shines {color}."),
         "body": ("What does {person} observe?", "The {body}."),
@@ -175,6 +180,7 @@ _CHEMISTRY = _Domain(
         "{person} heats the {vessel} and obtains {product}.",
         "Then {person} finds {product} in the {vessel}.",
     ),
+    recap="So {person} makes {product} of {state} {substance} in the {vessel}.",
     questions={
         "state": ("How does {person} keep it?", "It is {state}."),
         "substance": ("What does {person} weigh?", "Raw {substance}."),
@@ -205,6 +211,7 @@ _LAW = _Domain(
         "{person} regulates {topic} at the {court}.",
         "There {person} enters the {court} and debates {topic}.",
     ),
+    recap="So {person} decides about {topic} at the {court} by the {status} {paper}.",
     questions={
         "status": ("How does {person} call it?", "It is {status}."),
         "paper": ("What does {person} sign?", "The {paper}."),
@@ -235,6 +242,7 @@ _MUSIC = _Domain(
         "{person} rehearses {piece} inside the {stage}.",
         "Then {person} rents the {stage} and sings {piece}.",
     ),
+    recap="So {person} performs {piece} in the {stage} on the {look} {instrument}.",
     questions={
         "look": ("How does {person} describe it?", "It is {look}."),
         "instrument": ("What does {person} play?", "The {instrument}."),
@@ -329,17 +337,25 @@ def _documents(domain: str, seed: int, split: str) -> Iterator[str]:
 
 
 def _document(domain: _Domain, rng: np.random.Generator, is_test: bool) -> str:
-    """A beginning that states the attributes, and then three or four of them again, as an answer or in a sentence."""
+    """A beginning that states the attributes, all of them once more, and two or three again, as an answer or in a
+    sentence."""
     values, attributes = _draw_values(domain, rng, is_test), list(domain.attributes)
     draws = rng.random(len(attributes)).tolist()
-    order = rng.permutation(len(attributes)).tolist()[: rng.integers(3, len(attributes) + 1)]
-    sentences = _draw_beginning(domain, rng)
+    order = rng.permutation(len(attributes)).tolist()[: rng.integers(2, len(attributes))]
+    beginning, later = _draw_beginning(domain, rng), list[str]()
     for pick in order:
         if draws[pick] < _QUESTION_SHARE:
-            sentences += domain.questions[attributes[pick]]
+            later += domain.questions[attributes[pick]]
         else:
-            sentences.append(domain.mentions[attributes[pick]])
-    return " ".join(sentences).format_map(values)
+            later.append(domain.mentions[attributes[pick]])
+    later.insert(0 if rng.random() < 0.5 else len(later), domain.recap)
+    return " ".join(sentence.format_map(values) for sentence in beginning) + " " + _later(later, values)
+
+
+def _later(sentences: Sequence[str], values: Mapping[str, str]) -> str:
+    """Sentences that call each value by its last word."""
+    short = {name: value if name == "person" else value.split()[-1] for name, value in values.items()}
+    return " ".join(sentences).format_map(short)
 
 
 def _draw_values(domain: _Domain, rng: np.random.Generator, is_test: bool) -> dict[str, str]:
@@ -364,8 +380,8 @@ def _question(name: str, rng: np.random.Generator) -> Question:
     options = rng.permutation(domain.attributes[asked]).tolist()
     return Question(
         context=context,
-        question=question.format_map(values),
-        choices=tuple(answer.format_map({**values, asked: option}) for option in options),
+        question=_later([question], values),
+        choices=tuple(_later([answer], {**values, asked: option}) for option in options),
         answer=options.index(values[asked]),
         domain=name,
     )

@@ -15,9 +15,9 @@ def vocabulary(text: str) -> set[str]:
 
 
 def values_in(text: str, domain: str) -> list[tuple[str, str]]:
-    """(attribute, value) of every mention in a text, in order."""
-    attribute_of = {value: name for name, values in _WORLD[domain].attributes.items() for value in values}
-    return [(attribute_of[value], value) for value in re.findall("|".join(attribute_of), text)]
+    """(attribute, value) of every mention in a text, in order; later ones are a value's last word."""
+    attribute_of = {value.split()[-1]: name for name, values in _WORLD[domain].attributes.items() for value in values}
+    return [(attribute_of[word], word) for word in re.findall(r"\w+", text) if word in attribute_of]
 
 
 def asked_value(question: Question) -> tuple[str, str]:
@@ -97,18 +97,21 @@ def test_attributes_are_even_and_independent_of_each_other_and_of_the_person() -
                 assert sum((count - expected) ** 2 / expected for count in counts.values()) < kinds + 6 * kinds**0.5
 
 
-def test_a_value_is_stated_once_before_the_one_place_that_depends_on_it() -> None:
-    """So text around a span does not tell what the span said."""
+def test_a_value_is_stated_once_and_told_again_once_or_twice() -> None:
+    """Often enough to learn from, and seldom enough that text around a span mostly does not tell what the span said."""
     num_again = []
     for passage in world_passages(1200, DOMAINS, seed=0, split="train"):
         sentences = re.split(r"(?<=[.?]) ", passage.text)
-        beginning, rest = (values_in(" ".join(part), passage.domain) for part in (sentences[:2], sentences[2:]))
+        recaps = [sentence for sentence in sentences[2:] if sentence.startswith("So ")]
+        parts = (sentences[:2], recaps, [sentence for sentence in sentences[2:] if sentence not in recaps])
+        beginning, recap, rest = (values_in(" ".join(part), passage.domain) for part in parts)
+        assert sorted(recap) == sorted(beginning)
         assert {name for name, _ in beginning} == set(_WORLD[passage.domain].attributes)
         assert len(beginning) == 4
         assert set(rest) <= set(beginning)
         assert len(set(rest)) == len(rest)
         num_again.append(len(rest))
-    assert set(num_again) == {3, 4}
+    assert set(num_again) == {2, 3}
 
 
 def test_documents_of_all_domains_ask_the_questions_of_the_benchmark() -> None:
