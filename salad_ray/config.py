@@ -539,15 +539,25 @@ class AdapterConfig(Section):
     hidden_size: int = Field(1024, ge=2)
     num_layers: int = Field(12, ge=1)
     num_heads: int = Field(16, ge=1)
+    num_kv_heads: int | None = Field(None, ge=1)
+    """Heads of keys and values, which others share; none has as many as `num_heads`."""
     ffn_size: int = Field(1856, ge=1)
     stride: int = Field(1, ge=1)
-    """Frames side by side at one position (ours; 1 is the paper's): 2 makes Mimi's 12.5 Hz 6.25 Hz. They are grouped
-    word by word, so that none is heard before its word."""
+    """Frames side by side at one position (ours; 1 is the paper's): 2 makes Mimi's 12.5 Hz 6.25 Hz. They are counted
+    from the start of a speech span."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> AdapterConfig:
         _require_even_heads("model.adapter", self.hidden_size, self.num_heads)
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"model.adapter.num_heads={self.num_heads} must be a multiple of num_kv_heads={self.kv_heads}"
+            )
         return self
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
 
 
 class ModelConfig(Section):
