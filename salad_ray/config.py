@@ -549,15 +549,11 @@ class AdapterConfig(Section):
     @model_validator(mode="after")
     def _heads_divide(self) -> AdapterConfig:
         _require_even_heads("model.adapter", self.hidden_size, self.num_heads)
-        if self.num_heads % self.kv_heads:
+        if self.num_heads % (self.num_kv_heads or self.num_heads):
             raise ValueError(
-                f"model.adapter.num_heads={self.num_heads} must be a multiple of num_kv_heads={self.kv_heads}"
+                f"model.adapter.num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
             )
         return self
-
-    @property
-    def kv_heads(self) -> int:
-        return self.num_kv_heads or self.num_heads
 
 
 class ModelConfig(Section):

@@ -75,7 +75,7 @@ class Adapter(ExactBuffers):
             intermediate_size=config.ffn_size,
             num_hidden_layers=config.num_layers,
             num_attention_heads=config.num_heads,
-            num_key_value_heads=config.kv_heads,
+            num_key_value_heads=config.num_kv_heads or config.num_heads,
             attn_implementation="sdpa",
         )
         with torch.random.fork_rng(devices=[]):  # torch's own initialisation draws from the global state

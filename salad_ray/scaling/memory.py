@@ -44,7 +44,8 @@ class Shape:
     def num_adapter(self) -> int:
         """Linear in, layers, norm, linear out (model/adapter.py)."""
         width = self.adapter.hidden_size
-        keys = width * self.adapter.kv_heads // self.adapter.num_heads
+        heads = self.adapter.num_heads
+        keys = width * (self.adapter.num_kv_heads or heads) // heads
         layer = 2 * width * (width + keys) + 3 * width * self.adapter.ffn_size + 2 * width
         ends = (self.adapter.stride * self.encoder_dim + 1) * width + (width + 1) * self.llm.hidden_size
         return self.adapter.num_layers * layer + width + ends
@@ -150,7 +151,7 @@ def adapter_llama(adapter: AdapterConfig) -> LlamaConfig:
         intermediate_size=adapter.ffn_size,
         num_hidden_layers=1,
         num_attention_heads=adapter.num_heads,
-        num_key_value_heads=adapter.kv_heads,
+        num_key_value_heads=adapter.num_kv_heads or adapter.num_heads,
     )
 
 

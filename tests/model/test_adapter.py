@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.shapes import QWEN_3B
 from salad_ray.config import AdapterConfig
 from salad_ray.model.adapter import Adapter, checkpoint_layers
+from salad_ray.scaling.memory import Shape
 
 SMALL = AdapterConfig(hidden_size=32, num_layers=2, num_heads=2, ffn_size=48)
 
@@ -24,6 +26,17 @@ def test_the_default_has_122_million_parameters(model_dim: int) -> None:
     with torch.device("meta"):
         adapter = Adapter(AdapterConfig(), 512, model_dim)
     assert sum(parameter.numel() for parameter in adapter.parameters()) == pytest.approx(122e6, rel=0.01)
+
+
+def test_the_papers_shape_has_the_papers_parameters() -> None:
+    """≈120.4 M at 3B and 121.9 M at 7B, says its appendix."""
+    shape = AdapterConfig(hidden_size=960, num_heads=15, num_kv_heads=5, ffn_size=2560)
+    for model_dim, number in ((2048, 120.4e6), (3584, 121.9e6)):
+        with torch.device("meta"):
+            adapter = Adapter(shape, 512, model_dim)
+        found = sum(parameter.numel() for parameter in adapter.parameters())
+        assert found == pytest.approx(number, rel=0.005)
+        assert Shape(QWEN_3B, shape, 512).num_adapter == found or model_dim != 2048
 
 
 def test_a_span_in_a_batch_equals_the_span_alone() -> None:
