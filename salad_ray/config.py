@@ -944,7 +944,9 @@ class Config(Section):
             remedy = "name some in ingest.text"
             if not self.ingest.corpora and not self.ingest.web:
                 remedy += ", or set world.num_text to the number of the embedded world's documents to take"
-            raise ValueError(f"{key} asks for samples of text alone, and there is no text for them; {remedy}")
+            raise ValueError(
+                f"{key} asks for samples of text alone, and there is no text for them; {remedy}, or let the share be 0"
+            )
         if self.stage2 is not None and not self.has_web:
             raise ValueError("stage2 needs web text to select from; name some in ingest.web")
         workers = self.distill.num_workers

@@ -52,7 +52,10 @@ def test_the_help_of_a_stage_lists_its_keys(stage: str) -> None:
         (("run", "nothing://bucket/a.yaml"), "nothing://bucket/a.yaml: cannot be read as a config file"),
         (("status", "gone"), "gone holds no run; name a run_dir that `salad run` has written to"),
         (("teacher", "configs/real.yaml", "model.teacher=./gone", "run_dir={tmp}"), "no such folder"),
-        (("pack", "configs/quickstart.yaml", "run_dir={tmp}", "set=heldout"), "works on natural, active, not on set="),
+        (
+            ("pack", "configs/quickstart.yaml", "run_dir={tmp}", "set=heldout"),
+            "works on text, natural, active, not on set=",
+        ),
         (
             ("stage2", "configs/real.yaml", "stage2=null", "run_dir={tmp}"),
             "the stage 'stage2' has no part; stage2={} adds Stage II",
@@ -149,7 +152,7 @@ def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_job_takes_the_shipped_config_and_absolute_inputs(copy: Path, tmp_path: Path) -> None:
     corpora = "ingest.corpora=[/data/speech, 's3://bucket/x']"
-    config = cli.load("configs/quickstart.yaml", [corpora, "stage2=null"])
+    config = cli.load("configs/quickstart.yaml", [corpora, "stage2=null", "pack.text_share=0"])
     assert config.run_dir == f"{tmp_path}/home/runs/quickstart"
     assert [corpus.path for corpus in config.ingest.corpora] == ["/data/speech", "s3://bucket/x"]
     assert cli.load("configs/salad_3b.yaml", []).model.teacher == "Qwen/Qwen2.5-3B"
@@ -172,4 +175,4 @@ def test_a_job_takes_the_shipped_config_and_absolute_inputs(copy: Path, tmp_path
 def test_an_input_in_a_jobs_copy_of_the_checkout_is_refused(copy: Path, override: str, key: str, shown: str) -> None:
     """Its path is another one with each submission, and gone after it."""
     with pytest.raises(ConfigError, match=f"'{re.escape(key)}' is the relative path {re.escape(shown)}, .*a URL"):
-        cli.load("configs/quickstart.yaml", [override, "stage2=null"])
+        cli.load("configs/quickstart.yaml", [override, "stage2=null", "pack.text_share=0"])

@@ -49,7 +49,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for diff in diffs:
         flow.write_text(applied(flow.read_text(encoding="utf-8"), diff), encoding="utf-8")
     config: dict[str, Any] = small_world_config(folder)
-    config["world"] = {"num_natural": NUM_DOCUMENTS, "num_web": 24, "num_heldout": 6, "num_questions": 6}
+    config["world"] = {"num_natural": NUM_DOCUMENTS, "num_web": 24, "num_text": 12, "num_heldout": 6}
+    config["world"]["num_questions"] = 6
     config["ingest"] = {"num_shards": 2}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     return folder
