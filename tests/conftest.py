@@ -47,6 +47,6 @@ def undisturbed(finished_run: Config, tmp_path_factory: pytest.TempPathFactory) 
     """Two workers, ZeRO 2, fp32, long enough to be killed, with all its checkpoints; each training in its own job."""
     settings = {"num_steps": 40, "checkpoint_every": 5, "keep_checkpoints": 20}
     config = untrained_copy(finished_run, tmp_path_factory.mktemp("undisturbed") / "run", **settings)
-    for stage in ("pack", "trunk"):
+    for stage in ("pack", "trunk", "stage1"):
         run_stage(config, stage, "natural")
     return config
