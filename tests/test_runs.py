@@ -86,9 +86,13 @@ def test_what_is_operational_is_marked_at_the_key() -> None:
 
 def test_every_decisive_key_decides_some_table() -> None:
     """A key that is in no step's declaration, and not operational, would change nothing although it should."""
-    config = parse_config({"stage2": {"control": True}, "evaluate": {"cascade": "pocketsphinx"}})
+    text = {"pack": {"text_share": 0.3}}
+    config = parse_config(
+        {"stage2": {"control": True}, "evaluate": {"cascade": "pocketsphinx"}, "world": {"num_text": 9}} | text
+    )
     real = parse_config(
-        {"ingest": {"corpora": ["c"], "web": ["w"]}, "stage2": {}, "encode": {"augment": {"share": 0.5}}}
+        {"ingest": {"corpora": ["c"], "web": ["w"], "text": ["t"]}, "stage2": {}, "encode": {"augment": {"share": 0.5}}}
+        | text
         | {"evaluate": {"benchmarks": [{"name": "piqa", "path": "x", "max_items": 1}]}, "model": {"teacher": "t"}}
     )
     declared = {key for each in (config, real) for step in steps(each) for key in step.keys}
