@@ -1,11 +1,12 @@
 """The embedded world: short documents in six domains, and questions about them, made from a small grammar.
 
-A document is about one person and four attributes. Its first two sentences state each attribute once. Of what follows one
-sentence refers to all, and questions with answers and plain sentences to some of them once more. Attributes are drawn independently of
-each other and of all else, so only reading, or hearing, those two sentences tells what follows, and the choices of a
-question tell nothing. A value is stated in two words, of which the first tells the second, as words of real text tell
-of those behind them: so a text LM at the end of a word says which word it was. Later it is called by the second. Content words belong to one domain each; names and function words are shared. So a domain that
-is never spoken in training is heard for the first time at measuring.
+A document is about one person and four attributes. Its first two sentences state each attribute once. Of what follows
+one sentence refers to all, and questions with answers and plain sentences to some of them once more. Attributes are
+drawn independently of each other and of all else, so only reading, or hearing, those two sentences tells what follows,
+and the choices of a question tell nothing. A value is stated in two words, of which the first tells the second, as
+words of real text tell of those behind them: so a text LM at the end of a word says which word it was. Later it is
+called by the second. Content words belong to one domain each; names and function words are shared. So a domain that is
+never spoken in training is heard for the first time at measuring.
 
 Test documents and questions are about people that no other document knows (a first and a last name that are never seen
 together), and no thirteen words of them in a row are without such a name: they pass the filter that keeps benchmarks
