@@ -52,7 +52,6 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "benchmarks.gpu", *arguments]
 
 
-@pytest.mark.slow
 def test_every_section_runs_at_toy_shapes_without_ray(tmp_path: Path) -> None:
     """Nothing may fail, and every check is within its tolerance; `ray` is made impossible to import."""
     (tmp_path / "ray.py").write_text("raise RuntimeError('this benchmark may not need Ray')\n")
