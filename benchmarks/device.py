@@ -35,7 +35,7 @@ SPEED = 1000.0
 THREADS = (1, 2)
 NUM_UTTERANCES, SECS = 200, 12.0
 SHARDS = ("a", "b", "c")
-BATCH_SECS = 240.0
+BATCH_SECS = 60.0
 
 
 class StandIn:
