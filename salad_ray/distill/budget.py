@@ -52,12 +52,9 @@ def budget_of(config: Config, plans: Plans) -> Budget:
     if config.stage2 is not None:
         given = config.stage2.num_steps is not None or config.stage2.num_positions is not None
         shares = stage2_row_shares(config, {name: plan for name, plan in plans.items() if name != "active"})
-        stage2_steps = steps_of(config.stage2, config, shares, plans) if given else _share_of(num_steps, STAGE2_SHARE)
+        own = steps_of(config.stage2, config, shares, plans) if given else round(STAGE2_SHARE * num_steps)
+        stage2_steps = max(1, own)
     return Budget(num_steps, decay_start(num_steps, config.distill.decay_share), stage2_steps)
-
-
-def _share_of(num_steps: int, share: float) -> int:
-    return max(1, round(share * num_steps))
 
 
 def decay_start(num_steps: int, decay_share: float) -> int:
@@ -138,7 +135,9 @@ SAMPLE_COLUMN = "segments.list.element.shard"
 
 def positions_of_epoch(config: Config, plan: Table) -> int:
     """Non-padding positions of the first epoch."""
-    return sum(sum(plan.read(shard, ["num_positions"])["num_positions"].to_pylist()) for shard in first_epoch(config))
+    with ThreadPoolExecutor(32) as threads:
+        lanes = threads.map(lambda shard: plan.read(shard, ["num_positions"])["num_positions"], first_epoch(config))
+        return sum(sum(lane.to_pylist()) for lane in lanes)
 
 
 def fill(config: Config, plan: Table) -> float:

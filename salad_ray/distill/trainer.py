@@ -453,7 +453,10 @@ class Distiller:
         counts = (weight, count, count, num_ends)  # what each of the loss's means is taken over
         sums = [mean.item() * number for mean, number in zip(loss[:4], counts, strict=True)]
         flops = training_flops(self.num_student, self.num_teacher, self.teacher.config, batch)
-        text_kl, num_text = loss.each_kl[batch.is_text].sum().item(), int(batch.is_text.sum())
+        text_kl, num_text = 0.0, 0
+        if batch.num_text_positions:  # else a device would be waited for in vain
+            is_text = batch.is_text
+            text_kl, num_text = loss.each_kl[is_text].sum().item(), int(is_text.sum())
         counted = (weight, count, num_ends, num_text, batch.num_positions, batch.num_text_positions, flops)
         return torch.tensor([*sums, text_kl, *counted], dtype=torch.float64)
 
