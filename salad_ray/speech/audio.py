@@ -300,7 +300,8 @@ def open_recording(source: str | bytes | None) -> Iterator[Recording]:
             with soundfile.SoundFile(watched) as file:
                 if file.format not in FORMATS:
                     raise BadInput(f"format {file.format} is not supported; convert it to WAV or FLAC")
-                if file.frames >= _UNKNOWN_FRAMES:
+                # libsndfile before 1.2.1 finds no length in an Ogg stream that breaks off; its samples can be read.
+                if file.frames >= _UNKNOWN_FRAMES and missing is not None:
                     raise BadInput(f"{file.format} header without a length; encode it again")
                 # Without an index, an MP3's length is guessed from the file's size, tags included.
                 slack = _MP3_FRAME + file.frames * id3_bytes // size if file.format == "MP3" else 0
@@ -350,7 +351,8 @@ def _cut(recording: Recording, offset_secs: float, duration_secs: float) -> tupl
     rate, found = recording.file.samplerate, recording.file.frames
     start = round(offset_secs * rate)
     if recording.missing is None and not (duration_secs and found):
-        raise BadInput(f"truncated: the Ogg stream breaks off after {found / rate:.3f} s")
+        after = f" after {found / rate:.3f} s" if found < _UNKNOWN_FRAMES else ""
+        raise BadInput(f"truncated: the Ogg stream breaks off{after}")
     announced = found + (recording.missing or 0)
     if announced == 0:
         raise BadInput("no samples")
