@@ -87,11 +87,13 @@ def ways(context: Context, num: int) -> dict[str, Callable[[], Way]]:
         "ours": lambda: make_loss("ours", num),
         "dense PyTorch": lambda: dense,
         "Liger": lambda: make_loss("liger_default", num),
+        "Liger, N/8": lambda: make_loss("liger_small", num),
         f"ours, chunks of {CHUNK:,}": lambda: partial(in_chunks, CHUNK),
         "ours, compiled": lambda: compiled(context),
     }
     if context.on_gpu:  # on a CPU it takes a C++ compiler and half a minute
         found["Liger, compiled"] = lambda: make_loss("liger_default_compiled", num)
+        found["Liger, N/8, compiled"] = lambda: make_loss("liger_small_compiled", num)
     return found
 
 
