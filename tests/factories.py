@@ -148,8 +148,13 @@ def untrained_copy(run: Config, folder: Path, **distill: object) -> Config:
 
 def run_stage(config: Config, stage: str, set_name: str) -> Run:
     """Run this stage alone: what it needs is there, or it says what it lacks."""
-    chosen = steps_of(config, stage, set_name)
-    assert chosen, f"no step of this config: {stage} {set_name}"
+    return run_stages(config, (stage, set_name))
+
+
+def run_stages(config: Config, *stages: tuple[str, str]) -> Run:
+    """Run these stages, each of a set, and no others; neighbours share their actors, as in a whole run."""
+    chosen = [step for stage, set_name in stages for step in steps_of(config, stage, set_name)]
+    assert chosen, f"no step of this config: {stages}"
     run = pipeline.start(config, with_needs(config, chosen, if_there=True))
     pipeline.run_steps(run, chosen, time.monotonic())
     return run

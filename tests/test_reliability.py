@@ -27,7 +27,7 @@ from salad_ray.s3 import S3
 from salad_ray.tables import put_folder
 from salad_ray.text.world import DOMAINS, world_passages
 
-pytestmark = pytest.mark.timeout(3600)  # a minute a test, but for machines that are busy with other things
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]  # a minute each, but for machines busy with other things
 PATIENCE_SECS = 1200
 SPOKEN = "natural/utterances"
 STAGES = {"ingest": "natural/passages", "synthesize": SPOKEN, "encode": "natural/features"}
@@ -142,14 +142,7 @@ def tell(fault: str, since: float) -> None:
     print(f"{fault}: done {time.monotonic() - since:.1f} s after it")  # noqa: T201 - what `pytest -s` is for
 
 
-@pytest.mark.parametrize(
-    "stage",
-    [
-        pytest.param("ingest", marks=pytest.mark.slow),
-        "synthesize",
-        pytest.param("encode", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("stage", ["ingest", "synthesize", "encode"])
 def test_a_node_that_dies_while_shards_are_made_costs_nothing(
     finished_run: Config, cluster: Cluster, tmp_path: Path, stage: str
 ) -> None:
@@ -162,7 +155,6 @@ def test_a_node_that_dies_while_shards_are_made_costs_nothing(
     assert content(config, STAGES[stage]) == content(finished_run, STAGES[stage])
 
 
-@pytest.mark.slow
 def test_a_node_that_dies_while_web_text_is_dealt_to_shards_costs_nothing(cluster: Cluster, tmp_path: Path) -> None:
     """Its part of what was read lies in the object store, and is read again."""
     (tmp_path / "web").mkdir()
@@ -192,7 +184,6 @@ def test_a_node_that_dies_while_web_text_is_dealt_to_shards_costs_nothing(cluste
     assert counts[0]["num_input"] == counts[1]["num_input"] >= len(texts)
 
 
-@pytest.mark.slow
 def test_a_node_that_dies_in_training_is_replaced_and_the_losses_are_the_same(
     undisturbed: Config, cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -210,7 +201,6 @@ def test_a_node_that_dies_in_training_is_replaced_and_the_losses_are_the_same(
     assert json.loads(starts.read_text())["starts"][1]["step"] >= 5
 
 
-@pytest.mark.slow
 def test_a_killed_driver_leaves_nothing_double(finished_run: Config, cluster: Cluster, tmp_path: Path) -> None:
     config, driver = begun(finished_run, cluster.head, tmp_path)
     driver.process.kill()
@@ -221,7 +211,6 @@ def test_a_killed_driver_leaves_nothing_double(finished_run: Config, cluster: Cl
     assert content(config, SPOKEN) == content(finished_run, SPOKEN)
 
 
-@pytest.mark.slow
 def test_a_head_that_dies_and_comes_back_costs_a_second_submission(
     finished_run: Config, cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -238,7 +227,6 @@ def test_a_head_that_dies_and_comes_back_costs_a_second_submission(
     assert content(config, SPOKEN) == content(finished_run, SPOKEN)
 
 
-@pytest.mark.slow
 def test_a_machine_that_is_taken_away_with_notice_costs_nothing(
     finished_run: Config, cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -255,7 +243,6 @@ def test_a_machine_that_is_taken_away_with_notice_costs_nothing(
     assert content(config, STAGES["encode"]) == content(finished_run, STAGES["encode"])
 
 
-@pytest.mark.slow
 def test_training_saves_what_it_has_when_a_machine_gets_notice(
     undisturbed: Config, cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -278,7 +265,6 @@ def test_training_saves_what_it_has_when_a_machine_gets_notice(
     assert f"saving step {saved} before" in driver.log.read_text()
 
 
-@pytest.mark.slow
 def test_a_full_disk_ends_the_stage_with_a_sentence_and_costs_nothing(
     finished_run: Config, cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -306,7 +292,6 @@ def test_a_full_disk_ends_the_stage_with_a_sentence_and_costs_nothing(
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-@pytest.mark.slow
 def test_a_machine_whose_own_disk_is_full_leaves_the_work_to_the_others(
     finished_run: Config, cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -326,7 +311,6 @@ def test_a_machine_whose_own_disk_is_full_leaves_the_work_to_the_others(
     assert content(config, STAGES["encode"]) == content(finished_run, STAGES["encode"])
 
 
-@pytest.mark.slow
 def test_a_job_whose_run_is_on_an_object_store_outlives_one_of_its_nodes(
     finished_run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from factories import run_stage, table_of, untrained_copy
+from factories import run_stage, run_stages, table_of, untrained_copy
 from ray.train import WorkerGroupError
 
 from salad_ray import pipeline
@@ -174,7 +174,7 @@ def test_trunk_and_stage1_in_one_job_make_the_same_model_as_two_jobs(undisturbed
     assert [[Path(start["begun_from"]).name.split("-")[1] for start in own] for own in begun] == [["00000032"]] * 2
 
 
-@pytest.mark.parametrize("max_failures", [0, 1])
+@pytest.mark.parametrize("max_failures", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_job_that_is_killed_in_stage1_continues_there_and_leaves_the_trunk_done(
     undisturbed: Config, tmp_path: Path, max_failures: int
 ) -> None:
@@ -280,8 +280,7 @@ def test_word_ends_whole_samples_and_pairs_of_frames_from_the_plan_to_the_scores
             "stage2": None,
         }
     )
-    for stage, set_name in (("pack", "natural"), ("trunk", ""), ("stage1", ""), ("measure", "heldout")):
-        run_stage(config, stage, set_name)
+    run_stages(config, ("pack", "natural"), ("trunk", ""), ("stage1", ""), ("measure", "heldout"))
     log, reference = training_log(config), training_log(finished_run)
     assert "word_end_kl" not in reference[0]
     for row in log:

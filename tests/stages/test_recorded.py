@@ -13,7 +13,7 @@ import lhotse
 import numpy as np
 import pytest
 import torch
-from factories import rejects_of, run_stage, small_world_config, table_of
+from factories import rejects_of, run_stage, run_stages, small_world_config, table_of
 from transformers import (
     Wav2Vec2Config,
     Wav2Vec2CTCTokenizer,
@@ -69,8 +69,7 @@ def reasons_of(config: Config, *names: str) -> dict[str, str]:
 def recorded_run(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """LibriHeavy, Emilia in three layouts: ingested, aligned and encoded. Copy its run_dir before changing it."""
     config = corpora_config(tmp_path_factory.mktemp("recorded"), shared_data)
-    for stage in ("ingest", "align", "encode"):
-        run_stage(config, stage, "natural")
+    run_stages(config, ("ingest", "natural"), ("align", "natural"), ("encode", "natural"))
     return config
 
 

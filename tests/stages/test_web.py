@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from factories import rejects_of, run_stage, table_of
+from factories import rejects_of, run_stage, run_stages, table_of
 
 from salad_ray import console
 from salad_ray.config import Config, ConfigError
@@ -85,14 +85,8 @@ def web_run(tmp_path_factory: pytest.TempPathFactory) -> Config:
     given["ingest"]["text"] = [{"path": str(folder / "text.parquet"), "name": "alone"}]
     pq.write_table(pa.Table.from_pylist(texts_alone()), folder / "text.parquet")
     config = parse_config(given)
-    for stage, name in (
-        ("ingest", "web"),
-        ("ingest", "heldout"),
-        ("ingest", "text"),
-        ("embed", "web"),
-        ("cluster", "web"),
-    ):
-        run_stage(config, stage, name)
+    ingested = [("ingest", name) for name in ("web", "heldout", "text")]
+    run_stages(config, *ingested, ("embed", "web"), ("cluster", "web"))
     return config
 
 
