@@ -22,6 +22,7 @@ from salad_ray.configfile import dump_config, load_config
 from salad_ray.console import console, say, user_error
 from salad_ray.credentials import redact, refuse_secret_arguments
 from salad_ray.flow import STAGES, steps
+from salad_ray.names import NATURAL
 from salad_ray.runs import open_places, open_run
 from salad_ray.tables import write_json
 
@@ -194,7 +195,7 @@ def plan(
 def cuts(
     run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="Folder or URL of a run.")],
     target: Annotated[str, typer.Argument(metavar="OUT.jsonl.gz", help="The manifest to write.")],
-    set_name: Annotated[str, typer.Option("--set", help="natural, heldout, …")] = "natural",
+    set_name: Annotated[str, typer.Option("--set", help="natural, heldout, …")] = NATURAL,
     name: RunName = None,
 ) -> None:
     """Write a run's utterances, with their word times, as a Lhotse cut manifest."""

@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from salad_ray.names import ACTIVE, NATURAL, TEXT
+
 SetName = Literal["web", "text", "natural", "heldout", "probe", "active", "benchmark"]
 
 
@@ -877,7 +879,7 @@ class Config(Section):
     @property
     def stage1_shares(self) -> dict[str, float]:
         """Share of each set in the samples of Stage I."""
-        return _without_zeros({"natural": 1 - self.pack.text_share, "text": self.pack.text_share})
+        return _without_zeros({NATURAL: 1 - self.pack.text_share, TEXT: self.pack.text_share})
 
     @property
     def stage2_shares(self) -> dict[str, float]:
@@ -886,7 +888,7 @@ class Config(Section):
         shares = self.stage2.shares
         if shares is not None:
             return _without_zeros(shares.model_dump())
-        names = ("natural", "active", "text") if self.has_text else ("natural", "active")
+        names = (NATURAL, ACTIVE, TEXT) if self.has_text else (NATURAL, ACTIVE)
         return dict.fromkeys(names, 1 / len(names))
 
     @property
@@ -939,7 +941,7 @@ class Config(Section):
             )
         if "voice" in self.evaluate.conditions and len(self.synthesize.evaluation_voices) < 2:
             raise ValueError("evaluate.conditions: 'voice' needs two voices in synthesize.evaluation_voices")
-        if "text" in self.trained_sets and not self.has_text:
+        if TEXT in self.trained_sets and not self.has_text:
             key = f"pack.text_share={self.pack.text_share:g}" if self.pack.text_share else "stage2.shares.text"
             remedy = "name some in ingest.text"
             if not self.ingest.corpora and not self.ingest.web:

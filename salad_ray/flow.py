@@ -13,6 +13,13 @@ from dataclasses import dataclass, replace
 from salad_ray.config import Config
 from salad_ray.tables import table_label
 
+from salad_ray.names import (  # isort: skip
+    ACTIVE, ALIGN, ALIGNED, BASE, BENCHMARK, CASCADE, CATALOG, CENTROIDS, CLUSTER, CLUSTERS, CONTROL, EMBED,
+    EMBEDDINGS, ENCODE, EVALUATE, EXEMPLARS, FEATURES, HELDOUT, INGEST, ITEMS, MEASURE, NATURAL, PACK, PASSAGES,
+    PLAN, PROBE, REPORT, SELECT, SELECTION, STAGE1, STAGE2, SYNTHESIZE, TEACHER, TEXT, TRUNK as TRUNK, UNTRAINED,
+    UTTERANCES, WEB, measurements_of, scores_of,
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class About:
@@ -23,25 +30,24 @@ class About:
 
 
 STAGES = {
-    "ingest": About("Read recordings or text, check them, and write utterances or passages.", ("ingest", "world")),
-    "embed": About("Embed the passages of the web text.", ("embed",)),
-    "cluster": About("Cluster the embeddings by balanced k-means, and say what each cluster is about.", ("cluster",)),
-    "probe": About("Draw a few passages of every cluster, to measure what the model makes of them.", ("probe",)),
-    "select": About("Draw passages for synthesis where the model misunderstands: P_web · M^γ.", ("select", "probe")),
-    "teacher": About("Verify and pin the text LLM; for the embedded world, train it.", ("model",)),
-    "align": About("Give recorded utterances word times.", ("align",)),
-    "synthesize": About("Speak passages, with word times.", ("synthesize",)),
-    "encode": About("Turn speech into the encoder's features.", ("encode",)),
-    "pack": About("Draw interleavings and pack them into training rows.", ("pack",)),
-    "trunk": About("Distil at a constant rate, with a checkpoint where each decay begins.", ("distill", "model")),
-    "stage1": About("Distil the text LLM into the speech-adapted one.", ("distill", "model")),
-    "stage2": About("Continue before Stage I's decay, on natural and active speech and text.", ("stage2", "distill")),
-    "measure": About("Measure forgetting, misalignment and distillation loss on held-out passages.", ("measure",)),
-    "evaluate": About("Answer the benchmarks' items, read as text and heard as speech.", ("evaluate",)),
-    "report": About("Print the gap tables; write report/metrics.json and report/page.html."),
+    INGEST: About("Read recordings or text, check them, and write utterances or passages.", ("ingest", "world")),
+    EMBED: About("Embed the passages of the web text.", ("embed",)),
+    CLUSTER: About("Cluster the embeddings by balanced k-means, and say what each cluster is about.", ("cluster",)),
+    PROBE: About("Draw a few passages of every cluster, to measure what the model makes of them.", ("probe",)),
+    SELECT: About("Draw passages for synthesis where the model misunderstands: P_web · M^γ.", ("select", "probe")),
+    TEACHER: About("Verify and pin the text LLM; for the embedded world, train it.", ("model",)),
+    ALIGN: About("Give recorded utterances word times.", ("align",)),
+    SYNTHESIZE: About("Speak passages, with word times.", ("synthesize",)),
+    ENCODE: About("Turn speech into the encoder's features.", ("encode",)),
+    PACK: About("Draw interleavings and pack them into training rows.", ("pack",)),
+    TRUNK: About("Distil at a constant rate, with a checkpoint where each decay begins.", ("distill", "model")),
+    STAGE1: About("Distil the text LLM into the speech-adapted one.", ("distill", "model")),
+    STAGE2: About("Continue before Stage I's decay, on natural and active speech and text.", ("stage2", "distill")),
+    MEASURE: About("Measure forgetting, misalignment and distillation loss on held-out passages.", ("measure",)),
+    EVALUATE: About("Answer the benchmarks' items, read as text and heard as speech.", ("evaluate",)),
+    REPORT: About("Print the gap tables; write report/metrics.json and report/page.html."),
 }
-TRUNK = "trunk"
-TRAINED = ("stage1", "stage2", "control")
+TRAINED = (STAGE1, STAGE2, CONTROL)
 """The speech-adapted models of a run."""
 SPEECH_SHARES = ("stage2.shares.natural", "stage2.shares.active")
 """Which only tell Stage II from its control, whose share of text is the same."""
@@ -82,6 +88,8 @@ class Step:
     """Whether the stage's `training` makes it, on the workers of a Train job. Else its `make` does, in its own way."""
     along: str = ""
     """The input whose shards it goes along with: it can make one as soon as that one is there."""
+    system: str = ""
+    """Which it measures, or asks."""
 
     @property
     def writes(self) -> tuple[str, ...]:
@@ -95,26 +103,23 @@ class Step:
 def steps(config: Config) -> list[Step]:
     """The whole flow for this config, in order: steps of one stage stand together where they can, and share actors."""
     flow = [*_texts(config), *_speech(config, _first_sets(config)), _teacher(config), *_stage1(config)]
-    trained = ["stage1"]
+    trained = [STAGE1]
     if config.stage2 is not None:
         flow += _data_engine(config)
-        trained += ["stage2", "control"] if config.stage2.control else ["stage2"]
-    flow += [
-        _measure(config, name, system) for name in config.measured_sets for system in ("untrained", *trained)
-    ]  # fmt: skip
+        trained += [STAGE2, CONTROL] if config.stage2.control else [STAGE2]
+    flow += [_measure(config, name, system) for name in config.measured_sets for system in (UNTRAINED, *trained)]
     if config.has_benchmark:
         flow += _evaluate(config, trained)
-    written = {name: step for step in flow for name in step.writes}
-    asked = [name for name, step in written.items() if step.stage in ("measure", "evaluate") and step.set != "probe"]
-    shown = [name for name in asked if not name.endswith(("stage2", "control"))]
-    others = [name for name in written if name not in shown]
-    return [*flow, Step("report", "", (), tuple(shown), reads_if_there=tuple(others))]
+    asked = [step for step in flow if step.system and step.set != PROBE]
+    shown = [name for step in asked if step.system not in (STAGE2, CONTROL) for name in step.writes]
+    others = [name for step in flow for name in step.writes if name not in shown]
+    return [*flow, Step(REPORT, "", (), tuple(shown), reads_if_there=tuple(others))]
 
 
 def _first_sets(config: Config) -> list[str]:
     """Sets whose speech is made before any training."""
-    spoken = ["heldout"] if "heldout" in config.measured_sets else []
-    return ["natural", *spoken, *(["benchmark"] if config.has_benchmark else [])]
+    spoken = [HELDOUT] if HELDOUT in config.measured_sets else []
+    return [NATURAL, *spoken, *([BENCHMARK] if config.has_benchmark else [])]
 
 
 def _texts(config: Config) -> list[Step]:
@@ -122,146 +127,145 @@ def _texts(config: Config) -> list[Step]:
     world = ("ingest.num_shards", "seed")
     found = []
     if config.has_benchmark:
-        own = ("exemplars",) if config.evaluate.has_pool else ()
+        own = (EXEMPLARS,) if config.evaluate.has_pool else ()
         keys = ("evaluate.benchmarks", "seed", *(() if config.evaluate.benchmarks else ("world.num_questions",)))
-        found.append(Step("ingest", "benchmark", ("items", *own), keys=keys))
-        found.append(Step("ingest", "benchmark", ("passages",), ("benchmark/items",)))
+        found.append(Step(INGEST, BENCHMARK, (ITEMS, *own), keys=keys))
+        found.append(Step(INGEST, BENCHMARK, (PASSAGES,), (f"{BENCHMARK}/{ITEMS}",)))
     if config.ingest.web:
         keys = ("ingest.web", *CUT, "ingest.heldout_share")
-        found.append(Step("ingest", "web", ("passages",), keys=keys))
+        found.append(Step(INGEST, WEB, (PASSAGES,), keys=keys))
     elif config.has_web or config.model.teacher == "world":
-        found.append(Step("ingest", "web", ("passages",), keys=("world.num_web", *world), by_shard=True, version=2))
-    if "text" in config.trained_sets:
+        found.append(Step(INGEST, WEB, (PASSAGES,), keys=("world.num_web", *world), by_shard=True, version=2))
+    if TEXT in config.trained_sets:
         found.append(_text_alone(config))
     if config.ingest.corpora:
         read = (f"ingest.{name}" for name in ("corpora", "languages", "heldout_share", "split_by", "num_shards"))
-        found.append(Step("ingest", "natural", ("catalog",), keys=tuple(read)))
-        checked = ("natural/catalog",)
-        found.append(Step("ingest", "natural", ("utterances",), checked, ("ingest.quality",), by_shard=True))
+        found.append(Step(INGEST, NATURAL, (CATALOG,), keys=tuple(read)))
+        checked = (f"{NATURAL}/{CATALOG}",)
+        found.append(Step(INGEST, NATURAL, (UTTERANCES,), checked, ("ingest.quality",), by_shard=True))
     else:
         keys = ("world.num_natural", "world.unheard", *world)
-        found.append(Step("ingest", "natural", ("passages",), keys=keys, by_shard=True, version=2))
-    if "heldout" in config.measured_sets and config.ingest.web:
+        found.append(Step(INGEST, NATURAL, (PASSAGES,), keys=keys, by_shard=True, version=2))
+    if HELDOUT in config.measured_sets and config.ingest.web:
         keys = ("ingest.passages.num_heldout", "seed")
-        found.append(Step("ingest", "heldout", ("passages",), ("web/passages",), keys))
-    elif "heldout" in config.measured_sets:
+        found.append(Step(INGEST, HELDOUT, (PASSAGES,), (f"{WEB}/{PASSAGES}",), keys))
+    elif HELDOUT in config.measured_sets:
         keys = ("world.num_heldout", *world)
-        found.append(Step("ingest", "heldout", ("passages",), keys=keys, by_shard=True, version=2))
+        found.append(Step(INGEST, HELDOUT, (PASSAGES,), keys=keys, by_shard=True, version=2))
     return found
 
 
 def _text_alone(config: Config) -> Step:
     """Passages that are read in training and never heard; those that the web text has, too, are left out."""
     if config.ingest.text:
-        web = ("web/passages",) if config.ingest.web else ()
-        return Step("ingest", "text", ("passages",), web, ("ingest.text", *CUT))
+        web = (f"{WEB}/{PASSAGES}",) if config.ingest.web else ()
+        return Step(INGEST, TEXT, (PASSAGES,), web, ("ingest.text", *CUT))
     asked = () if config.evaluate.benchmarks else ("world.num_questions",)
     keys = ("world.num_text", "world.num_web", "ingest.num_shards", "seed", "ingest.passages.ngram", *asked)
-    return Step("ingest", "text", ("passages",), keys=keys, by_shard=True)
+    return Step(INGEST, TEXT, (PASSAGES,), keys=keys, by_shard=True)
 
 
 def _teacher(config: Config) -> Step:
     if config.model.teacher == "world":
         keys = ("model.teacher", "model.tiny_lm", "seed")
-        return Step("teacher", "", ("teacher",), ("web/passages",), keys, version=2)
-    return Step("teacher", "", ("teacher",), keys=("model.teacher", "model.revision"))
+        return Step(TEACHER, "", (TEACHER,), (f"{WEB}/{PASSAGES}",), keys, version=2)
+    return Step(TEACHER, "", (TEACHER,), keys=("model.teacher", "model.revision"))
 
 
 def _speech(config: Config, sets: Collection[str]) -> list[Step]:
     """Texts are spoken, recordings are aligned; both are encoded."""
-    recorded = "natural" in sets and bool(config.ingest.corpora)
+    recorded = NATURAL in sets and bool(config.ingest.corpora)
     aligned = recorded and config.align.aligner != "none"
-    spoken = [name for name in sets if not (recorded and name == "natural")]
+    spoken = [name for name in sets if not (recorded and name == NATURAL)]
     found = []
     if aligned:
-        heard = "natural/utterances"
-        found.append(Step("align", "natural", ("aligned",), (heard,), ("align",), by_shard=True, along=heard))
+        heard = f"{NATURAL}/{UTTERANCES}"
+        found.append(Step(ALIGN, NATURAL, (ALIGNED,), (heard,), keys=("align",), by_shard=True, along=heard))
     for name in spoken:
-        text = f"{name}/passages"
+        text = f"{name}/{PASSAGES}"
         keys: tuple[str, ...] = ("synthesize", "seed")
-        found.append(Step("synthesize", name, ("utterances",), (text,), keys, by_shard=True, along=text))
+        found.append(Step(SYNTHESIZE, name, (UTTERANCES,), (text,), keys, by_shard=True, along=text))
     for name in sets:
-        heard = f"{name}/aligned" if aligned and name == "natural" else f"{name}/utterances"
-        keys = ("seed",) if config.encode.augment.share else ()
-        keys = ("seed", "evaluate.conditions") if name == "benchmark" else keys
-        found.append(Step("encode", name, ("features",), (heard,), ("encode", *keys), by_shard=True, along=heard))
+        heard = f"{name}/{ALIGNED if aligned and name == NATURAL else UTTERANCES}"
+        keys = ("encode", "seed") if config.encode.augment.share else ("encode",)
+        keys = ("encode", "seed", "evaluate.conditions") if name == BENCHMARK else keys
+        found.append(Step(ENCODE, name, (FEATURES,), (heard,), keys, by_shard=True, along=heard))
     return found
 
 
 def _pack(name: str, *others: str) -> Step:
     pack = ("context", "text_words", "speech_words", "whole_share", "num_lanes")
     keys = (*(f"pack.{key}" for key in pack), "model.adapter.stride", "seed")
-    reads = ("teacher", f"{name}/features", *others)
-    return Step("pack", name, ("plan",), reads, keys, grows=True)
-
-
-def _pack_text() -> Step:
-    keys = ("pack.context", "pack.num_lanes", "seed")
-    return Step("pack", "text", ("plan",), ("teacher", "text/passages"), keys)
+    reads = (TEACHER, f"{name}/{FEATURES}", *others)
+    return Step(PACK, name, (PLAN,), reads, keys, grows=True)
 
 
 def _stage1(config: Config) -> list[Step]:
-    text = ("text/plan",) if config.pack.text_share else ()  # what text Stage II alone has does not change the trunk
-    read = ("teacher", "natural/features", "natural/plan", *text)
+    text = (f"{TEXT}/{PLAN}",) if config.pack.text_share else ()  # text of Stage II alone does not change the trunk
+    read = (TEACHER, f"{NATURAL}/{FEATURES}", f"{NATURAL}/{PLAN}", *text)
     keys = ("distill", "model.adapter", "pack.rows_per_lane", "pack.text_share", "seed")
+    alone = Step(PACK, TEXT, (PLAN,), (TEACHER, f"{TEXT}/{PASSAGES}"), ("pack.context", "pack.num_lanes", "seed"))
     return [
-        *([_pack_text()] if "text" in config.trained_sets else []),
-        _pack("natural", *text),
-        Step("trunk", "", ("trunk",), read, keys, LENGTHS, grows=True, trains=True),
-        Step("stage1", "", ("stage1",), ("trunk", *read), LENGTHS, trains=True),
+        *([alone] if TEXT in config.trained_sets else []),
+        _pack(NATURAL, *text),
+        Step(TRUNK, "", (TRUNK,), read, keys, LENGTHS, grows=True, trains=True),
+        Step(STAGE1, "", (STAGE1,), (TRUNK, *read), LENGTHS, trains=True),
     ]
 
 
 def _data_engine(config: Config) -> list[Step]:
     """From web text, and what Stage I makes of a probe of it, to actively selected speech and Stage II."""
-    clusters = ("web/clusters", "web/centroids")
-    probed = ("probe/passages", "probe/utterances", "probe/measurements_stage1")
-    embed = ("embed",) if config.embed.embedder == "sentence_transformers" else ("embed", "seed")
-    text = ("text/plan",) if "text" in config.trained_sets else ()
-    trunk = ("trunk", "teacher", "natural/features", "natural/plan", *text)
-    active = ("active/features", "active/plan")
+    passages, embeddings, clusters, centroids = (
+        f"{WEB}/{table}" for table in (PASSAGES, EMBEDDINGS, CLUSTERS, CENTROIDS)
+    )
+    probed = [f"{PROBE}/{table}" for table in (PASSAGES, UTTERANCES, measurements_of(STAGE1))]
+    features, plan = f"{NATURAL}/{FEATURES}", f"{NATURAL}/{PLAN}"
+    text = (f"{TEXT}/{PLAN}",) if TEXT in config.trained_sets else ()
+    trunk = (TRUNK, TEACHER, features, plan, *text)
+    active = (f"{ACTIVE}/{FEATURES}", f"{ACTIVE}/{PLAN}")
+    keys = ("embed",) if config.embed.embedder == "sentence_transformers" else ("embed", "seed")
     found = [
-        Step("embed", "web", ("embeddings",), ("web/passages",), embed, by_shard=True),
-        Step("cluster", "web", ("clusters", "centroids"), ("web/passages", "web/embeddings"), ("cluster", "seed")),
-        Step("probe", "probe", ("passages",), ("web/passages", *clusters), ("probe.passages_per_cluster",),
+        Step(EMBED, WEB, (EMBEDDINGS,), (passages,), keys, by_shard=True),
+        Step(CLUSTER, WEB, (CLUSTERS, CENTROIDS), (passages, embeddings), keys=("cluster", "seed")),
+        Step(PROBE, PROBE, (PASSAGES,), (passages, clusters, centroids), ("probe.passages_per_cluster",),
              by_shard=True),
-        *_speech(config, ["probe"]),
-        _measure(config, "probe", "stage1"),
-        Step("select", "active", ("selection", "passages"),
-             ("web/passages", *clusters, *probed, "natural/features"), ("select", "probe.protocol"), version=2),
-        *_speech(config, ["active"]),
-        _pack("active", "active/selection", "natural/plan", *text),
-        Step("stage2", "", ("stage2",), (*trunk, *active), ("stage2", *LENGTHS), trains=True),
+        *_speech(config, [PROBE]),
+        _measure(config, PROBE, STAGE1),
+        Step(SELECT, ACTIVE, (SELECTION, PASSAGES), (passages, clusters, centroids, *probed, features),
+             keys=("select", "probe.protocol"), version=2),
+        *_speech(config, [ACTIVE]),
+        _pack(ACTIVE, f"{ACTIVE}/{SELECTION}", plan, *text),
+        Step(STAGE2, "", (STAGE2,), (*trunk, *active), keys=("stage2", *LENGTHS), trains=True),
     ]  # fmt: skip
     assert config.stage2 is not None
     if config.stage2.control:
-        keys = ("stage2", *LENGTHS)
-        found.append(Step("stage2", "", ("control",), trunk, keys, SPEECH_SHARES, trains=True))
+        found.append(Step(STAGE2, "", (CONTROL,), trunk, keys=("stage2", *LENGTHS), without=SPEECH_SHARES, trains=True))
     return found
 
 
 def _measure(config: Config, name: str, system: str) -> Step:
     keys: tuple[str, ...] = ("measure", "distill.precision", "pack.context")
-    if system == "untrained":
+    if system == UNTRAINED:
         keys += ("model.adapter", "seed")
-    model = () if system == "untrained" else (system,)
-    reads = ("teacher", f"{name}/features", *model)
-    return Step("measure", name, (f"measurements_{system}",), reads, keys, version=2, by_shard=True, along=reads[1])
+    model = () if system == UNTRAINED else (system,)
+    heard = f"{name}/{FEATURES}"
+    reads, table = (TEACHER, heard, *model), measurements_of(system)
+    return Step(MEASURE, name, (table,), reads, keys, version=2, by_shard=True, along=heard, system=system)
 
 
 def _evaluate(config: Config, trained: Collection[str]) -> list[Step]:
     """What every system answers to the benchmarks' items: the text LLM, the trained models, the cascade."""
-    pool = ("benchmark/exemplars",) if config.evaluate.has_pool else ()
-    read = ("teacher", "benchmark/items", *pool)
-    keys = ("evaluate.num_shots", "evaluate.floors", "distill.precision", "pack.context", "seed")
-    found = [Step("evaluate", "benchmark", ("scores_base",), read, keys, by_shard=True)]
-    for system in trained:
-        reads = (*read, "benchmark/features", system)
-        found.append(Step("evaluate", "benchmark", (f"scores_{system}",), reads, keys, by_shard=True))
+    pool = (f"{BENCHMARK}/{EXEMPLARS}",) if config.evaluate.has_pool else ()
+    read = (TEACHER, f"{BENCHMARK}/{ITEMS}", *pool)
+    keys: tuple[str, ...] = ("evaluate.num_shots", "evaluate.floors", "distill.precision", "pack.context", "seed")
+
+    def asked(system: str, *heard: str, own: tuple[str, ...] = ()) -> Step:
+        reads, table = (*read, *heard), scores_of(system)
+        return Step(EVALUATE, BENCHMARK, (table,), reads, (*keys, *own), by_shard=True, system=system)
+
+    found = [asked(BASE), *(asked(system, f"{BENCHMARK}/{FEATURES}", system) for system in trained)]
     if config.evaluate.cascade != "none":
-        own = ("evaluate.conditions", "evaluate.cascade")
-        reads = (*read, "benchmark/utterances")
-        found.append(Step("evaluate", "benchmark", ("scores_cascade",), reads, (*keys, *own), by_shard=True))
+        found.append(asked(CASCADE, f"{BENCHMARK}/{UTTERANCES}", own=("evaluate.conditions", "evaluate.cascade")))
     return found
 
 
@@ -311,7 +315,7 @@ def steps_of(config: Config, stage: str, set_name: str) -> list[Step]:
     flow = [step for step in steps(config) if step.stage == stage]
     chosen = [step for step in flow if step.set in ("", set_name)]
     if not chosen and set_name == Config.model_fields["set"].default:
-        chosen = [step for step in flow if step.set != "probe" or stage != "measure"]
+        chosen = [step for step in flow if step.set != PROBE or stage != MEASURE]
     return chosen
 
 

@@ -15,8 +15,8 @@ from salad_ray.configfile import replaced
 from salad_ray.console import clock, log_facts, say, show
 from salad_ray.flow import TRAINED, Step, batches, made_from, steps, steps_of, with_needs
 from salad_ray.lease import held, is_held
+from salad_ray.names import ALIGNED, TEXT, UTTERANCES
 from salad_ray.runs import (
-    NOWHERE,
     OPEN,
     Places,
     Run,
@@ -30,7 +30,6 @@ from salad_ray.runs import (
     refuse_older,
     run_name,
     unused_tables,
-    users_of,
     write_index,
 )
 from salad_ray.tables import Table, Utterance, delete_folder, fingerprint, read_json, write_json
@@ -106,7 +105,7 @@ def make(config: Config, stage: str, set_name: str, redo: bool = False, ask: Ask
         where = f"works on {', '.join(dict.fromkeys(sets))}, not on set={set_name}" if sets else "has no part"
         where += "; stage2={} adds Stage II with its defaults" if config.stage2 is None and not sets else ""
         raise ConfigError(f"in this config the stage '{stage}' {where}")
-    if not {"trunk", "stage1", "stage2"} & {stage}:
+    if not wanted[0].trains:
         wanted = _without_later_models(config, wanted)
     flow = with_needs(config, wanted)
     run = start(config, with_needs(config, wanted, if_there=True))
@@ -171,11 +170,12 @@ def delete_tables(run: Run, labels: Collection[str], ask: Ask) -> None:
     Raises:
         ConfigError: other kept runs have some of them, and the user does not want them to lose these.
     """
-    own = {run.labelled(label).url for label in made_from(steps(run.config), labels)}
-    doomed = own | _made_from_elsewhere(run, labels)
-    there = {table.url: table for table in _tables_of_all(run) if table.url in doomed and not table.is_new()}
-    others = users_of(run.config.run_dir, set(there), but=run.places.name)
-    if others and not ask(f"{len(there)} tables are deleted; {', '.join(others)} have some of them, too"):
+    kept = kept_runs(run.config.run_dir)
+    doomed = _made_from(kept, {run.labelled(label).url for label in labels})
+    tables = {table.url: table for places in kept for table in places.tables}
+    there = {url: table for url, table in tables.items() if url in doomed and not table.is_new()}
+    others = {places.name for places in kept for table in places.tables if table.url in there} - {run.places.name}
+    if others and not ask(f"{len(there)} tables are deleted; {', '.join(sorted(others))} have some of them, too"):
         raise ConfigError("nothing was deleted")
     for table in there.values():
         with held(table.url):
@@ -184,23 +184,14 @@ def delete_tables(run: Run, labels: Collection[str], ask: Ask) -> None:
         say(f"deleted {len(there)} tables: {', '.join(sorted({table.label for table in there.values()}))}")
 
 
-def _tables_of_all(run: Run) -> list[Table]:
-    kept = [run.places, *kept_runs(run.config.run_dir)]
-    return [places.labelled(label) for places in kept for label, key in places.keys.items() if key != NOWHERE]
-
-
-def _made_from_elsewhere(run: Run, labels: Collection[str]) -> set[str]:
-    """Places of tables that other kept runs have made from these."""
+def _made_from(kept: Sequence[Places], wanted: Collection[str]) -> set[str]:
+    """Places of these tables and of all that the kept runs have made from them, as their indexes say."""
     found = set()
-    wanted = {run.labelled(label).url for label in labels}
-    for places in kept_runs(run.config.run_dir):
+    for places in kept:
         reads = (read_json(places.index_url) or {}).get("reads", {})
-        hit = {label for label in places.keys if places.labelled(label).url in wanted}
-        grew = True
-        while grew:
-            more = {label for label, inputs in reads.items() if set(inputs) & hit} - hit
-            hit, grew = hit | more, bool(more)
-        found |= {places.labelled(label).url for label in hit}
+        flow = [Step("", "", (label,), tuple(inputs)) for label, inputs in reads.items()]
+        labels = made_from(flow, [table.label for table in places.tables if table.url in wanted])
+        found |= {places.labelled(label).url for label in labels}
     return found
 
 
@@ -284,16 +275,11 @@ class SweepFlow:
 def _forget_sweep(run: Run, name: str) -> None:
     """Delete a sweep's results and the tables that its trainings alone have."""
     run_dir = run.config.run_dir
-    mine = [places for places in kept_runs(run_dir) if places.name.startswith(f"{name}/")]
-    others = {
-        places.labelled(label).url
-        for places in (run.places, *kept_runs(run_dir))
-        if places not in mine
-        for label in places.keys
-    }
+    kept = [run.places, *kept_runs(run_dir)]
+    mine = [places for places in kept if places.name.startswith(f"{name}/")]
+    others = {table.url for places in kept if places not in mine for table in places.tables}
     for places in mine:
-        for label in places.keys:
-            table = places.labelled(label)
+        for table in places.tables:
             if table.url not in others and not table.is_new():
                 with held(table.url):
                     table.delete()
@@ -385,7 +371,7 @@ def calibration(config: Config) -> Config:
         actors = max(1, int(len(gpus) / config.synthesize.num_gpus))
     num_shards = -(-CALIBRATION_WAVES * actors // lanes) * lanes
     changes |= {f"world.{name}": rows * num_shards for name, rows in CALIBRATION_ROWS.items()}
-    changes |= {"world.num_text": changes["world.num_web"] if "text" in config.trained_sets else 0}
+    changes |= {"world.num_text": changes["world.num_web"] if TEXT in config.trained_sets else 0}
     small = replaced(config, changes | {"ingest.num_shards": num_shards}, "calibration")
     decisive = small.model_dump(mode="json", exclude={"run_dir", "set", "strict"})
     name = fingerprint(decisive | {"gpus": [gpu.name for gpu in gpus]})[:8]
@@ -410,7 +396,7 @@ def export_cuts(run_dir: str, set_name: str, target: str, name: str | None = Non
     if not target.endswith(".jsonl.gz"):
         raise ConfigError(f"{target}: a cut manifest ends in .jsonl.gz")
     run = open_run(run_dir, name)
-    tables = [run.table(set_name, name) for name in ("aligned", "utterances")]
+    tables = [run.table(set_name, name) for name in (ALIGNED, UTTERANCES)]
     table = next((table for table in tables if table.manifest() is not None), None)
     if table is None:
         raise ConfigError(f"{tables[-1].url} is not finished; run `salad ingest CONFIG set={set_name}` first")

@@ -24,6 +24,7 @@ from typing import Any
 from salad_ray.config import Config, identity
 from salad_ray.configfile import dump_config, parse_config
 from salad_ray.flow import TRAINED, Step, steps
+from salad_ray.names import REPORT, TEACHER
 from salad_ray.store import filesystem, is_local, list_folder
 from salad_ray.tables import (
     SCHEMA_VERSION,
@@ -68,12 +69,21 @@ class Places:
         return self.table(set_name, name)
 
     @property
+    def tables(self) -> list[Table]:
+        """All that the run has, finished or not."""
+        return [self.labelled(label) for label in self.keys]
+
+    @property
+    def folder(self) -> str:
+        return f"{self.run_dir}/runs/{self.name}"
+
+    @property
     def report_url(self) -> str:
-        return f"{self.run_dir}/runs/{self.name}/report"
+        return f"{self.folder}/{REPORT}"
 
     @property
     def index_url(self) -> str:
-        return f"{self.run_dir}/runs/{self.name}.json"
+        return f"{self.folder}.json"
 
 
 @dataclass(frozen=True)
@@ -93,7 +103,7 @@ class Run:
 
     def with_path(self, teacher: dict[str, Any]) -> dict[str, Any]:
         """A teacher's manifest with its `path` as it is now, also where the run has trained it itself."""
-        own = f"{self.table('', 'teacher').url}/{OWN_MODEL}"
+        own = f"{self.labelled(TEACHER).url}/{OWN_MODEL}"
         return teacher | {"path": own} if teacher["path"] == OWN_MODEL else teacher
 
     def facts_of(self, step: Step) -> Mapping[str, Any]:
@@ -195,19 +205,10 @@ def _index_names(url: str, prefix: str = "") -> Iterator[str]:
             yield from _index_names(f"{url}/{name}", f"{name}/")
 
 
-def users_of(run_dir: str, tables: Collection[str], but: str) -> list[str]:
-    """Names of the other kept runs that have one of these tables (URLs)."""
-    return [
-        run.name
-        for run in kept_runs(run_dir)
-        if run.name != but and any(run.labelled(label).url in tables for label in run.keys)
-    ]
-
-
 def unused_tables(run_dir: str, forgotten: Collection[str] = ()) -> list[Table]:
     """Tables that no kept run has, but those that are to be forgotten."""
     kept = [run for run in kept_runs(run_dir) if run.name not in forgotten]
-    used = {run.labelled(label).url for run in kept for label in run.keys}
+    used = {table.url for run in kept for table in run.tables}
     return [table for table in all_tables(run_dir) if table.url not in used]
 
 
@@ -245,9 +246,9 @@ def lead_to(places: Places) -> None:
         return
     run_dir = places.run_dir
     names = [name for name, entry in list_folder(places.report_url).items() if entry["type"] == "file"]
-    if names and not _link(f"{run_dir}/report", places.report_url):
+    if names and not _link(f"{run_dir}/{REPORT}", places.report_url):
         for name in names:
-            write_bytes(f"{run_dir}/report/{name}", read_bytes(f"{places.report_url}/{name}"))
+            write_bytes(f"{run_dir}/{REPORT}/{name}", read_bytes(f"{places.report_url}/{name}"))
     for system in TRAINED:
         table = places.table("", system)
         if table.manifest() is not None and not _link(f"{run_dir}/{system}/model", f"{table.url}/model"):
@@ -281,7 +282,7 @@ def forget(places: Places) -> None:
     """Keep a run no longer, nor its report; its tables stay until `clean`. Where it was the newest, the last of the
     others is."""
     delete_file(places.index_url)
-    delete_folder(places.report_url.removesuffix("/report"))
+    delete_folder(places.folder)
     newest = f"{places.run_dir}/runs/newest.json"
     if (read_json(newest) or {}).get("run") == places.name:
         others = [run for run in kept_runs(places.run_dir) if "/" not in run.name]

@@ -43,11 +43,10 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT / "salad_ray", folder / "salad_ray", ignore=shutil.ignore_patterns("__pycache__"))
     [code], diffs = blocks("python"), blocks("diff")
     assert f"`{PLACE}`" in GUIDE
-    assert len(diffs) == 2
     (folder / PLACE).write_text(code, encoding="utf-8")
-    flow = folder / "salad_ray/flow.py"
-    for diff in diffs:
-        flow.write_text(applied(flow.read_text(encoding="utf-8"), diff), encoding="utf-8")
+    for name, diff in zip(("names", "flow", "flow", "flow"), diffs, strict=True):
+        path = folder / f"salad_ray/{name}.py"
+        path.write_text(applied(path.read_text(encoding="utf-8"), diff), encoding="utf-8")
     config: dict[str, Any] = small_world_config(folder)
     config["world"] = {"num_natural": NUM_DOCUMENTS, "num_web": 24, "num_text": 12, "num_heldout": 6}
     config["world"]["num_questions"] = 6

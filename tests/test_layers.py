@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = {
-    *("config", "configfile", "credentials", "flow", "runs", "tables", "store", "s3", "console", "lease"), "__init__",
+    *("config", "configfile", "credentials", "flow", "names", "runs", "tables", "store"),
+    *("s3", "console", "lease", "__init__"),
 }  # fmt: skip
 ON_RAY = {"distill.trainer", "distill.worker", "scaling.sweep"}
 ON_DEEPSPEED = {"distill.engine"}

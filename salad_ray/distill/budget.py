@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from salad_ray.config import STAGE2_SHARE, Config, DistillConfig, Stage2Config
 from salad_ray.flow import Step
+from salad_ray.names import ACTIVE, NATURAL, PLAN
 from salad_ray.runs import Run
-from salad_ray.sequences.loader import NATURAL, Mix
+from salad_ray.sequences.loader import Mix
 from salad_ray.sequences.plan import plan_shard_name
 from salad_ray.tables import Table
 
@@ -24,19 +25,21 @@ Plans = Mapping[str, Table]
 
 @dataclass(frozen=True)
 class Budget:
-    """Optimizer steps of both stages."""
+    """Optimizer steps of both stages, and the shares of the rows, by set."""
 
     num_steps: int
     """Of Stage I, its decay included."""
     branch_step: int
     """Where Stage I's decay branches off the trunk, and Stage II begins."""
-    stage2_steps: int
+    stage1_shares: dict[str, float]
+    stage2_steps: int = 0
+    stage2_shares: dict[str, float] = field(default_factory=dict)
+    """The control's, where no plan of active speech was given."""
 
 
 def plans_of(run: Run, step: Step) -> dict[str, Table]:
     """The plans that a step is made from."""
-    plans = (run.labelled(label) for label in step.reads if label.endswith("/plan"))
-    return {plan.set: plan for plan in plans}
+    return {table.set: table for table in map(run.labelled, step.reads) if table.name == PLAN}
 
 
 def budget_of(config: Config, plans: Plans) -> Budget:
@@ -45,16 +48,19 @@ def budget_of(config: Config, plans: Plans) -> Budget:
     Args:
         plans: of natural speech and, where training has it, of text alone, at least their first epochs: they say how
             many positions a step has. Without that of text the steps are those of natural speech alone; they are at
-            least as many rows of natural speech as training with text takes.
+            least as many rows of natural speech as training with text takes. One of active speech changes no steps.
     """
-    num_steps = steps_of(config.distill, config, stage1_row_shares(config, plans), plans)
-    stage2_steps = 0
-    if config.stage2 is not None:
-        given = config.stage2.num_steps is not None or config.stage2.num_positions is not None
-        shares = stage2_row_shares(config, {name: plan for name, plan in plans.items() if name != "active"})
-        own = steps_of(config.stage2, config, shares, plans) if given else round(STAGE2_SHARE * num_steps)
-        stage2_steps = max(1, own)
-    return Budget(num_steps, decay_start(num_steps, config.distill.decay_share), stage2_steps)
+    shares = stage1_row_shares(config, plans)
+    num_steps = steps_of(config.distill, config, shares, plans)
+    branch_step = decay_start(num_steps, config.distill.decay_share)
+    if config.stage2 is None:
+        return Budget(num_steps, branch_step, shares)
+    without_active = {name: plan for name, plan in plans.items() if name != ACTIVE}
+    control = stage2_row_shares(config, without_active)
+    given = config.stage2.num_steps is not None or config.stage2.num_positions is not None
+    own = steps_of(config.stage2, config, control, plans) if given else round(STAGE2_SHARE * num_steps)
+    stage2_shares = stage2_row_shares(config, plans) if ACTIVE in plans else control
+    return Budget(num_steps, branch_step, shares, max(1, own), stage2_shares)
 
 
 def decay_start(num_steps: int, decay_share: float) -> int:
@@ -74,8 +80,8 @@ def steps_of(ends: DistillConfig | Stage2Config, config: Config, shares: Mapping
         rows_per_step = config.pack.num_lanes * config.pack.rows_per_lane
         filled = sum(share * fill(config, plans[name]) for name, share in shares.items())
         return math.ceil(ends.num_positions / (filled * config.pack.context * rows_per_step))
-    natural_rows = config.pack.rows_per_lane * shares["natural"]
-    return max(1, math.floor(min(rows_of_epoch(config, plans["natural"])) / natural_rows))
+    natural_rows = config.pack.rows_per_lane * shares[NATURAL]
+    return max(1, math.floor(min(rows_of_epoch(config, plans[NATURAL])) / natural_rows))
 
 
 def stage1_row_shares(config: Config, plans: Plans) -> dict[str, float]:
@@ -87,8 +93,8 @@ def stage2_row_shares(config: Config, plans: Plans) -> dict[str, float]:
     """Shares of Stage II's rows, by set. Without a plan of active speech they are the control's, which has the same
     share of text and natural speech for the rest."""
     shares = dict(config.stage2_shares)
-    if "active" not in plans:
-        shares["natural"] += shares.pop("active")
+    if ACTIVE not in plans:
+        shares[NATURAL] += shares.pop(ACTIVE)
     return row_shares(config, shares, plans)
 
 

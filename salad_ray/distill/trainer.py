@@ -58,6 +58,7 @@ from salad_ray.distill.worker import work
 from salad_ray.distill.zero import optimizer_step, partitions, restored
 from salad_ray.model.loading import load_tokenizer, tokenizer_hash
 from salad_ray.model.speech_lm import EncoderSpec, ModelError, SpeechLM, load_text_lm, weights_fingerprint
+from salad_ray.names import TEXT
 from salad_ray.sequences.batch import Batch, without_labels
 from salad_ray.sequences.loader import LaneReader
 from salad_ray.store import StoreError, for_ray, scratch_folder
@@ -471,7 +472,7 @@ class Distiller:
             raise TrainingStopped(
                 f"the loss of step {self.progress.step + 1} is not finite; the weights were not updated. Lower "
                 "distill.learning_rate and distill.adapter_learning_rate (or Muon's, distill.muon_learning_rate and "
-                "distill.adapter_muon_learning_rate), or look at this step's rows in natural/plan"
+                f"distill.adapter_muon_learning_rate), or look at this step's rows in {self.job.natural[0].label}"
             )
 
     def _after_step(self) -> None:
@@ -516,7 +517,7 @@ class Distiller:
             "checkpoint_share": stalled_secs / secs,
             "memory_gib": peak_memory_gib(self.device),
         }
-        if "text" in self.job.shares:  # how far the student's text is from its teacher's: forgetting, as it comes
+        if TEXT in self.job.shares:  # how far the student's text is from its teacher's: forgetting, as it comes
             row["text_kl"] = sums["text_kl"] / max(sums["num_text_labels"], 1)
             row["num_text_positions"] = self.progress.num_text_positions
         if (peak := peak_flops(self.device)) is not None:

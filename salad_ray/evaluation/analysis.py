@@ -20,6 +20,7 @@ import numpy as np
 from rich.table import Table as Grid
 
 from salad_ray.config import ConfigError
+from salad_ray.names import BASE, CASCADE, UNTRAINED
 from salad_ray.tables import read_bytes, read_json
 
 VALUES = ("misalignment", "forgetting", "text_accuracy", "speech_accuracy")
@@ -133,7 +134,7 @@ def _systems(metrics: Mapping[str, Any]) -> list[str]:
     """What was trained, in the order of the file; the base and the cascade have no F and M of their own."""
     measured = [name for name, value in metrics.items() if isinstance(value, dict) and "misalignment" in value]
     scored = [row["system"] for row in metrics.get("accuracy") or []]
-    return [name for name in dict.fromkeys(measured + scored) if name not in ("untrained", "base", "cascade")]
+    return [name for name in dict.fromkeys(measured + scored) if name not in (UNTRAINED, BASE, CASCADE)]
 
 
 def _accuracies(metrics: Mapping[str, Any], system: str, metric: str) -> dict[str, dict[str, float]]:

@@ -34,6 +34,7 @@ from fsspec.implementations.local import LocalFileSystem
 from huggingface_hub.errors import HfHubHTTPError
 
 from salad_ray.config import ConfigError
+from salad_ray.names import INGEST
 from salad_ray.speech.audio import naming
 from salad_ray.speech.readers import inside
 from salad_ray.store import filesystem, is_of_storage, open_file
@@ -41,7 +42,6 @@ from salad_ray.tables import BadInput, Item, Reject, stable_hash
 from salad_ray.text.documents import MAX_FILE_BYTES, read_whole
 from salad_ray.text.world import world_questions
 
-STAGE = "ingest"
 PARQUET_ROWS = 16
 """That are decoded at once."""
 MAX_AUDIO_BYTES = 2**31
@@ -358,7 +358,7 @@ def _read_file(benchmark: str, url: str, seen: set[str], several: bool) -> Itera
             yield item
         except BadInput as error:
             reason = f"{name}, row {row}: {error}; correct or remove the row"
-            yield Reject(STAGE, f"{benchmark}/{name}:{row}", reason.encode("utf-8", "backslashreplace").decode())
+            yield Reject(INGEST, f"{benchmark}/{name}:{row}", reason.encode("utf-8", "backslashreplace").decode())
 
 
 def _records(benchmark: str, url: str) -> Iterator[tuple[int, Record | BadInput]]:

@@ -25,6 +25,8 @@ import numpy as np
 from scipy.stats import binomtest, norm
 
 from salad_ray.config import FLOORS, ConfigError
+from salad_ray.flow import TRAINED
+from salad_ray.names import BASE, CASCADE
 from salad_ray.tables import Score, stable_hash
 
 METRICS = ("acc", "acc_norm")
@@ -32,7 +34,7 @@ AVERAGE = "average"
 """Stands where a benchmark's name would: the mean over benchmarks, each counting the same."""
 _ORDER = {
     name: place
-    for names in (("base", "stage1", "stage2", "control", "cascade"), ("text", "speech"), ("clean", *FLOORS), METRICS)
+    for names in ((BASE, *TRAINED, CASCADE), ("text", "speech"), ("clean", *FLOORS), METRICS)
     for place, name in enumerate(names)
 }
 _PRIOR = np.array([0.5, 1.0, 0.5])
@@ -193,7 +195,7 @@ def hearing_margins(
             if not silent:
                 continue
             clean = _under(part, "speech", "clean")
-            [(_, base)] = [own for own in _parts(by_system["base"], heard) if own[0] == side] or [(side, [])]
+            [(_, base)] = [own for own in _parts(by_system[BASE], heard) if own[0] == side] or [(side, [])]
             purpose = f"margin {system} {side}"
             swapped = _under(part, "speech", "swapped")
             choices = _under(part, "text", "choices") or _under(base, "text", "choices")
@@ -256,7 +258,7 @@ def _by_benchmark(scores: Sequence[Score], names: Sequence[str], value: Callable
 
 def gap_table(
     scores: Sequence[Score],
-    topline: tuple[str, str] = ("base", "text"),
+    topline: tuple[str, str] = (BASE, "text"),
     resamples: int = 10_000,
     seed: int = 0,
     modalities: Sequence[str] = ("speech", "text"),

@@ -25,6 +25,7 @@ from salad_ray.config import ConfigError, EncodeConfig, QualityConfig
 from salad_ray.model.encoder import Encoder, load_encoder
 from salad_ray.model.loading import ModelError
 from salad_ray.model.speech_lm import EncoderSpec, SpeechLM
+from salad_ray.names import STAGE1
 from salad_ray.sequences.batch import stacked
 from salad_ray.sequences.interleave import prefix_ids, tokenize
 from salad_ray.speech.audio import check_samples, load_audio
@@ -286,7 +287,8 @@ def _load_encoder(path: str, spec: EncoderSpec, encoder_path: str | None, backen
 def _load_model(folder: str, path: str) -> SpeechLM:
     place = Path(folder)
     if not (place / "adapter.safetensors").exists() and (place / "config.yaml").is_file():
-        raise ModelError(f"{path}: is a run, not a model; name a model in it, such as {path.rstrip('/')}/stage1/model")
+        model = f"{path.rstrip('/')}/{STAGE1}/model"
+        raise ModelError(f"{path}: is a run, not a model; name a model in it, such as {model}")
     try:
         return SpeechLM.from_pretrained(folder)
     except ModelError as error:

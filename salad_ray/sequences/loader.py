@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from salad_ray.config import ConfigError, PackConfig
+from salad_ray.names import NATURAL, TEXT
 from salad_ray.sequences.batch import Batch, Sample, collate, sample_of
 from salad_ray.sequences.interleave import (
     assemble_units,
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PLAN_ROWS = 64  # planned rows that are Python objects at a time
-NATURAL, TEXT = "natural", "text"
 GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples, modulo 1, are spread evenly however many they are
 
 
@@ -81,7 +81,7 @@ class LaneStream:
         """Rows of the one epoch of text, without end."""
         num_rows = self.plan.metadata(name).num_rows
         if not num_rows:
-            raise TableError(f"{self.plan.url}/{name} has no rows; run `salad pack CONFIG set=text --redo`")
+            raise TableError(f"{self.plan.url}/{name} has no rows; run `salad pack CONFIG set={TEXT} --redo`")
         position %= num_rows
         while True:
             yield from self._epoch(name, position)

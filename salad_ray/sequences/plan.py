@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from salad_ray.config import PackConfig
+from salad_ray.names import PACK
 from salad_ray.sequences.interleave import (
     Timing,
     Tokens,
@@ -178,7 +179,7 @@ def draft_shard(
             try:
                 draft = _draft(shard, passage, tokens, prefix, config, key, stride)
             except BadInput as error:
-                rejects += [Reject("pack", clip.utterance.utt_id, str(error)) for clip in passage]
+                rejects += [Reject(PACK, clip.utterance.utt_id, str(error)) for clip in passage]
                 continue
             if draft is None:
                 too_long.append(passage)
@@ -197,7 +198,7 @@ def usable_clips(utterances: Sequence[Features], split: str) -> tuple[list[Clip]
         try:
             clips.append(Clip(index, utterance, timing_of(utterance)))
         except BadInput as error:
-            rejects.append(Reject("pack", utterance.utt_id, str(error)))
+            rejects.append(Reject(PACK, utterance.utt_id, str(error)))
     return clips, rejects
 
 

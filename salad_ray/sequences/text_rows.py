@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from salad_ray.names import PACK
 from salad_ray.sequences.batch import Sample
 from salad_ray.sequences.interleave import Segment, Span, Tokens, Units, build_segment, prefix_ids, tokenize
 from salad_ray.sequences.plan import Draft, pack_lane
@@ -93,7 +94,7 @@ def plan_text_lane(
             num_tokens = min(len(tokens.ids), context - len(prefix))
             num_positions = len(prefix) + num_tokens
             if num_tokens < 1 or num_positions < 2:
-                rejects.append(Reject("pack", text.passage_id, "the tokenizer makes fewer than two positions of it"))
+                rejects.append(Reject(PACK, text.passage_id, "the tokenizer makes fewer than two positions of it"))
                 continue
             num_cut += len(tokens.ids) - num_tokens
             segment = PlanSegment(shard, [text.index], [Span(0, num_tokens, is_speech=False)])

@@ -14,6 +14,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from salad_ray.config import ConfigError, CorpusConfig, path_name
+from salad_ray.names import INGEST
 from salad_ray.speech import emilia, kaldi, lhotse_cuts, readers
 from salad_ray.store import filesystem
 from salad_ray.tables import Reject, Utterance, digest
@@ -136,9 +137,9 @@ def scan(source: Source, corpus: CorpusConfig, max_member_bytes: int, unpack_url
         if isinstance(row, Reject):
             yield Reject(row.stage, _legible(row.key), _legible(row.reason))
         elif not _is_unicode(row):
-            yield Reject(readers.STAGE, _legible(row.utt_id), "not valid Unicode (UTF-8, without lone surrogates)")
+            yield Reject(INGEST, _legible(row.utt_id), "not valid Unicode (UTF-8, without lone surrogates)")
         elif not seen.add(row.utt_id):
-            yield Reject(readers.STAGE, row.utt_id, "an utterance of this id was read already")
+            yield Reject(INGEST, row.utt_id, "an utterance of this id was read already")
         else:
             split = row.split if source.format == "lhotse" else ""
             yield replace(row, split=split, license=_license(row, source, corpus))

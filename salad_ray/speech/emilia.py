@@ -13,9 +13,10 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
+from salad_ray.names import INGEST
 from salad_ray.speech.archives import MAX_META_BYTES, Member, Unusable, members, unpack
 from salad_ray.speech.lhotse_cuts import transcript
-from salad_ray.speech.readers import STAGE, language_code, lines_of
+from salad_ray.speech.readers import language_code, lines_of
 from salad_ray.store import open_file
 from salad_ray.tables import BadInput, Reject, Utterance
 
@@ -38,7 +39,7 @@ def read_tar(url: str, corpus: str, max_member_bytes: int) -> Iterator[Utterance
         kind = records if end == "json" else audio if end.lower() in AUDIO else None
         if kind is None or key in kind:
             reason = "neither JSON nor audio" if kind is None else "its key has such a file already"
-            yield Reject(STAGE, f"{corpus}/{member.name}", reason)
+            yield Reject(INGEST, f"{corpus}/{member.name}", reason)
         else:
             kind[key] = member
     for key in sorted(records.keys() | audio.keys()):
@@ -57,7 +58,7 @@ def read_raw(
     try:
         url = unpack(archive, unpacked)
     except BadInput as error:
-        yield Reject(STAGE, archive, str(error))
+        yield Reject(INGEST, archive, str(error))
         url = ""
     for member in members(url, max_member_bytes) if url else ():
         if isinstance(member, Unusable):
@@ -68,11 +69,11 @@ def read_raw(
     with open_file(table) as file:
         for number, line in lines_of(file):
             if isinstance(line, BadInput):
-                yield Reject(STAGE, f"{corpus}/{table}:{number}", str(line))
+                yield Reject(INGEST, f"{corpus}/{table}:{number}", str(line))
             elif line.strip():
                 yield _line(corpus, table, number, line, url, audio, used)
     for name in sorted(audio.keys() - used):
-        yield Reject(STAGE, f"{corpus}/{name}", "no line of the table names it")
+        yield Reject(INGEST, f"{corpus}/{name}", "no line of the table names it")
 
 
 def first_record(url: str) -> dict[str, Any] | None:
@@ -95,7 +96,7 @@ def _first_object(contents: Iterable[bytes | None]) -> dict[str, Any] | None:
 
 
 def _reject(corpus: str, url: str, member: Unusable) -> Reject:
-    return Reject(STAGE, f"{corpus}/{member.name}" if member.name else url, member.reason)
+    return Reject(INGEST, f"{corpus}/{member.name}" if member.name else url, member.reason)
 
 
 def _sample(corpus: str, url: str, key: str, record: Member | None, audio: Member | None) -> Utterance | Reject:
@@ -106,7 +107,7 @@ def _sample(corpus: str, url: str, key: str, record: Member | None, audio: Membe
             raise BadInput("a JSON file without audio of its key")
         return _utterance(corpus, url, key.rpartition("/")[2], _json(record.content or b""), audio)
     except BadInput as error:
-        return Reject(STAGE, f"{corpus}/{key}", str(error))
+        return Reject(INGEST, f"{corpus}/{key}", str(error))
 
 
 def _line(
@@ -124,7 +125,7 @@ def _line(
         used.add(path)
         return _utterance(corpus, url, key, record, audio[path])
     except BadInput as error:
-        return Reject(STAGE, f"{corpus}/{key}", str(error))
+        return Reject(INGEST, f"{corpus}/{key}", str(error))
 
 
 def _json(data: bytes) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from itertools import islice
 
 from salad_ray.config import ConfigError
+from salad_ray.names import INGEST
 from salad_ray.speech.lhotse_cuts import book_of, transcript
-from salad_ray.speech.readers import STAGE, IdSet, inside, lines_of
+from salad_ray.speech.readers import IdSet, inside, lines_of
 from salad_ray.store import open_file
 from salad_ray.tables import BadInput, Reject, Utterance, file_exists
 
@@ -48,9 +49,9 @@ def read_kaldi(folder: str, corpus: str, root: str, allow_outside: bool) -> Iter
                 offset_secs=offset,
             )
         except BadInput as error:
-            yield Reject(STAGE, f"{corpus}/{name}", str(error))
+            yield Reject(INGEST, f"{corpus}/{name}", str(error))
     for name in segments.rest() if segments else ():
-        yield Reject(STAGE, f"{corpus}/{name}", "a segment without a line in text")
+        yield Reject(INGEST, f"{corpus}/{name}", "a segment without a line in text")
 
 
 class _SideBySide:

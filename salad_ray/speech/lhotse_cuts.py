@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import soundfile
 
+from salad_ray.names import INGEST
 from salad_ray.speech.audio import load_audio, open_recording, referenced
-from salad_ray.speech.readers import STAGE, inside, language_code, lines_of, normalize_text
+from salad_ray.speech.readers import inside, language_code, lines_of, normalize_text
 from salad_ray.store import open_file
 from salad_ray.tables import BadInput, Reject, Utterance, Word, atomic_file, stable_hash, write_bytes
 
@@ -48,12 +49,12 @@ def read_cuts(
     """
     for number, line in _lines(url):
         if isinstance(line, BadInput):
-            yield Reject(STAGE, f"{corpus}/{url}:{number}", str(line))
+            yield Reject(INGEST, f"{corpus}/{url}:{number}", str(line))
             continue
         try:
             rows = _utterances(line, corpus, root, form, allow_outside)
         except _MALFORMED as error:
-            yield Reject(STAGE, f"{corpus}/{_id_in(line) or f'{url}:{number}'}", _reason(error))
+            yield Reject(INGEST, f"{corpus}/{_id_in(line) or f'{url}:{number}'}", _reason(error))
             continue
         yield from rows
 
@@ -134,7 +135,7 @@ def _utterances(
         try:
             rows.append(_utterance(f"{corpus}/{name}", cut, supervision, corpus, uri, form))
         except _MALFORMED as error:
-            rows.append(Reject(STAGE, f"{corpus}/{name}", _reason(error)))
+            rows.append(Reject(INGEST, f"{corpus}/{name}", _reason(error)))
     return rows
 
 

@@ -18,12 +18,12 @@ from fsspec.implementations.local import LocalFileSystem
 
 from salad_ray.config import ConfigError
 from salad_ray.credentials import holds_secret
+from salad_ray.names import INGEST
 from salad_ray.store import filesystem
 from salad_ray.tables import BadInput, Reject, Utterance, stable_hash
 
 TABLE = "transcripts.tsv"
 REQUIRED = ("utt_id", "audio", "text")
-STAGE = "ingest"
 MAX_LINE_BYTES = 2**25
 """Of a line of a manifest or of JSON; a longer one is skipped, and never held in memory."""
 
@@ -232,7 +232,7 @@ def _read_rows(
             first_line[utt_id] = number
             utterances.append(_utterance(row, utt_id, root, corpus, license, allow_outside))
         except BadInput as error:
-            rejects.append(Reject(STAGE, utt_id if name else f"{root}/{TABLE}:{number}", str(error)))
+            rejects.append(Reject(INGEST, utt_id if name else f"{root}/{TABLE}:{number}", str(error)))
     return utterances, rejects
 
 

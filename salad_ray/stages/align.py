@@ -12,6 +12,7 @@ import numpy as np
 
 from salad_ray.config import AlignConfig, Config
 from salad_ray.flow import Step
+from salad_ray.names import ALIGN
 from salad_ray.runs import Run
 from salad_ray.speech.align import Alignment, PocketsphinxAligner
 from salad_ray.speech.audio import load_utterance
@@ -72,11 +73,11 @@ class AlignShard(WindowWorker):
         strict = self.config.strict
         unaligned = [(row, audio) for row, audio in zip(window, loading, strict=True) if row.words is None]
         heard, unreadable = keep_or_reject(
-            "align", unaligned, lambda pair: pair[0].utt_id, lambda pair: (pair[0], pair[1].result()), strict
+            ALIGN, unaligned, lambda pair: pair[0].utt_id, lambda pair: (pair[0], pair[1].result()), strict
         )
         found = self.aligner.align_batch([audio for _, audio in heard], [row.text for row, _ in heard])
         pairs = [(row, alignment) for (row, _), alignment in zip(heard, found, strict=True)]
-        aligned, unfit = keep_or_reject("align", pairs, lambda pair: pair[0].utt_id, _with_words, strict)
+        aligned, unfit = keep_or_reject(ALIGN, pairs, lambda pair: pair[0].utt_id, _with_words, strict)
         by_id = {row.utt_id: row for row in aligned}
         kept = [by_id.get(row.utt_id, row) for row in window if row.words is not None or row.utt_id in by_id]
         return ShardPart(to_arrow(Utterance, kept), len(window), len(kept), unreadable + unfit)

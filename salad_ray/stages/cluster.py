@@ -16,6 +16,7 @@ import safetensors.numpy
 from salad_ray.config import Config
 from salad_ray.console import say, show
 from salad_ray.flow import Step
+from salad_ray.names import CENTROIDS, CLUSTER, CLUSTERS
 from salad_ray.runs import Run
 from salad_ray.selection.cards import cards_table, chance_purity, cluster_cards, purity
 from salad_ray.selection.draw import priorities
@@ -39,15 +40,15 @@ from salad_ray.tables import (
 
 def make(run: Run, step: Step) -> None:
     """Write `web/clusters` from `web/embeddings`, and `web/centroids` with the clusters' shares and cards."""
-    stage = Stage.of(run, step, "clusters")
+    stage = Stage.of(run, step, CLUSTERS)
     passages, embeddings = (run.labelled(label) for label in step.reads)
     shards = list(stage.inputs[embeddings.label]["shards"])
     fitted = f"{stage.table.url}/fitted.safetensors"
-    if not stage.is_done():
+    if not stage.done_already():
         stage.begin()
         fit(run.config, embeddings, shards, fitted)
-    worker = partial(AssignShard, embeddings, fitted, run.config.seed)
-    run_works(run, [Work(stage, {name: name for name in shards}, worker)])
+        worker = partial(AssignShard, embeddings, fitted, run.config.seed)
+        run_works(run, [Work(stage, {name: name for name in shards}, worker)])
     write_centroids(run, step, passages, stage.table, fitted)
 
 
@@ -58,7 +59,7 @@ def fit(config: Config, embeddings: Table, shards: list[str], fitted_url: str) -
     start_ray(config)
     settings = config.cluster
     started = time.monotonic()
-    require_gpus(config, "cluster", settings.num_gpus)
+    require_gpus(config, CLUSTER, settings.num_gpus)
     on_gpu = ray.remote(num_cpus=1, num_gpus=settings.num_gpus or None)(_fit)
     fitted, num_points = ray.get(on_gpu.remote(config, embeddings, shards))
     write_bytes(fitted_url, safetensors.numpy.save(fitted))
@@ -81,7 +82,7 @@ def _fit(config: Config, embeddings: Table, shards: list[str]) -> tuple[dict[str
             use_gpu=settings.num_gpus > 0,
         ).fit(sample)
     except BadInput as error:
-        raise StageError(f"cluster: web/embeddings: {error}") from None
+        raise StageError(f"cluster: {embeddings.label}: {error}") from None
     return {"centroids": kmeans.centroids, "prices": kmeans.prices}, len(sample)
 
 
@@ -137,14 +138,14 @@ def write_centroids(run: Run, step: Step, passages: Table, clusters: Table, fitt
     """`web/centroids`: centroid, price and share of each cluster, and its card in `cards.json`."""
     manifest = clusters.manifest()
     assert manifest is not None
-    stage = Stage.of(run, step, "centroids", clusters=manifest)
+    stage = Stage.of(run, step, CENTROIDS, clusters=manifest)
     if stage.is_done():
         return
     stage.begin()
     kmeans, totals = load_kmeans(fitted), manifest["totals"]
     sizes = [int(totals.get(f"passages of cluster {index}", 0)) for index in range(len(kmeans.prices))]
     if not sum(sizes):
-        raise StageError("cluster: web/passages has none but those kept aside; lower ingest.heldout_share")
+        raise StageError(f"cluster: {passages.label} has none but those kept aside; lower ingest.heldout_share")
     rows = [
         Cluster(
             cluster_id=index,

@@ -23,6 +23,7 @@ from salad_ray import __version__
 from salad_ray.config import PICKED_PER_SHARD, PROTOCOLS, Condition, Config, identity
 from salad_ray.console import progress, say
 from salad_ray.flow import Step, steps
+from salad_ray.names import CLUSTERS, PASSAGES, PROBE, STAGE1, TEACHER, WEB, measurements_of
 from salad_ray.runs import Run
 from salad_ray.selection.importance import ClusterLoss, distillation_by_cluster
 from salad_ray.stages.ray_cluster import require_gpus, start_ray
@@ -112,6 +113,14 @@ class Stage:
             say(f"{self.label}: {len(lost)} shards of {self.table.url} are gone, {min(lost)} first; making them again")
         return not lost
 
+    def done_already(self) -> bool:
+        """Whether it `is_done`, which is told; raises as `check_strict`."""
+        if not self.is_done():
+            return False
+        check_strict(self.run.config, self)
+        say(f"{self.label}: done already, {self.table.url}")
+        return True
+
     def begin(self) -> None:
         """Say what this is before the first shard is written. What is made anew gets another version."""
         if read_json(f"{self.table.url}/begun.json") is None:
@@ -160,7 +169,7 @@ def finished(run: Run, label: str) -> dict[str, Any]:
 
 def teacher_of(run: Run) -> dict[str, Any]:
     """The manifest of the text LLM; its `path` as it is now, where the run has trained it itself."""
-    return run.with_path(finished(run, "teacher"))
+    return run.with_path(finished(run, TEACHER))
 
 
 @dataclass(frozen=True)
@@ -192,16 +201,17 @@ Ahead = Mapping[str, Work]
 
 
 def run_works(run: Run, works: Sequence[Work]) -> None:
-    """Make the tables that are not done, by the same actors, a chain of tasks at a time: they start once for all.
+    """Make these tables, by the same actors, a chain of tasks at a time: they start once for all.
 
     Raises:
         StageError: with strict=true at the first bad input; when too large a share is rejected; without items.
     """
-    pending = [work for work in works if not _is_done(run, work)]
+    for work in works:
+        work.stage.begin()
     started = time.monotonic()
-    pace, busy = _do(run, pending)
+    pace, busy = _do(run, works)
     secs = time.monotonic() - started
-    for work in pending:
+    for work in works:
         counts = checked_counts(run.config, work.stage, list(work.items))
         own_busy = busy.get(work.stage.table.url, 0.0)
         own_secs = secs * own_busy / (sum(busy.values()) or 1.0)
@@ -212,24 +222,14 @@ def run_works(run: Run, works: Sequence[Work]) -> None:
 
 
 def begun_works(batch: Sequence[Step], work_of: Callable[[Step, Ahead], Work]) -> list[Work]:
-    """What the steps of a batch do, each begun, so that the next can refer to what it will make."""
-    works, ahead = [], dict[str, Work]()
+    """What the steps do whose tables are missing, each begun, so that the next can refer to what it will make."""
+    ahead: dict[str, Work] = {}
     for step in batch:
         work = work_of(step, ahead)
-        works.append(work)
-        if not work.stage.is_done():
+        if not work.stage.done_already():
             work.stage.begin()
             ahead[work.stage.table.label] = work
-    return works
-
-
-def _is_done(run: Run, work: Work) -> bool:
-    if not work.stage.is_done():
-        work.stage.begin()
-        return False
-    check_strict(run.config, work.stage)
-    say(f"{work.stage.label}: done already, {work.stage.table.url}")
-    return True
+    return list(ahead.values())
 
 
 def make_shards(run: Run, work: Work) -> dict[str, Any]:
@@ -300,7 +300,7 @@ def members_below(run: Run, label: str, shards: Sequence[str], bounds: np.ndarra
     Returns:
         The rows of the table with a column `shard`.
     """
-    clusters = run.table("web", "clusters")
+    clusters = run.table(WEB, CLUSTERS)
 
     def of_shard(shard: str) -> pa.Table:
         rows = clusters.read(shard)
@@ -316,7 +316,7 @@ def members_below(run: Run, label: str, shards: Sequence[str], bounds: np.ndarra
 
 def probe_losses(run: Run, num_clusters: int) -> dict[str, ClusterLoss]:
     """M(c) of every cluster by each protocol, as Stage I has it on the probe."""
-    probe, table = run.table("probe", "passages"), run.table("probe", "measurements_stage1")
+    probe, table = run.table(PROBE, PASSAGES), run.table(PROBE, measurements_of(STAGE1))
     owner = {
         row["passage_id"]: row["cluster_id"]
         for passages in each_shard(partial(probe.read, columns=["passage_id", "cluster_id"]), probe.shards())

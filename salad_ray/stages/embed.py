@@ -12,6 +12,7 @@ import numpy as np
 from salad_ray.config import Config
 from salad_ray.console import say
 from salad_ray.flow import Step
+from salad_ray.names import EMBED
 from salad_ray.runs import Run
 from salad_ray.stages.common import Ahead, Stage, Work
 from salad_ray.stages.shards import ShardPart, StageError, WindowWorker, keep_or_reject
@@ -83,7 +84,7 @@ class EmbedShard(WindowWorker):
         for window in self.windows(rows, lambda row: row.passage_id, WINDOW_BATCHES * self.config.embed.batch_size):
             vectors = self.embedder.encode([row.text for row in window])
             pairs = list(zip(window, vectors, strict=True))
-            kept, rejects = keep_or_reject("embed", pairs, lambda pair: pair[0].passage_id, _row, self.config.strict)
+            kept, rejects = keep_or_reject(EMBED, pairs, lambda pair: pair[0].passage_id, _row, self.config.strict)
             yield ShardPart(to_arrow(Embedding, kept), len(window), len(kept), rejects)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from salad_ray.config import Config
 from salad_ray.flow import Step
 from salad_ray.model.encoder import encode_in_batches, load_encoder
+from salad_ray.names import BENCHMARK, ENCODE
 from salad_ray.runs import Run
 from salad_ray.sequences.batch import store_frames
 from salad_ray.speech.audio import load_utterance
@@ -50,7 +51,7 @@ def work(run: Run, step: Step, ahead: Ahead) -> Work:
 
 class EncodeShard(WindowWorker):
     def __init__(self, config: Config, set_name: str, utterances: Table, weights: str) -> None:
-        self.config, self.is_benchmark = config, set_name == "benchmark"
+        self.config, self.is_benchmark = config, set_name == BENCHMARK
         self.utterances, self.weights = utterances, weights
         self.encoder = load_encoder(config.encode, "cuda" if config.encode.num_gpus else "cpu")
 
@@ -76,7 +77,7 @@ class EncodeShard(WindowWorker):
     def _encode(self, window: list[Utterance], loading: list[Future[Heard]]) -> tuple[list[Encoded], list[Reject]]:
         pairs = list(zip(window, loading, strict=True))
         heard, rejects = keep_or_reject(
-            "encode", pairs, lambda pair: pair[0].utt_id, lambda pair: pair[1].result(), self.config.strict
+            ENCODE, pairs, lambda pair: pair[0].utt_id, lambda pair: pair[1].result(), self.config.strict
         )
         features = encode_in_batches(self.encoder, [audio for _, audio in heard], self.config.encode.batch_secs)
         rate = self.encoder.sampling_rate
@@ -85,7 +86,7 @@ class EncodeShard(WindowWorker):
 
     def _part(self, encoded: list[Encoded], rejects: list[Reject]) -> ShardPart:
         strict = self.config.strict
-        kept, unusable = keep_or_reject("encode", encoded, lambda each: each[0].utt_id, self._to_row, strict)
+        kept, unusable = keep_or_reject(ENCODE, encoded, lambda each: each[0].utt_id, self._to_row, strict)
         secs = {row.utt_id: secs for row, _, secs in encoded}
         hours = {
             "hours": sum(secs[row.utt_id] for row in kept) / 3600,

@@ -18,6 +18,7 @@ from salad_ray.flow import Step
 from salad_ray.model.encoder import Encoder, load_encoder
 from salad_ray.model.loading import load_tokenizer
 from salad_ray.model.speech_lm import SpeechLM, load_text_lm
+from salad_ray.names import CASCADE, EVALUATE, EXEMPLARS, FEATURES, ITEMS, UTTERANCES
 from salad_ray.runs import Run
 from salad_ray.sequences.batch import frames_of
 from salad_ray.speech.audio import load_utterance
@@ -27,7 +28,6 @@ from salad_ray.stages.common import Ahead, Stage, Work, condition_of, teacher_of
 from salad_ray.stages.shards import ShardPart, StageError, keep_or_reject
 from salad_ray.tables import Features, Item, Score, Table, Utterance, local_folder, stable_hash, to_arrow
 
-CASCADE = "cascade"
 SPOKEN_RATE = 16000
 """At which recognisers listen, in Hz."""
 HEARD_FLOORS = ("silence", "swapped")
@@ -38,7 +38,7 @@ Asked = tuple[Item, str, Query, dict[str, Any]]
 
 def sources(config: Config, step: Step) -> dict[str, Any]:
     """The cascade's recogniser, loaded here too, so that a wrong path ends in one sentence."""
-    if step.tables != (f"scores_{CASCADE}",):
+    if step.system != CASCADE:
         return {}
     return {name: str(fact) for name, fact in _recogniser(config, "cpu").facts.items()}
 
@@ -46,15 +46,14 @@ def sources(config: Config, step: Step) -> dict[str, Any]:
 def work(run: Run, step: Step, ahead: Ahead) -> Work:
     """`benchmark/scores_<system>`: the base LLM reads, the cascade reads transcripts, others read and listen."""
     stage = Stage.of(run, step, ahead=ahead)
-    system = step.tables[0].removeprefix("scores_")
     tables = {table.name: table for table in map(run.labelled, step.reads)}
     shards = {table.name: list(stage.inputs[table.label].get("shards", ())) for table in tables.values()}
-    items = {} if system == CASCADE else {f"text-{shard}": ["text", shard] for shard in shards["items"]}
-    items |= {f"speech-{shard}": ["speech", shard] for shard in shards.get("features", ())}
-    items |= {f"speech-{shard}": [CASCADE, shard] for shard in shards.get("utterances", ())}
-    model = f"{tables[system].url}/model" if system in tables else None
-    weights = stage.inputs["benchmark/features"]["sources"]["weights"] if "features" in tables else ""
-    worker = partial(AskShard, run.config, system, teacher_of(run), tables, model, weights)
+    items = {} if step.system == CASCADE else {f"text-{shard}": ["text", shard] for shard in shards[ITEMS]}
+    items |= {f"speech-{shard}": ["speech", shard] for shard in shards.get(FEATURES, ())}
+    items |= {f"speech-{shard}": [CASCADE, shard] for shard in shards.get(UTTERANCES, ())}
+    model = f"{tables[step.system].url}/model" if step.system in tables else None
+    weights = stage.inputs[tables[FEATURES].label]["sources"]["weights"] if FEATURES in tables else ""
+    worker = partial(AskShard, run.config, step.system, teacher_of(run), tables, model, weights)
     return Work(stage, items, worker, run.config.evaluate.num_gpus)
 
 
@@ -90,9 +89,9 @@ class AskShard:
         )
         self.context = min(config.pack.context, reach or config.pack.context)
         self.recogniser = _recogniser(config, device) if system == CASCADE else None
-        self.items = {row.item_id: row for row in _all_items(tables["items"])}
+        self.items = {row.item_id: row for row in _all_items(tables[ITEMS])}
         self.pools: dict[str, list[Item]] = {}
-        others = _all_items(tables["exemplars"]) if "exemplars" in tables else []
+        others = _all_items(tables[EXEMPLARS]) if EXEMPLARS in tables else []
         named = {row.benchmark for row in others}
         for row in others + [row for row in self.items.values() if row.benchmark not in named]:
             self.pools.setdefault(row.benchmark, []).append(row)
@@ -101,14 +100,14 @@ class AskShard:
         kind, shard = payload
         rows, ask = self._rows(kind, shard)
         strict = self.config.strict
-        asked, rejects = keep_or_reject("evaluate", rows, _key, ask, strict)
+        asked, rejects = keep_or_reject(EVALUATE, rows, _key, ask, strict)
         scored: list[tuple[Asked, list[float]]] = []
         for batch in batches([query for _, _, query, _ in asked], self.config.evaluate.batch_positions):
             values = score(self.model, [asked[index][2] for index in batch])
             scored += [(asked[index], own) for index, own in zip(batch, values, strict=True)]
         modality = "text" if kind == "text" else "speech"
         kept, unusable = keep_or_reject(
-            "evaluate", scored, lambda pair: pair[0][0].item_id, partial(self._score, modality), strict
+            EVALUATE, scored, lambda pair: pair[0][0].item_id, partial(self._score, modality), strict
         )
         kept.sort(key=lambda row: (row.item_id, row.condition))
         yield ShardPart(to_arrow(Score, kept), len(rows), len(kept), rejects + unusable)
@@ -116,15 +115,15 @@ class AskShard:
     def _rows(self, kind: str, shard: str) -> tuple[list[tuple[Any, str]], Callable[[tuple[Any, str]], Asked]]:
         """A shard's rows with the conditions under which each is asked, and how it is asked."""
         if kind == "text":
-            items = self.tables["items"].read_rows(Item, shard)
+            items = self.tables[ITEMS].read_rows(Item, shard)
             conditions = ["clean", *(name for name in self.config.evaluate.floors if name == "choices")]
             return [(item, condition) for item in items for condition in conditions], self._ask_text
         if kind == "speech":
-            features = self.tables["features"].read_rows(Features, shard)
+            features = self.tables[FEATURES].read_rows(Features, shard)
             self._prepare_floors(features, [row.num_frames for row in features])
             rows = [(row, condition) for row in features for condition in self._conditions(row, ("clean",))]
             return rows, partial(self._ask_speech, self._silence(max((row.num_frames for row in features), default=0)))
-        utterances = self.tables["utterances"].read_rows(Utterance, shard)
+        utterances = self.tables[UTTERANCES].read_rows(Utterance, shard)
         self._prepare_floors(utterances, [row.duration_secs for row in utterances])
         conditions = [name for name in self.config.evaluate.conditions if name != "voice"]
         return [(row, name) for row in utterances for name in self._conditions(row, conditions)], self._ask_cascade
@@ -217,7 +216,7 @@ class AskShard:
     def _item(self, utt_id: str) -> tuple[Item, str]:
         name, condition = condition_of(utt_id)
         if name not in self.items:
-            raise StageError(f"evaluate: {utt_id} is of no item of benchmark/items; run `salad ingest` with --redo")
+            raise StageError(f"evaluate: {self.tables[ITEMS].label} has no item of {utt_id}; run `salad ingest --redo`")
         return self.items[name], condition
 
     def _score(self, modality: str, pair: tuple[Asked, list[float]]) -> Score:

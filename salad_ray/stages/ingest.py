@@ -35,6 +35,7 @@ from salad_ray.console import progress, say, user_error
 from salad_ray.credentials import redact
 from salad_ray.evaluation.benchmarks import prompt_of, read_items, world_items
 from salad_ray.flow import Step
+from salad_ray.names import BENCHMARK, CATALOG, EXEMPLARS, HELDOUT, INGEST, ITEMS, NATURAL, TEXT, WEB
 from salad_ray.runs import Run
 from salad_ray.selection.draw import priorities, probe_bounds
 from salad_ray.speech.audio import check_recording
@@ -107,28 +108,28 @@ document, as JSON, what was cut out of it."""
 
 def sources(config: Config, step: Step) -> dict[str, Any]:
     """Stamps of what is read: an edited corpus is another one, and its tables lie elsewhere."""
-    if step.set == "benchmark":
+    if step.set == BENCHMARK:
         if step.reads:
             return {"voices": len(_voices(config))}
         return {"items": fingerprint({"rows": [asdict(row) for row in (*_items(config), *_exemplars(config))]})}
-    if step.set in ("web", "text") and _text_corpora(config, step.set):
+    if step.set in (WEB, TEXT) and _text_corpora(config, step.set):
         stamps = {text_corpus_name(corpus): _text_stamp(corpus) for corpus in _text_corpora(config, step.set)}
         texts = fingerprint({"texts": _benchmark_texts(config)})
         return {"corpora": stamps, "benchmarks": texts, "max_words": config.max_words}
-    if step.set == "text":
+    if step.set == TEXT:
         return {"benchmarks": fingerprint({"texts": _world_benchmark_texts(config)})}
-    if "catalog" in step.tables:
+    if CATALOG in step.tables:
         return {corpus_name(corpus): _stamp(find_sources(corpus)) for corpus in config.ingest.corpora}
     return {}
 
 
 def make(run: Run, step: Step) -> None:
     """Write `<set>/passages` of web text, `natural/catalog`, or the benchmarks' items and what is spoken of them."""
-    if step.set == "benchmark":
+    if step.set == BENCHMARK:
         make_benchmark_passages(run, step) if step.reads else make_items(run, step)
-    elif "catalog" in step.tables:
+    elif CATALOG in step.tables:
         make_catalog(run, step)
-    elif step.set == "heldout":
+    elif step.set == HELDOUT:
         keep_aside(run, step)
     else:
         make_passages(run, step)
@@ -143,7 +144,7 @@ def work(run: Run, step: Step, ahead: Ahead) -> Work:
         return Work(stage, {name: name for name in catalog["shards"]}, worker)
     _require_domains(config)
     items = {name: index for index, name in enumerate(shard_names(config))}
-    if step.set == "text":
+    if step.set == TEXT:
         return Work(stage, items, partial(WorldText, config))
     return Work(stage, items, partial(WorldPassages, config, step.set))
 
@@ -165,8 +166,8 @@ class WorldPassages:
         world = config.world
         heard = tuple(domain for domain in DOMAINS if domain not in world.unheard)
         number, domains, split = {
-            "natural": (world.num_natural, heard, "train"),
-            "heldout": (world.num_heldout, DOMAINS, "test"),
+            NATURAL: (world.num_natural, heard, "train"),
+            HELDOUT: (world.num_heldout, DOMAINS, "test"),
         }.get(set_name, (world.num_web, DOMAINS, set_name))
         self.passages = world_passages(number, domains, config.seed, split)
         self.num_shards = config.ingest.num_shards
@@ -182,12 +183,12 @@ class WorldText:
 
     def __init__(self, config: Config) -> None:
         world, num_drawn = config.world, config.world.num_text
-        web = {row.text: row.passage_id for row in world_passages(world.num_web, DOMAINS, config.seed, "web")}
+        web = {row.text: row.passage_id for row in world_passages(world.num_web, DOMAINS, config.seed, WEB)}
         ngrams = benchmark_ngrams(_world_benchmark_texts(config), config.ingest.passages.ngram)
         self.num_shards = config.ingest.num_shards
         self.passages: list[Passage] = []
         while len(self.passages) < world.num_text:  # a longer draw begins with the shorter one
-            drawn = world_passages(num_drawn, DOMAINS, config.seed, "text")
+            drawn = world_passages(num_drawn, DOMAINS, config.seed, TEXT)
             checked = [_not_in_web(_decontaminated(row, ngrams), web) for row in drawn]
             usable = [replace(row, split="train") for row in checked if isinstance(row, Passage)]
             self.passages, num_drawn = usable[: world.num_text], 2 * num_drawn
@@ -201,7 +202,7 @@ def _decontaminated(passage: Passage, ngrams: NGrams) -> Passage | Reject:
     match = contaminated(passage.text, ngrams)
     if match is None:
         return passage
-    return Reject("ingest", passage.passage_id, f"shares the words '{match}' with a benchmark")
+    return Reject(INGEST, passage.passage_id, f"shares the words '{match}' with a benchmark")
 
 
 def _not_in_web(passage: Passage | Reject, web: Mapping[str, str]) -> Passage | Reject:
@@ -209,7 +210,7 @@ def _not_in_web(passage: Passage | Reject, web: Mapping[str, str]) -> Passage | 
     if isinstance(passage, Reject) or passage.text not in web:
         return passage
     reason = f"the same text as {web[passage.text]} of the web text, which may be measured"
-    return Reject("ingest", passage.passage_id, reason)
+    return Reject(INGEST, passage.passage_id, reason)
 
 
 class CheckShard(WindowWorker):
@@ -221,7 +222,7 @@ class CheckShard(WindowWorker):
 
     def __call__(self, shard: str) -> Iterator[ShardPart]:
         for rows in self.windows(self.catalog.iterate(Utterance, shard), lambda row: row.utt_id, CHECK_ROWS):
-            kept, rejects = keep_or_reject("ingest", rows, lambda row: row.utt_id, self._checked, self.config.strict)
+            kept, rejects = keep_or_reject(INGEST, rows, lambda row: row.utt_id, self._checked, self.config.strict)
             yield ShardPart(to_arrow(Utterance, kept), len(rows), len(kept), rejects, hours_by_licence(kept))
 
     def _checked(self, row: Utterance) -> Utterance:
@@ -260,8 +261,7 @@ def make_catalog(run: Run, step: Step) -> None:
         StageError: too much of the corpora is unusable.
     """
     config, stage = run.config, Stage.of(run, step)
-    if stage.is_done():
-        check_strict(config, stage)
+    if stage.done_already():
         return
     found = [(corpus, find_sources(corpus)) for corpus in config.ingest.corpora]
     started = time.monotonic()
@@ -455,7 +455,7 @@ def _dealt(config: Config, row_type: type, row: Any, hashed: str, cut: str | Non
 def _undealt(row_type: type, group: pa.Table) -> tuple[list[Any], list[Reject]]:
     """The rows and the rejects of one shard's group."""
     reasons, keys = group["reason"].to_pylist(), group[schema_of(row_type).names[0]].to_pylist()
-    rejects = [Reject("ingest", key, reason) for key, reason in zip(keys, reasons, strict=True) if reason is not None]
+    rejects = [Reject(INGEST, key, reason) for key, reason in zip(keys, reasons, strict=True) if reason is not None]
     found = group.filter(pa.compute.is_null(group["reason"])).select(schema_of(row_type).names)
     return from_arrow(row_type, found), rejects
 
@@ -490,7 +490,7 @@ def _scanned(config: Config, row: Utterance | Reject) -> dict[str, Any]:
     ingest = config.ingest
     if isinstance(row, Utterance) and ingest.languages and language_code(row.language) not in ingest.languages:
         names = ", ".join(ingest.languages)
-        row = Reject("ingest", row.utt_id, f"language '{row.language}' is not among ingest.languages ({names})")
+        row = Reject(INGEST, row.utt_id, f"language '{row.language}' is not among ingest.languages ({names})")
     if isinstance(row, Reject):
         return _dealt(config, Utterance, row, row.key)
     undivided = f"{row.corpus}/{row.speaker}" if ingest.split_by == "speaker" and row.speaker else row.source
@@ -506,7 +506,7 @@ def _write_group(config: Config, table: Table, group: pa.Table) -> dict[str, Any
     kept: dict[str, Utterance] = {}
     for row in rows:
         if row.utt_id in kept:
-            rejects.append(Reject("ingest", row.utt_id, "an utterance of this id was read already"))
+            rejects.append(Reject(INGEST, row.utt_id, "an utterance of this id was read already"))
         kept.setdefault(row.utt_id, row)
     rejects.sort(key=lambda reject: (reject.key, reject.reason))
     write_shard(table, name, iter([ShardPart(to_arrow(Utterance, kept.values()), len(group), len(kept), rejects)]))
@@ -519,9 +519,9 @@ def make_items(run: Run, step: Step) -> None:
     Raises:
         ConfigError: a benchmark that is not there, or not of its format.
     """
-    _write_rows(run, Stage.of(run, step, "items"), Item, _items(run.config))
-    if "exemplars" in step.tables:
-        _write_rows(run, Stage.of(run, step, "exemplars"), Item, _exemplars(run.config))
+    _write_rows(run, Stage.of(run, step, ITEMS), Item, _items(run.config))
+    if EXEMPLARS in step.tables:
+        _write_rows(run, Stage.of(run, step, EXEMPLARS), Item, _exemplars(run.config))
 
 
 def make_benchmark_passages(run: Run, step: Step) -> None:
@@ -578,8 +578,7 @@ def _chosen_items(config: Config, benchmark: BenchmarkConfig) -> list[Item | Rej
 
 def _write_rows(run: Run, stage: Stage, row_type: type, rows: Sequence[Any]) -> None:
     """Write a small table of set=benchmark in shards of a few rows, the unit of resume of what follows."""
-    if stage.is_done():
-        say(f"{stage.label}: done already, {stage.table.url}")
+    if stage.done_already():
         return
     stage.begin()
     shards = [f"part-{index:05d}" for index in range(-(-len(rows) // ITEMS_PER_SHARD) or 1)]
@@ -602,9 +601,7 @@ def make_passages(run: Run, step: Step) -> None:
         StageError: too much of the corpora is unusable.
     """
     config, stage = run.config, Stage.of(run, step)
-    if stage.is_done():
-        check_strict(config, stage)
-        say(f"{stage.label}: done already, {stage.table.url}")
+    if stage.done_already():
         return
     found = [(corpus, find_text_sources(corpus)) for corpus in _text_corpora(config, step.set)]
     texts = _benchmark_texts(config)
@@ -619,7 +616,7 @@ def make_passages(run: Run, step: Step) -> None:
     ]
     ngrams = benchmark_ngrams(texts, config.ingest.passages.ngram)
     start_ray(config)
-    heldout_share = config.ingest.heldout_share if step.set == "web" else 0.0
+    heldout_share = config.ingest.heldout_share if step.set == WEB else 0.0
     scan = partial(_scan_text, config, heldout_share, ray.put(ngrams))
     web = run.labelled(step.reads[0]) if step.reads else None
     write_group = partial(_write_passages, config, stage.table, web)
@@ -630,7 +627,7 @@ def make_passages(run: Run, step: Step) -> None:
 
 
 def _text_corpora(config: Config, set_name: str) -> tuple[WebTextConfig, ...]:
-    return config.ingest.text if set_name == "text" else config.ingest.web
+    return config.ingest.text if set_name == TEXT else config.ingest.web
 
 
 def _benchmark_texts(config: Config) -> list[str]:
@@ -707,7 +704,7 @@ class PassageCutter:
         if self.config.strict or (self.num_failed >= MIN_FAILURES and self.num_failed > self.num_cut):
             number = f"{self.num_failed:,} of {self.num_failed + self.num_cut:,} documents of its source failed so"
             raise StageError(f"ingest: {document.doc_id}: {reason} ({number}); please report this as a bug") from error
-        return Reject("ingest", document.doc_id, reason)
+        return Reject(INGEST, document.doc_id, reason)
 
     def _cut(self, document: Document, corpus: str) -> tuple[list[tuple[Passage | Reject, str]], dict[str, int]]:
         passages, rejects, cut = cut_passages(document, self.limits, self.count_pieces)
@@ -739,9 +736,9 @@ def _write_passages(config: Config, table: Table, web: Table | None, group: pa.T
     ids: set[str] = set()
     for row in sorted(rows, key=lambda row: row.passage_id):
         if row.passage_id in ids:
-            rejects.append(Reject("ingest", row.passage_id, "a passage of this id was read already"))
+            rejects.append(Reject(INGEST, row.passage_id, "a passage of this id was read already"))
         elif row.text in kept:
-            rejects.append(Reject("ingest", row.passage_id, f"the same text as {kept[row.text].passage_id}"))
+            rejects.append(Reject(INGEST, row.passage_id, f"the same text as {kept[row.text].passage_id}"))
         else:
             kept[row.text] = row
             ids.add(row.passage_id)
@@ -759,11 +756,13 @@ def _write_passages(config: Config, table: Table, web: Table | None, group: pa.T
 def keep_aside(run: Run, step: Step) -> None:
     """Write `heldout/passages`: of the web's passages that are kept aside, those with the lowest priorities."""
     config, stage = run.config, Stage.of(run, step)
+    if stage.done_already():
+        return
     [(label, manifest)] = stage.inputs.items()
     passages = run.labelled(label)
     number, there = config.ingest.passages.num_heldout, manifest["totals"]["passages kept aside"]
     if not there:
-        raise StageError("ingest set=heldout: no passage of the web text is kept aside; raise ingest.heldout_share")
+        raise StageError(f"{stage.label}: no passage of the web text is kept aside; raise ingest.heldout_share")
     bound = probe_bounds(np.array([there]), number)[0]
 
     def of_shard(shard: str) -> pa.Table:
@@ -774,9 +773,7 @@ def keep_aside(run: Run, step: Step) -> None:
         columns = {"priority": pa.array(order[near]), "shard": pa.array([shard] * int(near.sum()), pa.string())}
         return pa.table({"passage_id": rows["passage_id"].filter(pa.array(near))} | columns)
 
-    items = {}
-    if not stage.is_done():
-        chosen = gather(config, stage.label, list(manifest["shards"]), of_shard)
-        chosen = chosen.sort_by([("priority", "ascending"), ("passage_id", "ascending")]).slice(0, number)
-        items = picked_shards(config, chosen.append_column("cluster_id", pa.nulls(len(chosen), pa.int64())))
+    chosen = gather(config, stage.label, list(manifest["shards"]), of_shard)
+    chosen = chosen.sort_by([("priority", "ascending"), ("passage_id", "ascending")]).slice(0, number)
+    items = picked_shards(config, chosen.append_column("cluster_id", pa.nulls(len(chosen), pa.int64())))
     run_works(run, [Work(stage, items, partial(PickPassages, passages, "test"))])

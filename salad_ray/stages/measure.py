@@ -12,6 +12,7 @@ from salad_ray.evaluation.misalignment import measure_batch, summarise
 from salad_ray.evaluation.protocols import HeldOut, held_out, read_by
 from salad_ray.flow import Step
 from salad_ray.model.speech_lm import EncoderSpec, SpeechLM, load_text_lm
+from salad_ray.names import MEASURE
 from salad_ray.runs import Run
 from salad_ray.sequences.batch import collate, sample_of
 from salad_ray.sequences.interleave import Segment
@@ -20,7 +21,6 @@ from salad_ray.stages.common import Ahead, Stage, Work, teacher_of
 from salad_ray.stages.shards import ShardPart, StageError
 from salad_ray.tables import Features, Measurement, Reject, Table, local_folder, to_arrow
 
-UNTRAINED = "untrained"
 WITHOUT_TIMES = "utterances without word times, not measured whole"
 
 
@@ -28,16 +28,9 @@ def work(run: Run, step: Step, ahead: Ahead) -> Work:
     """`<set>/measurements_<system>`; of the probe set only what Stage I makes of it."""
     stage = Stage.of(run, step, ahead=ahead)
     _, features, *trained = step.reads
-    manifest = stage.inputs[features]
-    worker = partial(
-        MeasureShard,
-        run.config,
-        trained[0] if trained else UNTRAINED,
-        teacher_of(run),
-        run.labelled(features),
-        manifest["encoder"],
-        f"{run.labelled(trained[0]).url}/model" if trained else None,
-    )
+    manifest, teacher = stage.inputs[features], teacher_of(run)
+    model = f"{run.labelled(trained[0]).url}/model" if trained else None
+    worker = partial(MeasureShard, run.config, step.system, teacher, run.labelled(features), manifest["encoder"], model)
     return Work(stage, {shard: shard for shard in manifest["shards"]}, worker, run.config.measure.num_gpus)
 
 
@@ -81,13 +74,11 @@ class MeasureShard:
         untimed = len(utterances) - len(left_out) - sum(len(passage.utterances) for passage in timed)
         stride = self.student.config.adapter.stride
         measured: list[Measurement] = []
-        rejects = [
-            Reject("measure", key, f"{protocol}: {reason}") for protocol in PROTOCOLS for key, reason in left_out
-        ]
+        rejects = [Reject(MEASURE, key, f"{protocol}: {reason}") for protocol in PROTOCOLS for key, reason in left_out]
         for protocol in PROTOCOLS:
             of_protocol = timed if protocol == "whole" else passages
             samples, unusable = read_by(protocol, of_protocol, config.measure, config.pack.context, stride)
-            rejects += [Reject("measure", key, reason) for key, reason in unusable]
+            rejects += [Reject(MEASURE, key, reason) for key, reason in unusable]
             measured += self._measure(protocol, samples)
         if rejects and config.strict:
             raise StageError(f"measure: {rejects[0].key}: {rejects[0].reason}")

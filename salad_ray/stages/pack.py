@@ -16,20 +16,11 @@ from typing import Any
 
 from salad_ray.config import Config
 from salad_ray.console import say
-from salad_ray.distill.budget import (
-    Plans,
-    budget_of,
-    fill,
-    mix_of,
-    plans_of,
-    rows_of_epoch,
-    stage1_row_shares,
-    stage2_row_shares,
-)
+from salad_ray.distill.budget import Budget, budget_of, fill, mix_of, plans_of, rows_of_epoch
 from salad_ray.flow import Step
 from salad_ray.model.loading import load_tokenizer
+from salad_ray.names import ACTIVE, NATURAL, TEXT
 from salad_ray.runs import Run
-from salad_ray.sequences.loader import NATURAL, TEXT
 from salad_ray.sequences.plan import plan_lane, plan_shard_name, read_without_features, shards_of_lane
 from salad_ray.sequences.text_rows import Text, plan_text_lane
 from salad_ray.stages.common import Stage, Work, make_shards, teacher_of
@@ -50,7 +41,8 @@ def make(run: Run, step: Step) -> None:
     stage.begin()
     worker = partial(PackLane, config, teacher_of(run), features, list(stage.inputs[features.label]["shards"]))
     make_shards(run, Work(stage, epoch_items(config, [0]), worker))
-    needed = natural_rows(config, plans) if step.set == NATURAL else active_rows(config, plans)
+    budget = budget_of(config, plans)
+    needed = natural_rows(config, budget) if step.set == NATURAL else active_rows(config, budget)
     if done.get("rows_per_lane", 0) >= needed:
         say(f"{stage.label}: done already, {stage.table.url}")
         return
@@ -61,7 +53,7 @@ def make(run: Run, step: Step) -> None:
         counts = make_shards(run, Work(stage, epoch_items(config, range(num_epochs)), worker))
     facts = {"rows_per_lane": min(rows_of_lanes(config, counts["shards"])), "num_epochs": num_epochs}
     stage.finish(**counts, **facts, seconds=round(time.monotonic() - started, 2))
-    mixed = f", {stage2_row_shares(config, plans)['active']:.1%} of Stage II's rows" if "active" in plans else ""
+    mixed = f", {budget.stage2_shares[ACTIVE]:.1%} of Stage II's rows" if step.set == ACTIVE else ""
     say(
         f"{stage.label}: {counts['num_rows']:,} rows in {num_epochs} epochs{mixed}, "
         f"fill {fill(config, stage.table):.1%} → {stage.table.url}"
@@ -71,8 +63,7 @@ def make(run: Run, step: Step) -> None:
 def make_text(run: Run, step: Step) -> None:
     """Write `text/plan`, one shard for each lane."""
     config, stage = run.config, Stage.of(run, step)
-    if stage.is_done():
-        say(f"{stage.label}: done already, {stage.table.url}")
+    if stage.done_already():
         return
     started = time.monotonic()
     stage.begin()
@@ -84,34 +75,32 @@ def make_text(run: Run, step: Step) -> None:
     say(f"{stage.label}: {counts['num_rows']:,} rows, fill {fill(config, stage.table):.1%} → {stage.table.url}")
 
 
-def natural_rows(config: Config, plans: Plans) -> int:
+def natural_rows(config: Config, budget: Budget) -> int:
     """Rows of natural speech that a lane needs for both stages: Stage II goes on where Stage I's decay begins. Its
     control takes most of them."""
-    budget, rows = budget_of(config, plans), config.pack.rows_per_lane
-    trunk = mix_of(config, stage1_row_shares(config, plans))
+    rows, trunk = config.pack.rows_per_lane, mix_of(config, budget.stage1_shares)
     needed = trunk.most_rows(NATURAL, budget.num_steps * rows)
     if config.stage2 is None:
         return needed
-    control = mix_of(config, stage2_row_shares(config, plans))
+    control = mix_of(config, budget.stage2_shares)
     before = trunk.most_rows(NATURAL, budget.branch_step * rows)
     return max(needed, before + control.most_rows(NATURAL, budget.stage2_steps * rows))
 
 
-def active_rows(config: Config, plans: Plans) -> int:
+def active_rows(config: Config, budget: Budget) -> int:
     """Rows of active speech that Stage II takes of a lane."""
-    rows = budget_of(config, plans).stage2_steps * config.pack.rows_per_lane
-    return mix_of(config, stage2_row_shares(config, plans)).most_rows("active", rows)
+    return mix_of(config, budget.stage2_shares).most_rows(ACTIVE, budget.stage2_steps * config.pack.rows_per_lane)
 
 
 class PackLane:
     """Plans the rows of a lane for an epoch.
 
     Args:
-        shards: of the features.
+        shards: of the source.
     """
 
-    def __init__(self, config: Config, teacher: dict[str, Any], features: Table, shards: list[str]) -> None:
-        self.config, self.features, self.shards = config, features, shards
+    def __init__(self, config: Config, teacher: dict[str, Any], source: Table, shards: list[str]) -> None:
+        self.config, self.source, self.shards = config, source, shards
         with local_folder(teacher["path"]) as path:
             self.tokenizer = load_tokenizer(path, teacher["revision"])
 
@@ -121,7 +110,7 @@ class PackLane:
 
         def load(shard: str) -> list[Any]:
             nonlocal num_input
-            rows = read_without_features(self.features, shard)
+            rows = read_without_features(self.source, shard)
             num_input += sum(row.split == "train" for row in rows)
             return rows
 
@@ -136,13 +125,8 @@ class PackLane:
         yield ShardPart(to_arrow(PlanRow, rows), num_input, num_planned, rejects)
 
 
-class PackText:
-    """Plans the rows of a lane of text alone; arguments as of `PackLane`."""
-
-    def __init__(self, config: Config, teacher: dict[str, Any], passages: Table, shards: list[str]) -> None:
-        self.config, self.passages, self.shards = config, passages, shards
-        with local_folder(teacher["path"]) as path:
-            self.tokenizer = load_tokenizer(path, teacher["revision"])
+class PackText(PackLane):
+    """The same of text alone; its source are passages."""
 
     def __call__(self, item: dict[str, int]) -> Iterator[ShardPart]:
         pack, lane = self.config.pack, item["lane"]
@@ -150,7 +134,7 @@ class PackText:
 
         def load(shard: str) -> list[Text]:
             nonlocal num_input
-            columns = self.passages.read(shard, ["passage_id", "text"])
+            columns = self.source.read(shard, ["passage_id", "text"])
             num_input += len(columns)
             return [Text(index, *pair) for index, pair in enumerate(zip(*columns.to_pydict().values(), strict=True))]
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 from salad_ray.config import Config
 from salad_ray.console import say, show
 from salad_ray.flow import Step
+from salad_ray.names import CENTROIDS, PASSAGES, PROBE, SELECT, SELECTION, UTTERANCES, WEB
 from salad_ray.report.metrics import selection_table
 from salad_ray.runs import Run
 from salad_ray.selection.draw import bounds, draw, exhausted
@@ -31,17 +32,16 @@ DEFAULT_PERCENT = 1.0
 
 def make(run: Run, step: Step) -> None:
     """Write `active/selection`, what is drawn and why, and `active/passages`."""
-    stage = Stage.of(run, step, "selection")
-    if stage.is_done():
-        say(f"select: done already, {stage.table.url}")
-    else:
+    stage = Stage.of(run, step, SELECTION)
+    if not stage.done_already():
         _draw(run, stage)
     selection = stage.table.manifest()
     assert selection is not None
-    chosen = stage.table.read("part-00000", ["passage_id", "cluster_id", "shard"])
-    spoken = Stage.of(run, step, "passages", selection=selection)
-    worker = partial(PickPassages, run.table("web", "passages"), "train")
-    run_works(run, [Work(spoken, picked_shards(run.config, chosen), worker)])
+    spoken = Stage.of(run, step, PASSAGES, selection=selection)
+    if not spoken.done_already():
+        chosen = stage.table.read("part-00000", ["passage_id", "cluster_id", "shard"])
+        worker = partial(PickPassages, run.table(WEB, PASSAGES), "train")
+        run_works(run, [Work(spoken, picked_shards(run.config, chosen), worker)])
 
 
 def _draw(run: Run, stage: Stage) -> None:
@@ -49,9 +49,10 @@ def _draw(run: Run, stage: Stage) -> None:
     config = run.config
     started = time.monotonic()
     stage.begin()
-    budget_secs = budget_of(config, stage.inputs["natural/features"]["totals"]["training hours"])
+    _, members, *_, features = stage.step.reads
+    budget_secs = budget_of(config, stage.inputs[features]["totals"]["training hours"])
     clusters = measured_clusters(run)
-    chosen = draw_within(run, list(stage.inputs["web/clusters"]["shards"]), clusters, budget_secs)
+    chosen = draw_within(run, list(stage.inputs[members]["shards"]), clusters, budget_secs)
     facts = selection_facts(config, clusters, chosen, budget_secs)
     stage.table.write("part-00000", chosen)
     seconds = round(time.monotonic() - started, 2)
@@ -70,7 +71,7 @@ def budget_of(config: Config, natural_hours: float) -> float:
 def measured_clusters(run: Run) -> dict[str, np.ndarray]:
     """Arrays (K,) of all clusters: shares, sizes, M(c) with its standard error, and P_target."""
     config = run.config
-    rows = run.table("web", "centroids").read("part-00000").drop_columns(["centroid"])
+    rows = run.table(WEB, CENTROIDS).read("part-00000").drop_columns(["centroid"])
     clusters = {name: rows[name].to_numpy() for name in rows.column_names}
     loss = probe_losses(run, len(rows))[config.probe.protocol]
     unknown = np.flatnonzero(~np.isfinite(loss.mean))
@@ -90,7 +91,7 @@ def measured_clusters(run: Run) -> dict[str, np.ndarray]:
         "num_probed": loss.num_passages,
         "reliability": np.full(len(mean), trust),
         "target_share": _aim(clusters["web_share"], used, config.select.gamma),
-        "secs_per_char": np.full(len(mean), secs_per_char(run.table("probe", "utterances"))),
+        "secs_per_char": np.full(len(mean), secs_per_char(run.table(PROBE, UTTERANCES))),
     }
 
 
@@ -111,7 +112,7 @@ def secs_per_char(table: Table) -> float:
 
 def draw_within(run: Run, shards: list[str], clusters: dict[str, np.ndarray], budget_secs: float) -> pa.Table:
     """The passages drawn, in order of their rank; only candidates below a bound on the priority are ever collected."""
-    probe = run.table("probe", "passages")
+    probe = run.table(PROBE, PASSAGES)
     probed = pa.concat_tables(probe.read(shard, ["passage_id"]) for shard in probe.shards())["passage_id"]
     total_secs = clusters["num_chars"] * clusters["secs_per_char"]
     share, slack = clusters["target_share"], 1.0
@@ -119,7 +120,7 @@ def draw_within(run: Run, shards: list[str], clusters: dict[str, np.ndarray], bu
         limits = bounds(
             clusters["num_passages"], total_secs, share, budget_secs, run.config.probe.passages_per_cluster, slack
         )
-        found = members_below(run, "select", shards, limits)
+        found = members_below(run, SELECT, shards, limits)
         found = found.filter(pa.compute.invert(pa.compute.is_in(found["passage_id"], probed)))
         secs = pa.compute.multiply(found["num_chars"].cast(pa.float64()), clusters["secs_per_char"][0])
         chosen = draw(found.append_column("duration_secs", secs), share, budget_secs)

@@ -20,7 +20,7 @@ def training(run: Run, step: Step, ahead: AheadTrainings) -> Training | None:
         return None
     budget = budget_of(run.config, plans_of(run, step))
     num_steps = budget.num_steps - budget.branch_step
-    job = branch_job(run, stage, num_steps, run.config.distill.alpha, ahead)
+    job = branch_job(run, stage, budget, num_steps, run.config.distill.alpha, ahead)
     job = replace(job, decay_steps=num_steps)
     return Training(stage, job, f"training {num_steps:,} steps more", lambda facts: _with_trunk(job, facts))
 

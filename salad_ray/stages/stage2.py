@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from salad_ray.distill.budget import budget_of, plans_of, stage1_row_shares, stage2_row_shares
+from salad_ray.distill.budget import budget_of, plans_of
 from salad_ray.flow import Step
+from salad_ray.names import ACTIVE, NATURAL, TEXT
 from salad_ray.runs import Run
 from salad_ray.stages.training import AheadTrainings, Training, branch_job, missing
 
-SET_NAMES = {"natural": "natural speech", "active": "active speech", "text": "text alone"}
+SET_NAMES = {NATURAL: "natural speech", ACTIVE: "active speech", TEXT: "text alone"}
 
 
 def training(run: Run, step: Step, ahead: AheadTrainings) -> Training | None:
@@ -20,15 +21,15 @@ def training(run: Run, step: Step, ahead: AheadTrainings) -> Training | None:
     stage = missing(run, step, ahead)
     if stage is None:
         return None
-    config, settings = run.config, run.config.stage2
+    settings = run.config.stage2
     assert settings is not None
-    plans = plans_of(run, step)
-    num_steps = budget_of(config, plans).stage2_steps
+    budget = budget_of(run.config, plans_of(run, step))
+    num_steps = budget.stage2_steps
     job = replace(
-        branch_job(run, stage, num_steps, settings.alpha, ahead),
+        branch_job(run, stage, budget, num_steps, settings.alpha, ahead),
         decay_steps=round(num_steps * settings.decay_share),
-        shares=stage2_row_shares(config, plans),
-        earlier_shares=stage1_row_shares(config, plans),
+        shares=budget.stage2_shares,
+        earlier_shares=budget.stage1_shares,
     )
     mixed = ", ".join(f"{share:.1%} {SET_NAMES[name]}" for name, share in job.shares.items())
     return Training(stage, job, f"training {num_steps:,} steps, rows: {mixed}")

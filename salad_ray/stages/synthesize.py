@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from salad_ray.config import Config, ConfigError
 from salad_ray.evaluation.benchmarks import read_recording
 from salad_ray.flow import Step
+from salad_ray.names import BENCHMARK, HELDOUT, SYNTHESIZE
 from salad_ray.runs import Run
 from salad_ray.speech.audio import check_duration, check_speech, encode_audio, load_audio
 from salad_ray.stages.common import Ahead, Stage, Work, condition_of, hours_by_licence
@@ -27,7 +28,7 @@ if TYPE_CHECKING:  # they take seconds to import, and eSpeak does without
     from salad_ray.speech.recognise import Recogniser
     from salad_ray.synthesis.kokoro import KokoroSynthesizer
 
-EVALUATION_SETS = ("heldout", "benchmark")
+EVALUATION_SETS = (HELDOUT, BENCHMARK)
 
 
 def sources(config: Config, step: Step) -> dict[str, Any]:
@@ -123,8 +124,8 @@ class SpeakShard(WindowWorker):
         texts, voices = [row.text for row in window], [self._voice(row) for row in window]
         speeches = self.synthesizer.synthesize_each(texts, voices, self.config.seed)
         spoken = list(zip(window, voices, speeches, strict=True))
-        kept, rejects = keep_or_reject("synthesize", spoken, lambda row: row[0].passage_id, self._utterance, strict)
-        heard, bad = keep_or_reject("synthesize", recorded, lambda row: row.passage_id, self._recording, strict)
+        kept, rejects = keep_or_reject(SYNTHESIZE, spoken, lambda row: row[0].passage_id, self._utterance, strict)
+        heard, bad = keep_or_reject(SYNTHESIZE, recorded, lambda row: row.passage_id, self._recording, strict)
         return kept + heard, rejects + bad
 
     def _recording(self, passage: Passage) -> Utterance:

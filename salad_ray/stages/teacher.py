@@ -32,8 +32,7 @@ def make(run: Run, step: Step) -> None:
     """Write `teacher/manifest.json` (path, revision, tokenizer hash), and `teacher/model` for the embedded world."""
     config, stage = run.config, Stage.of(run, step)
     url = stage.table.url
-    if stage.is_done():
-        say(f"teacher: done already, {url}")
+    if stage.done_already():
         return
     stage.begin()
     started = time.monotonic()

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from salad_ray.config import Config
 from salad_ray.console import clock, say
-from salad_ray.distill.budget import budget_of, plans_of, stage1_row_shares
+from salad_ray.distill.budget import Budget, plans_of
 from salad_ray.distill.checkpoints import checkpoint_at
 from salad_ray.distill.logger import where_curves_are
 from salad_ray.distill.trainer import Job, checkpoints_url, train
 from salad_ray.flow import Step
 from salad_ray.model.speech_lm import EncoderSpec
+from salad_ray.names import FEATURES, NATURAL, PASSAGES, TEXT, TRUNK
 from salad_ray.report.card import model_card, speech_data, text_alone
 from salad_ray.runs import Run
-from salad_ray.sequences.loader import NATURAL, TEXT
 from salad_ray.stages.common import Stage, teacher_of
 from salad_ray.stages.ray_cluster import start_ray
 from salad_ray.tables import Table, read_json
@@ -78,35 +78,33 @@ def run_trainings(config: Config, trainings: Sequence[Training]) -> None:
 def missing(run: Run, step: Step, ahead: AheadTrainings) -> Stage | None:
     """The making of a step's table, unless it is done."""
     stage = Stage.of(run, step, ahead=ahead)
-    if stage.is_done():
-        say(f"{stage.table.name}: done already, {stage.table.url}")
-        return None
-    return stage
+    return None if stage.done_already() else stage
 
 
 def training_tables(run: Run, step: Step) -> dict[str, tuple[Table, Table]]:
     """Set → plan and what it refers to, of the plans that a training is made from."""
-    sources = {name: "passages" if name == TEXT else "features" for name in plans_of(run, step)}
-    return {name: (run.table(name, "plan"), run.table(name, source)) for name, source in sources.items()}
+    plans = plans_of(run, step)
+    return {name: (plan, run.table(name, PASSAGES if name == TEXT else FEATURES)) for name, plan in plans.items()}
 
 
-def stage1_job(run: Run, stage: Stage, num_steps: int) -> Job:
-    """A training on the rows of Stage I that begins with the teacher's weights."""
+def stage1_job(run: Run, stage: Stage, num_steps: int, shares: dict[str, float]) -> Job:
+    """A training on rows of Stage I, of these shares, that begins with the teacher's weights."""
     tables = training_tables(run, stage.step)
+    natural = tables.pop(NATURAL)
     return Job(
         run.config,
         stage.table,
-        tables.pop(NATURAL),
+        natural,
         teacher_of(run),
-        EncoderSpec(**stage.inputs["natural/features"]["encoder"]),
+        EncoderSpec(**stage.inputs[natural[1].label]["encoder"]),
         run.config.distill,
         num_steps,
         others=tables,
-        shares=stage1_row_shares(run.config, plans_of(run, stage.step)),
+        shares=shares,
     )
 
 
-def branch_job(run: Run, stage: Stage, num_steps: int, alpha: float, ahead: AheadTrainings) -> Job:
+def branch_job(run: Run, stage: Stage, budget: Budget, num_steps: int, alpha: float, ahead: AheadTrainings) -> Job:
     """A training that goes on from this run's checkpoint of the trunk, with the rows that follow, to a model.
 
     Args:
@@ -115,19 +113,18 @@ def branch_job(run: Run, stage: Stage, num_steps: int, alpha: float, ahead: Ahea
     Raises:
         TableError: the trunk has no such checkpoint, and is not trained before it in the same job.
     """
-    config, trunk = run.config, run.table("", "trunk")
-    step = budget_of(config, plans_of(run, stage.step)).branch_step
-    start = (checkpoints_url(trunk), step)
+    config, trunk = run.config, run.labelled(TRUNK)
+    start = (checkpoints_url(trunk), budget.branch_step)
     if trunk.label not in ahead:
         checkpoint_at(*start)
-    job = stage1_job(run, stage, num_steps)
+    job = stage1_job(run, stage, num_steps, budget.stage1_shares)
     return replace(
         job,
         settings=config.distill.model_copy(update={"alpha": alpha}),
         card=model_card(
             job.name,
             job.teacher,
-            stage.inputs["natural/features"]["encoder"],
+            asdict(job.encoder),
             speech_data(run, [name for name in (NATURAL, *job.others) if name != TEXT]),
             alpha,
             config.model.adapter.stride,
@@ -135,5 +132,5 @@ def branch_job(run: Run, stage: Stage, num_steps: int, alpha: float, ahead: Ahea
             text_alone(config.ingest.model_dump()) if TEXT in job.others else (),
         ),
         start=start,
-        first_row=step * config.pack.rows_per_lane,
+        first_row=budget.branch_step * config.pack.rows_per_lane,
     )

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from salad_ray.console import say
-from salad_ray.distill.budget import budget_of, plans_of
+from salad_ray.distill.budget import budget_of, plans_of, stage1_row_shares
 from salad_ray.distill.trainer import train
 from salad_ray.flow import Step
 from salad_ray.runs import Run
@@ -23,7 +23,8 @@ from salad_ray.stages.training import AheadTrainings, Training, begun_trainings,
 
 def training(run: Run, step: Step, ahead: AheadTrainings) -> Training | None:
     """To the checkpoint where this run's decay begins."""
-    return _training_to(run, step, [budget_of(run.config, plans_of(run, step)).branch_step])
+    budget = budget_of(run.config, plans_of(run, step))
+    return _training_to(run, step, [budget.branch_step], budget.stage1_shares)
 
 
 def lengthen(run: Run, step: Step, branch_steps: Sequence[int]) -> None:
@@ -33,10 +34,11 @@ def lengthen(run: Run, step: Step, branch_steps: Sequence[int]) -> None:
         StageError: a decay would begin before the warm-up has ended.
         TrainingStopped: as `train`.
     """
-    run_trainings(run.config, begun_trainings([step], lambda step, ahead: _training_to(run, step, branch_steps)))
+    shares = stage1_row_shares(run.config, plans_of(run, step))
+    run_trainings(run.config, begun_trainings([step], lambda step, _: _training_to(run, step, branch_steps, shares)))
 
 
-def _training_to(run: Run, step: Step, branch_steps: Sequence[int]) -> Training | None:
+def _training_to(run: Run, step: Step, branch_steps: Sequence[int], shares: dict[str, float]) -> Training | None:
     """What trains to the last of these steps that is missing. Steps before the trunk's end are trained to at once, each
     from the checkpoint before it and in a job of its own, which only a sweep with new budgets asks for."""
     config, stage = run.config, Stage.of(run, step)
@@ -52,7 +54,8 @@ def _training_to(run: Run, step: Step, branch_steps: Sequence[int]) -> Training 
     if not missing:
         say(f"trunk: done already, {stage.table.url}")
         return None
-    job = replace(stage1_job(run, stage, missing[-1]), warmup_steps=warmup, branch_steps=tuple(missing), exports=False)
+    job = stage1_job(run, stage, missing[-1], shares)
+    job = replace(job, warmup_steps=warmup, branch_steps=tuple(missing), exports=False)
     seconds = done.get("seconds", 0.0)
     for last in missing[:-1]:
         if last < max(there, default=0):

@@ -26,7 +26,8 @@ from fsspec.implementations.local import LocalFileSystem
 from huggingface_hub.errors import HfHubHTTPError
 
 from salad_ray.config import ConfigError, WebTextConfig, path_name
-from salad_ray.speech.readers import MAX_LINE_BYTES, STAGE, language_code, lines_of
+from salad_ray.names import INGEST
+from salad_ray.speech.readers import MAX_LINE_BYTES, language_code, lines_of
 from salad_ray.store import filesystem, is_of_storage, open_file
 from salad_ray.tables import BadInput, Reject
 
@@ -143,7 +144,7 @@ def read_documents(source: TextSource, corpus: WebTextConfig) -> Iterator[Docume
                 raise row
             yield _document(key, row, corpus)
         except BadInput as error:
-            yield Reject(STAGE, _legible(key), _legible(str(error)))
+            yield Reject(INGEST, _legible(key), _legible(str(error)))
 
 
 def _document(doc_id: str, row: Mapping[str, Any], corpus: WebTextConfig) -> Document:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-from salad_ray.speech.readers import STAGE
+from salad_ray.names import INGEST
 from salad_ray.tables import Passage, Reject
 from salad_ray.text.documents import Document
 
@@ -88,7 +88,7 @@ def cut_passages(document: Document, limits: Limits, count_pieces: Counts | None
     passages: list[Passage] = []
     for run in _runs(texts, limits, count_pieces or estimated_word_pieces, cut):
         passages += _passages(run, limits, document, len(passages), cut)
-    rejects = [] if passages else [Reject(STAGE, document.doc_id, _main_reason(cut))]
+    rejects = [] if passages else [Reject(INGEST, document.doc_id, _main_reason(cut))]
     return Cut(passages, rejects, dict(cut))
 
 

@@ -330,5 +330,5 @@ def test_the_plans_are_as_long_as_both_stages_and_the_control_take(folder: str) 
                 stream = LaneStream(*tables(folder, name), TOKENIZER, lane).rows(0)
                 places = [place for place, row in enumerate(islice(stream, 30), 1) if row_key(row) in rows]
                 most[name] = max(most[name], *places, 0)
-    assert 0 <= natural_rows(config, without_active) - most["natural"] <= 1
-    assert active_rows(config, plans) == most["active"] > 0
+    assert 0 <= natural_rows(config, budget.budget_of(config, without_active)) - most["natural"] <= 1
+    assert active_rows(config, budget.budget_of(config, plans)) == most["active"] > 0
