@@ -60,7 +60,10 @@ harness: $(INSTALLED)
 quickstart: $(INSTALLED)
 	$(BIN)/salad run configs/quickstart.yaml
 
-# Two processes for two cores.
+# Two processes for two cores, of a thread each. Ray's workers, which by default give way to all others (niceness 15),
+# would stand still until the first process is done.
+test: export OMP_NUM_THREADS := 1
+test: export RAY_worker_niceness := 0
 test: $(INSTALLED) $(MOSHI)
 	@$(BIN)/pytest -p no:cacheprovider -m 'not slow' $(RAY_TESTS) > $(RAY_LOG) 2>&1 & ray=$$!; \
 	trap 'kill $$ray' INT TERM; \
