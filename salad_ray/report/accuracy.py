@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ HEARING = (STAGE1, STAGE2, CONTROL, CASCADE)
 _METRICS = {ACC: "choices scored whole (acc)", ACC_NORM: "choices scored per character (acc_norm)"}
 _MARGINS = {ACC: "hearing_margins", ACC_NORM: "hearing_margins_norm"}
 _MODALITIES = {"text": "reading", "speech": "hearing"}
+_COMPARED = "▲ or ▼: a gap above or below the first run's, and the 95 % intervals do not meet."
 _FOOTNOTES = {
     "num_ties": ("†", "† Items without a single best answer (ties)"),
     "num_short": ("‡", "‡ Items with fewer exemplars than asked for"),
@@ -84,7 +85,7 @@ def margin_tables(numbers: Numbers, metric: str = ACC, in_brief: bool = False) -
         "choices alone": of("choices", share),
         "silence": of("silence", share),
         "silence (99 %)": lambda row: words.ranged(row, "silence", share, ("silence_ci99_low", "silence_ci99_high")),
-        "swapped speech": of("swapped", share),
+        "swapped": of("swapped", share),
         "hearing": of("accuracy", share),
         "margin (95 %)": lambda row: words.ranged(row, "margin", point),
         "over swapped": lambda row: words.ranged(row, "margin_swapped", ends=("swapped_ci_low", "swapped_ci_high")),
@@ -92,48 +93,47 @@ def margin_tables(numbers: Numbers, metric: str = ACC, in_brief: bool = False) -
         "": lambda row: verdicts[row.get("deaf")],
         "items": of("num_items", words.number),
     }
-    left_out = (
-        ("run", "chance", "choices alone", "silence (99 %)", "over swapped", "items") if in_brief else ("silence",)
-    )
+    brief = ("benchmark", "system", "hearing", "silence", "swapped", "margin (95 %)", "gap", "")
+    names = brief if in_brief else [name for name in columns if name != "silence"]
     notes = [
         "Choices alone: without a prompt; with letters, the options without the question. Swapped: hearing another "
         "item's speech, which tells nothing of the question."
     ]
     rows = sorted(rows_of(numbers, _MARGINS[metric]), key=lambda row: row["benchmark"] if in_brief else "")
-    shown = {name: show for name, show in columns.items() if name not in left_out}
-    caption = f"Hearing margin, {_METRICS[metric]}"
-    return listed(caption, rows, shown, 2 if in_brief else 3, [] if in_brief else notes)
+    caption, shown = f"Hearing margin, {_METRICS[metric]}", {name: columns[name] for name in names}
+    return listed(caption, rows, shown, list(names).index("system") + 1, [] if in_brief else notes)
 
 
 def gap_tables(numbers: Numbers, metric: str) -> list[Table]:
     """A line for each benchmark and system; how it reads comes after how it hears."""
     rows = [row for row in rows_of(numbers, "gaps") if row.get("metric") == metric]
+    firsts = {_gap_key(row): row for row in rows if row["run"] == next(iter(numbers))}
     unpaired = sum(row.get("num_unpaired") or 0 for row in rows)
-    columns: dict[str, Callable[[Row, Row | None], Cell | str]] = {
-        "text LLM": lambda row, _: words.percent(row.get("topline")),
-        "system": lambda row, _: words.percent(row.get("accuracy")),
-        "gap (95 %)": _gap,
-        "p": lambda row, _: words.p_value(row.get("p_value")),
-        "items": lambda row, _: words.number(row.get("num_items")),
+    columns: Columns = {
+        "run": of("run"),
+        "benchmark": _place,
+        "system": lambda row: _system(row) + ", reading" * _reads(row),
+        "text LLM": of("topline", words.percent),
+        "accuracy": of("accuracy", words.percent),
+        "gap (95 %)": lambda row: _gap(row, firsts.get(_gap_key(row)) or row),
+        "p": of("p_value", words.p_value),
+        "items": of("num_items", words.number),
     }
     notes = [
+        _COMPARED * (len(numbers) > 1),
         "Reading: what adapting the LLM costs it in text." * any(map(_reads, rows)),
         f"{unpaired:,} answers without a counterpart on the other side do not count here." * bool(unpaired),
     ]
-    return pivoted(
-        f"Text-speech gap, {_METRICS[metric]}",
-        [row | {"column": name} for row in rows for name in columns],
-        {"benchmark": _place, "system": lambda row: _system(row) + ", reading" * _reads(row)},
-        of("column"),
-        lambda row, first: columns[row["column"]](row, first),
-        notes,
-        "▲ or ▼: a gap above or below the first run's, and the 95 % intervals do not meet.",
-    )
+    return listed(f"Text-speech gap, {_METRICS[metric]}", rows, columns, 3, notes)
 
 
-def _gap(row: Row, first: Row | None) -> Cell:
-    text, ends = words.ranged(row, "gap"), ("ci_low", "ci_high")
-    if not first or not all(words.finite(part.get(end)) for part in (row, first) for end in ends):
+def _gap_key(row: Row) -> tuple[Any, ...]:
+    return row["system"], row["benchmark"], row.get("modality")
+
+
+def _gap(row: Row, first: Row) -> Cell:
+    text = words.ranged(row, "gap")
+    if not all(words.finite(part.get(end)) for part in (row, first) for end in ("ci_low", "ci_high")):
         return Cell(text)
     return beside_first(text, row["ci_low"] > first["ci_high"], row["ci_high"] < first["ci_low"])
 

@@ -13,11 +13,9 @@ from salad_ray import __version__
 from salad_ray.config import path_name
 from salad_ray.evaluation.statistics import METRICS
 from salad_ray.names import BASE, CASCADE, CATALOG, NATURAL, UNTRAINED, UTTERANCES
-from salad_ray.report import words
 from salad_ray.report.accuracy import answer_tables, margin_sentences, robustness_tables
-from salad_ray.report.blocks import Block, Paragraph, Table
-from salad_ray.report.measured import measured_rows
-from salad_ray.report.rows import Columns, listed
+from salad_ray.report.blocks import Block, Paragraph
+from salad_ray.report.measured import RECORDED, measured_tables
 from salad_ray.runs import Places, Run
 
 
@@ -116,34 +114,17 @@ def _pinned(weights: Mapping[str, Any]) -> str:
 
 
 def card_numbers(metrics: dict[str, Any], system: str) -> list[Block]:
-    """What was measured of a system: M before and after, F, what it hears, and its tables as the page has them."""
+    """What was measured of a system: M before and after, F, and what it answers, in the tables of the page."""
     names = ("hearing_margins", "hearing_margins_norm", "accuracy", "gaps", "robustness")
-    rows = {
-        name: [row for row in metrics.get(name) or [] if row["system"] in (BASE, system, CASCADE)] for name in names
-    }
-    if system not in metrics and not any(row["system"] == system for row in rows["accuracy"]):
-        return []
+    own = {name: [row for row in metrics.get(name) or [] if row["system"] in (BASE, system, CASCADE)] for name in names}
+    spoken, recorded = (
+        {"": {name: found[name] for name in (UNTRAINED, system) if name in found}}
+        for found in (metrics, metrics.get("recorded") or {})
+    )
     return [
-        *_misalignment(metrics, system, "held-out text that was spoken"),
-        *_misalignment(metrics.get("recorded") or {}, system, "held-out recordings"),
-        *map(Paragraph, margin_sentences(metrics, (system,))),
-        *(table for metric in METRICS for table in answer_tables({"": rows}, metric)),
-        *robustness_tables({"": rows}),
+        *measured_tables(spoken, ", held-out text that was spoken,", ["side"]),
+        *measured_tables(recorded, f"{RECORDED},", ["side"]),
+        *map(Paragraph, margin_sentences(own, (system,))),
+        *(table for metric in METRICS for table in answer_tables({"": own}, metric)),
+        *robustness_tables({"": own}),
     ]
-
-
-def _misalignment(metrics: dict[str, Any], system: str, what: str) -> list[Table]:
-    """M before and after, and F, where speech was heard in training and where not."""
-    rows = {
-        (row["system"], row["heard"]): row for row in measured_rows({"": metrics}) if row["part"] in ("side", "all")
-    }
-    sides = {True: "heard in training", False: "not heard", None: "all"}
-    columns: Columns = {
-        "domains": lambda side: sides[side],
-        "passages": lambda side: words.number(rows[system, side]["num_passages"]),
-        "M untrained": lambda side: words.with_error(rows.get((UNTRAINED, side), {}), "misalignment"),
-        f"M {words.system(system)}": lambda side: words.with_error(rows[system, side], "misalignment"),
-        f"F {words.system(system)}": lambda side: words.with_error(rows[system, side], "forgetting"),
-    }
-    caption = f"Misalignment M and forgetting F, nats per position ± standard error, on {what}"
-    return listed(caption, [side for side in sides if (system, side) in rows], columns)

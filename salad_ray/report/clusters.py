@@ -45,7 +45,7 @@ def selection_tables(selection: dict[str, Any], num_rows: int = 20) -> list[Tabl
     if not selection:
         return []
     rows = sorted(selection["by_cluster"], key=lambda row: -row["target_share"])
-    shown, rest = rows[:num_rows], rows[num_rows:]
+    shown, rest = [row | {"domains": None} for row in rows[:num_rows]], rows[num_rows:]  # 80 columns have no room
     if rest:
         sums = ("web_share", "target_share", "num_selected", "hours_selected")
         shown.append({"cluster_id": f"{len(rest)} more"} | {name: sum(row[name] for row in rest) for name in sums})

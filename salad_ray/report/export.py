@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from salad_ray import __version__
@@ -22,10 +21,10 @@ from salad_ray.distill.step import DTYPES
 from salad_ray.model.loading import is_hub_id, weights_fingerprint
 from salad_ray.model.speech_lm import SpeechLM
 from salad_ray.names import ACTIVE, CONTROL, ENCODE, FEATURES, NATURAL, STAGE1, STAGE2, TEACHER, UTTERANCES
-from salad_ray.report.card import SpeechData, card_numbers, model_card, speech_of_run, text_alone
+from salad_ray.report.card import card_numbers, model_card, speech_of_run, text_alone
 from salad_ray.runs import Places, open_places
 from salad_ray.speech.readers import language_code
-from salad_ray.tables import Table, TableError, local_folder, read_json
+from salad_ray.tables import Table, TableError, local_folder, read_json, table_label
 
 LINEAGE = "salad_ray.lineage/1"
 SETS = {STAGE1: (NATURAL,), STAGE2: (NATURAL, ACTIVE), CONTROL: (NATURAL,)}
@@ -52,13 +51,12 @@ class _Run:
     config: dict[str, Any]
     """As plain data."""
     system: str
-    languages: list[str]
     manifest: dict[str, Any]
     teacher: dict[str, Any]
     features: dict[str, Any]
     """Manifests."""
     metrics: dict[str, Any]
-    speech: list[SpeechData]
+    """The report's numbers, none before there is a report."""
 
 
 def export(
@@ -84,10 +82,11 @@ def export(
         raise ConfigError(f"dtype={dtype}: a model can be exported as {' or '.join(DTYPES)}")
     run = _open(run_dir.rstrip("/"), system, name)
     place = _require_replaceable(target, run.places)
-    model = _load(f"{run.places.table('', run.system).url}/model", None if dtype is None else DTYPES[dtype])
+    with local_folder(f"{run.places.table('', run.system).url}/model") as folder:
+        model = SpeechLM.from_pretrained(folder, None if dtype is None else DTYPES[dtype])
     place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as folder:
-        new, old = Path(folder, "new"), Path(folder, "old")
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as beside:
+        new, old = Path(beside, "new"), Path(beside, "old")
         model.save_pretrained(new)
         _describe(run, model, new)
         _share(new)
@@ -108,35 +107,22 @@ def _open(run_dir: str, system: str | None, name: str | None) -> _Run:
         raise ConfigError(f"system={system}: a run's systems are {', '.join(SETS)}")
     if system is None:
         system = STAGE2 if places.table("", STAGE2).manifest() else STAGE1
-    ingest = config.get("ingest") or {}
-    manifest = _finished(places.table("", system), STAGE2 if system == CONTROL else system)
-    return _Run(
-        places=places,
-        config=config,
-        system=system,
-        languages=_languages(places.table(NATURAL, UTTERANCES), ingest.get("languages") or ()),
-        manifest=manifest,
-        teacher=_finished(places.table("", TEACHER), TEACHER),
-        features=_finished(places.table(NATURAL, FEATURES), ENCODE),
-        metrics=_metrics(places, system, manifest),
-        speech=speech_of_run(places, SETS[system], ingest),
-    )
+    manifest = _finished(places, system, STAGE2 if system == CONTROL else system)
+    teacher, features = _finished(places, TEACHER, TEACHER), _finished(places, table_label(NATURAL, FEATURES), ENCODE)
+    url = f"{places.report_url}/metrics.json"
+    metrics = read_json(url) or {}
+    # A training is known by its seconds.
+    if system in metrics and metrics[system].get("train_seconds") != manifest["train_seconds"]:
+        raise TableError(f"{url} is of another {system} model; run `salad run CONFIG`")
+    return _Run(places, config, system, manifest, teacher, features, metrics)
 
 
-def _finished(table: Table, writer: str) -> dict[str, Any]:
+def _finished(places: Places, label: str, writer: str) -> dict[str, Any]:
+    table = places.labelled(label)
     manifest = table.manifest()
     if manifest is None:
         raise TableError(f"{table.url} is not finished; run `salad {writer} CONFIG` first")
     return manifest
-
-
-def _metrics(places: Places, system: str, manifest: dict[str, Any]) -> dict[str, Any]:
-    """The report's numbers, none before there is a report; a training is known by its seconds."""
-    url = f"{places.report_url}/metrics.json"
-    metrics = read_json(url) or {}
-    if system in metrics and metrics[system].get("train_seconds") != manifest["train_seconds"]:
-        raise TableError(f"{url} is of another {system} model; run `salad run CONFIG`")
-    return metrics
 
 
 def _require_replaceable(target: str, places: Places) -> Path:
@@ -162,11 +148,6 @@ def _is_speech_lm(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and str(content.get("format", "")).startswith("salad_ray.speech_lm/")
-
-
-def _load(url: str, dtype: torch.dtype | None) -> SpeechLM:
-    with local_folder(url) as folder:
-        return SpeechLM.from_pretrained(folder, dtype)
 
 
 def _describe(run: _Run, model: SpeechLM, folder: Path) -> None:
@@ -243,46 +224,40 @@ def _led_to(labels: Sequence[str], tables: dict[str, dict[str, Any]]) -> tuple[l
 
 def _card(run: _Run, model: SpeechLM) -> str:
     """The model card: front matter as hubs expect, then data, use and numbers."""
+    sets, ingest = SETS[run.system], run.config.get("ingest") or {}
+    speech = speech_of_run(run.places, sets, ingest)
     teacher, encoder = (facts | {"path": _shown(facts["path"])} for facts in (run.teacher, run.features["encoder"]))
-    if _is_world(run):
+    is_world = run.teacher["config"].get("model.teacher") == "world"
+    if is_world:
         teacher["path"] = "world"
-    training = run.config["distill" if run.system == STAGE1 else "stage2"]
+    license = _common_license("CC0-1.0" if is_world else "unknown", [row.license for row in speech])
+    front: dict[str, Any] = {"license": license}
+    if languages := _languages(run.places.table(NATURAL, UTTERANCES), ingest.get("languages") or ()):
+        front["language"] = languages
+    front |= {"pipeline_tag": "audio-text-to-text", "library_name": "salad_ray"}
+    if _is_on_hub(run.teacher["path"]):
+        front |= {"base_model": run.teacher["path"], "base_model_relation": "finetune"}
+    front["tags"] = ["speech", "speech-llm", "salad", "arxiv:2510.13632"]
+    totals = [(run.places.table(name, FEATURES).manifest() or {}).get("totals", {}) for name in sets]
     num_text = run.manifest.get("num_text_positions", 0)
-    front = _front_matter(run)
-    totals = [(run.places.table(name, FEATURES).manifest() or {}).get("totals", {}) for name in SETS[run.system]]
-    exported = {
-        "front": yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
-        "license": front["license"],
-        "hours": sum(own.get("training hours", 0.0) for own in totals),
-        "num_positions": run.manifest["num_positions"],
-        "num_text_positions": num_text,
-        "numbers": card_numbers(run.metrics, run.system),
-    }
     return model_card(
         run.system,
         teacher,
         encoder,
-        run.speech,
-        training["alpha"],
+        speech,
+        run.config["distill" if run.system == STAGE1 else STAGE2]["alpha"],
         model.config.adapter.stride,
         run.config["distill"].get("word_ends", False),
-        text_alone(run.config.get("ingest") or {}) if num_text else (),
-        exported,
+        text_alone(ingest) if num_text else (),
+        exported={
+            "front": yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
+            "license": license,
+            "hours": sum(own.get("training hours", 0.0) for own in totals),
+            "num_positions": run.manifest["num_positions"],
+            "num_text_positions": num_text,
+            "numbers": card_numbers(run.metrics, run.system),
+        },
     )
-
-
-def _front_matter(run: _Run) -> dict[str, Any]:
-    front: dict[str, Any] = {"license": _common_license(run)}
-    if run.languages:
-        front["language"] = run.languages
-    front |= {"pipeline_tag": "audio-text-to-text", "library_name": "salad_ray"}
-    if _is_on_hub(run.teacher["path"]):
-        front |= {"base_model": run.teacher["path"], "base_model_relation": "finetune"}
-    return front | {"tags": ["speech", "speech-llm", "salad", "arxiv:2510.13632"]}
-
-
-def _is_world(run: _Run) -> bool:
-    return bool(run.teacher["config"].get("model.teacher") == "world")
 
 
 def _shown(path: str | None) -> str | None:
@@ -296,15 +271,14 @@ def _is_on_hub(path: str) -> bool:
     return is_hub_id(path) and "://" not in path and not Path(path).exists()
 
 
-def _common_license(run: _Run) -> str:
+def _common_license(teacher: str, speech: Sequence[str]) -> str:
     """The hub's name of the licence that data and text LLM share; "other" where they differ or one is not known.
 
     Of text LLMs only the embedded world's is known: it is trained on the world's own text.
     """
-    teacher = "CC0-1.0" if _is_world(run) else "unknown"
-    names = {name.lower().replace(" ", "-") for name in (teacher, *(row.license for row in run.speech))}
+    names = {name.lower().replace(" ", "-") for name in (teacher, *speech)}
     name = names.pop()
-    return name if not names and run.speech and _HUB_LICENSES.fullmatch(name) else "other"
+    return name if not names and speech and _HUB_LICENSES.fullmatch(name) else "other"
 
 
 def _languages(table: Table, configured: Sequence[str]) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from salad_ray.flow import TRAINED
-from salad_ray.names import ACTIVE, CONTROL, FEATURES, NATURAL, STAGE1, STAGE2, TEACHER, UNTRAINED
+from salad_ray.names import ACTIVE, CONTROL, FEATURES, NATURAL, SELECT, STAGE1, STAGE2, TEACHER, UNTRAINED
 from salad_ray.report import words
 from salad_ray.report.accuracy import (
     accuracy_tables,
@@ -126,16 +126,14 @@ def _facts(run: RunFacts) -> dict[str, str]:
     """What a run was made of."""
     totals = {name: _features(run, name).get("totals", {}) for name in (NATURAL, ACTIVE)}
     heard = {name: words.hours(own.get("training hours", own.get("hours"))) for name, own in totals.items()}
-    sections = {name: run.config.get(name) or {} for name in ("distill", "stage2", "select")}
+    stage1, stage2, select = (run.config.get(name) or {} for name in ("distill", STAGE2, SELECT))
     return {
         "teacher LLM": _teacher(run),
         "speech encoder": _encoder(run),
         "natural speech": heard[NATURAL],
         "active (synthetic) speech": heard[ACTIVE],
-        "α of Stage I, Stage II": ", ".join(
-            words.general(sections[name].get("alpha")) for name in ("distill", "stage2")
-        ),
-        "γ of the selection": words.general(sections["select"].get("gamma")),
+        "α of Stage I, Stage II": ", ".join(words.general(section.get("alpha")) for section in (stage1, stage2)),
+        "γ of the selection": words.general(select.get("gamma")),
         "AUC of M(c) for unheard domains": _aucs(run.metrics.get("selection") or {}) or "–",
     }
 

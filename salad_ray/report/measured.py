@@ -25,6 +25,7 @@ SIDES = {None: "all", True: "heard", False: "unheard"}
 _PARTS: dict[str, tuple[str, Mapping[str, Callable[[Row], str]]]] = {
     "domain": ("by domain", {"domain": of("name"), "heard": of("side")}),
     "distance": ("by text tokens since the speech", {"tokens": of("name")}),
+    "side": ("in domains that were heard in training or not", {"domains": of("name"), "passages": of("num_passages")}),
 }
 RECORDED = ", held-out recordings"
 _LETTERS = {"misalignment": "M", "forgetting": "F"}
@@ -41,7 +42,7 @@ def misalignment(runs: Sequence[RunFacts]) -> Section:
         (recorded, RECORDED, "recorded"),
     ):
         figures += measured_figures(numbers, what, name)
-        tables += [*measured_tables(numbers, what, tuple(_PARTS)), *difference_tables(numbers, what)]
+        tables += [*measured_tables(numbers, what, ("domain", "distance")), *difference_tables(numbers, what)]
     intro = (
         "Misalignment M is the divergence between what the model expects after text and after the same text partly "
         "spoken; forgetting F that between the text LLM and the model, both reading. Both are 0 for a perfect listener."
@@ -67,7 +68,7 @@ def measured_rows(numbers: Numbers) -> list[Row]:
             parts += [{"part": "distance", "start": int(start)} | row for start, row in distances.items()]
             parts += [{"part": "all", "name": "mean", "side": "", "heard": None} | facts]
             rows += [{"run": run, "system": system} | part for part in parts if part]
-    own = {part: [row for row in rows if row["part"] == part] for part in _PARTS}
+    own = {part: [row for row in rows if row["part"] == part] for part in ("domain", "distance")}
     heard = {(row["name"], row["heard"]) for row in own["domain"]}
     for row in own["domain"]:
         row["side"] = "differs" if (row["name"], not row["heard"]) in heard else "yes" if row["heard"] else "no"
@@ -84,7 +85,8 @@ def measured_rows(numbers: Numbers) -> list[Row]:
 def _side(domains: Iterable[Row], heard: bool) -> Row:
     """Means over heard or unheard domains, weighted by their positions; domains are independent of each other."""
     rows = [row for row in domains if row["heard"] is heard]
-    side: Row = {"part": "side", "heard": heard, "num_passages": sum(row["num_passages"] for row in rows)}
+    side: Row = {"part": "side", "name": SIDES[heard], "heard": heard}
+    side["num_passages"] = sum(row["num_passages"] for row in rows)
     for quantity in QUANTITIES:
         weight, error = f"num_scored{'_whole' * quantity.endswith('_whole')}", f"{quantity}_standard_error"
         known = [row for row in rows if words.finite(row.get(quantity))]
@@ -104,7 +106,7 @@ def _measured(numbers: Numbers, what: str) -> Iterator[tuple[str, str, list[Row]
 
 
 def measured_tables(numbers: Numbers, what: str = "", parts: Sequence[str] = ("domain",)) -> list[Table]:
-    """A table for each quantity and these parts; those by domain end with the mean.
+    """A table for each quantity and these parts, ending with the mean where the parts are domains.
 
     Args:
         what: was measured, in the captions.
@@ -115,7 +117,7 @@ def measured_tables(numbers: Numbers, what: str = "", parts: Sequence[str] = ("d
     for quantity, title, rows in _measured(numbers, what):
         for part in parts:
             name, lead = _PARTS[part]
-            shown = [row for row in rows if row["part"] in (part, "all" if part == "domain" else part)]
+            shown = [row for row in rows if row["part"] in (part, part if part == "distance" else "all")]
             caption = f"{title} {name}, nats per position"
             found += pivoted(
                 caption, shown, lead, of("system", words.system), partial(_beside_first, quantity), notes, compared
@@ -135,7 +137,7 @@ def measured_figures(numbers: Numbers, what: str, name: str) -> list[Figure]:
     """Two figures for each quantity: by domain and by distance."""
     found = []
     for quantity, title, rows in _measured(numbers, what):
-        parts = {part: [row for row in rows if row["part"] == part] for part in _PARTS}
+        parts = {part: [row for row in rows if row["part"] == part] for part in ("domain", "distance")}
         several = len({row["side"] for row in parts["domain"]}) > 1
         marks = marks_of(parts["domain"], quantity, _with_side if several else of("name"))
         caption, label = f"{title} by domain, 95 % intervals.", f"{title}, nats per position"

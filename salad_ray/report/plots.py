@@ -203,7 +203,8 @@ def cluster_map(name: str, clusters: Sequence[Row], num_labelled: int = 40) -> F
         bar = drawing.colorbar(discs, ax=axes, orientation="horizontal", pad=0.02, aspect=30, fraction=0.06)
         bar.set_label("M(c), nats per position")
         bar.outline.set_visible(False)
-    for place, size, cluster, face in list(zip(places, radii, clusters, discs.to_rgba(values)))[:num_labelled]:
+    faces = discs.to_rgba(values)
+    for place, size, cluster, face in zip(places[:num_labelled], radii, clusters, faces, strict=False):
         ink = INK if not face[3] or not known.any() else "#ffffff" if sum(face[:3]) < 1.5 else "#000000"
         style: Any = {"ha": "center", "va": "center_baseline", "fontsize": 0.85 * size, "color": ink}
         axes.text(place[0], place[1], str(cluster["cluster_id"]), **style)

@@ -9,13 +9,11 @@ from typing import Any
 from salad_ray.config import SetName
 from salad_ray.console import say, show
 from salad_ray.evaluation.statistics import accuracy_table, compare, gap_table, hearing_margins, robustness_table
-from salad_ray.flow import TRAINED, Step
+from salad_ray.flow import Step
 from salad_ray.names import (
     ACTIVE,
     BASE,
     BENCHMARK,
-    CASCADE,
-    CONTROL,
     FEATURES,
     NATURAL,
     PASSAGES,
@@ -25,7 +23,8 @@ from salad_ray.names import (
     STAGE2,
     measurements_of,
     scores_of,
-)  # fmt: skip
+)
+from salad_ray.report.accuracy import HEARING
 from salad_ray.report.headline import printed_tables, sentences
 from salad_ray.report.metrics import MEASURED, rankings, system_differences, system_metrics, unheard_auc
 from salad_ray.report.page import write_page
@@ -59,7 +58,7 @@ def make(run: Run, step: Step) -> None:
 
 def answered(run: Run, heard: set[str]) -> dict[str, Any]:
     """What the systems answered: accuracies, hearing margins, gaps and other differences."""
-    tables = {system: run.table(BENCHMARK, scores_of(system)) for system in (BASE, *TRAINED, CASCADE)}
+    tables = {system: run.table(BENCHMARK, scores_of(system)) for system in (BASE, *HEARING)}
     scores = {name: rows_of(Score, table) for name, table in tables.items() if _current(run, table) is not None}
     rows = [row for own in scores.values() for row in own]
     clean = {
@@ -75,8 +74,8 @@ def answered(run: Run, heard: set[str]) -> dict[str, Any]:
             "gaps": gap_table(rows),
             "differences": [
                 {"system_a": STAGE2, "system_b": name} | row
-                for name in (STAGE1, CONTROL, CASCADE)
-                if clean.get(name) and clean.get(STAGE2)
+                for name in HEARING
+                if name != STAGE2 and clean.get(name) and clean.get(STAGE2)
                 for row in compare(clean[STAGE2], clean[name])
             ],
         }

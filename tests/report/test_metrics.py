@@ -6,11 +6,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from report.page_run import metrics
 from rich.console import Console
 
 from salad_ray.evaluation.statistics import accuracy_table, robustness_table
 from salad_ray.report.accuracy import robustness_tables
 from salad_ray.report.clusters import selection_tables
+from salad_ray.report.headline import printed_tables
 from salad_ray.report.metrics import rankings, unheard_auc
 from salad_ray.selection.importance import ClusterLoss
 from salad_ray.tables import Score
@@ -66,6 +68,16 @@ def test_the_table_sums_up_the_clusters_beyond_the_first() -> None:
     assert "2 more" in text
     assert "50.00%" in text  # the web's share of the two that are summed up
     assert text.index("4.000±0.100") < text.index("3.000±0.100")
+
+
+def test_what_a_run_prints_fits_a_terminal_of_80_columns() -> None:
+    console = Console(record=True, width=80)
+    for table in printed_tables(metrics()):
+        console.print(table)
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    for part in ("1.200±0.060", "1.500±0.100", "−0.310 (−0.510…−0.110)", "80% (75…85)", "unheard", "deaf", "99.00%"):
+        assert part in text
 
 
 def test_the_robustness_table_shows_the_loss_under_each_condition() -> None:
