@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from salad_ray import __version__
 from salad_ray.config import path_name
 from salad_ray.evaluation.statistics import METRICS
-from salad_ray.names import BASE, CASCADE, CATALOG, NATURAL, UNTRAINED, UTTERANCES
+from salad_ray.names import BASE, CASCADE, CATALOG, NATURAL, TEXT, UNTRAINED, UTTERANCES, WEB
 from salad_ray.report.accuracy import answer_tables, margin_sentences, robustness_tables
 from salad_ray.report.blocks import Block, Paragraph
 from salad_ray.report.measured import RECORDED, measured_tables
@@ -37,7 +37,7 @@ def speech_data(run: Run, sets: Sequence[str]) -> list[SpeechData]:
 def speech_of_run(places: Places, sets: Sequence[str], ingest: Mapping[str, Any]) -> list[SpeechData]:
     """As `speech_data`, from the tables alone, and from the config's section as data."""
     credits = (places.table(NATURAL, CATALOG).manifest() or {"attributions": {}})["attributions"]
-    credits |= {_name(corpus): corpus.get("attribution") or "" for corpus in _corpora(ingest, "web")}
+    credits |= {_name(corpus): corpus.get("attribution") or "" for corpus in _corpora(ingest, WEB)}
     manifests = (places.table(name, UTTERANCES).manifest() or {} for name in sets)
     sources = [source for manifest in manifests for source in manifest.get("speech", ())]
     return [SpeechData(**source, attribution=_credit(source["corpus"], credits)) for source in sources]
@@ -51,7 +51,7 @@ def _credit(corpus: str, credits: Mapping[str, str]) -> str:
 def text_alone(ingest: Mapping[str, Any]) -> list[str]:
     """What was read in training and never heard, with licence and whom to name, from the config's section as data."""
     found = []
-    for corpus in _corpora(ingest, "text"):
+    for corpus in _corpora(ingest, TEXT):
         facts = [corpus.get("license") or "licence as its documents state it", corpus.get("attribution")]
         found.append(f"{_name(corpus)} ({', '.join(filter(None, facts))})")
     return found or ["the embedded world's documents (CC0-1.0)"]

@@ -20,7 +20,7 @@ from salad_ray.config import ConfigError
 from salad_ray.distill.step import DTYPES
 from salad_ray.model.loading import is_hub_id, weights_fingerprint
 from salad_ray.model.speech_lm import SpeechLM
-from salad_ray.names import ACTIVE, CONTROL, ENCODE, FEATURES, NATURAL, STAGE1, STAGE2, TEACHER, UTTERANCES
+from salad_ray.names import ACTIVE, CONTROL, ENCODE, FEATURES, INGEST, NATURAL, STAGE1, STAGE2, TEACHER, UTTERANCES
 from salad_ray.report.card import card_numbers, model_card, speech_of_run, text_alone
 from salad_ray.runs import Places, open_places
 from salad_ray.speech.readers import language_code
@@ -184,7 +184,7 @@ def _lineage(run: _Run, model: SpeechLM) -> dict[str, Any]:
     teacher = {name: run.teacher.get(name) for name in ("path", "revision", "tokenizer_hash", "num_parameters")}
     [*_, start] = run.manifest["starts"] or [{}]
     teacher |= {"weights": start.get("teacher_weights"), "precision": run.config["distill"]["precision"]}
-    encoder = {"backend": run.features["config"]["encode"]["backend"], "weights": run.features["sources"]["weights"]}
+    encoder = {"backend": run.features["config"][ENCODE]["backend"], "weights": run.features["sources"]["weights"]}
     return {
         "format": LINEAGE,
         "salad_ray": __version__,
@@ -224,7 +224,7 @@ def _led_to(labels: Sequence[str], tables: dict[str, dict[str, Any]]) -> tuple[l
 
 def _card(run: _Run, model: SpeechLM) -> str:
     """The model card: front matter as hubs expect, then data, use and numbers."""
-    sets, ingest = SETS[run.system], run.config.get("ingest") or {}
+    sets, ingest = SETS[run.system], run.config.get(INGEST) or {}
     speech = speech_of_run(run.places, sets, ingest)
     teacher, encoder = (facts | {"path": _shown(facts["path"])} for facts in (run.teacher, run.features["encoder"]))
     is_world = run.teacher["config"].get("model.teacher") == "world"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from salad_ray.flow import TRAINED
-from salad_ray.names import ACTIVE, CONTROL, FEATURES, NATURAL, SELECT, STAGE1, STAGE2, TEACHER, UNTRAINED
+from salad_ray.names import ACTIVE, CONTROL, ENCODE, FEATURES, NATURAL, SELECT, STAGE1, STAGE2, TEACHER, UNTRAINED
 from salad_ray.report import words
 from salad_ray.report.accuracy import (
     accuracy_tables,
@@ -153,7 +153,7 @@ def _teacher(run: RunFacts) -> str:
 def _encoder(run: RunFacts) -> str:
     encoder = _features(run, NATURAL).get("encoder") or {}
     if not encoder:
-        return words.general((run.config.get("encode") or {}).get("encoder"))
+        return words.general((run.config.get(ENCODE) or {}).get("encoder"))
     where = f", {encoder['path']}" if encoder.get("path") else ""
     stride = ((run.config.get("model") or {}).get("adapter") or {}).get("stride") or 1
     rate = encoder.get("frame_rate", 0)

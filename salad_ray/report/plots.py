@@ -169,7 +169,7 @@ def line_plot(
         told.append(f"{run} {label} from {' to '.join(ends)}".strip())
     _scale(axes, "y", log)
     if not log:
-        axes.set_ylim(min(0.0, axes.get_ylim()[0]), 1.08 * top if top > 0 else None)
+        axes.set_ylim(min(0.0, *(mark.value for mark in marks)), 1.08 * top if top > 0 else None)
     if names:
         axes.set_xticks(range(len(names)), names)
     else:
@@ -195,19 +195,20 @@ def cluster_map(name: str, clusters: Sequence[Row], num_labelled: int = 40) -> F
     axes = drawing.subplots()
     axes.set(aspect="equal", xlim=(low[0], high[0]), ylim=(low[1], high[1]))
     axes.axis("off")
-    where: Any = {"units": "xy", "offsets": places, "offset_transform": axes.transData}
-    discs = EllipseCollection(2 * radii, 2 * radii, np.zeros(len(radii)), **where, facecolors="none", edgecolors=INK)
+    style: Any = {"units": "xy", "offsets": places, "offset_transform": axes.transData, "edgecolors": INK}
+    style |= {"array": np.ma.masked_invalid(values), "cmap": "cividis"} if known.any() else {"facecolors": "none"}
+    discs = EllipseCollection(2 * radii, 2 * radii, np.zeros(len(radii)), linewidths=0.7, **style)
     axes.add_collection(discs)
     if known.any():
-        discs.set(array=np.ma.masked_invalid(values), cmap="cividis")
         bar = drawing.colorbar(discs, ax=axes, orientation="horizontal", pad=0.02, aspect=30, fraction=0.06)
         bar.set_label("M(c), nats per position")
         bar.outline.set_visible(False)
-    faces = discs.to_rgba(values)
-    for place, size, cluster, face in zip(places[:num_labelled], radii, clusters, faces, strict=False):
-        ink = INK if not face[3] or not known.any() else "#ffffff" if sum(face[:3]) < 1.5 else "#000000"
-        style: Any = {"ha": "center", "va": "center_baseline", "fontsize": 0.85 * size, "color": ink}
-        axes.text(place[0], place[1], str(cluster["cluster_id"]), **style)
+    is_dark = discs.to_rgba(values)[:, :3].sum(axis=1) < 1.5
+    for rank, (place, size, cluster) in enumerate(zip(places, radii, clusters, strict=True)):
+        if rank < num_labelled:
+            ink = INK if not known[rank] else "#ffffff" if is_dark[rank] else "#000000"
+            text: Any = {"ha": "center", "va": "center_baseline", "fontsize": 0.85 * size, "color": ink}
+            axes.text(place[0], place[1], str(cluster["cluster_id"]), **text)
     caption = (
         "Centroids on their first two principal components, moved apart where they would cover each other; area is the "
         "share of the web text, colour M(c)."

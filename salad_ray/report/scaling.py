@@ -189,7 +189,7 @@ def _groups(rows: Sequence[Row], keys: Sequence[str], if_none: str = "all") -> d
 def _coloured(groups: dict[str, list[Row]], x_name: str) -> list[Row]:
     """The rows as curves from left to right: with a label, and a system of whose colour they are."""
     return [
-        row | {"label": label, "system": PALETTE[place % len(PALETTE)]}
+        row | {"label": label, "system": PALETTE[place % len(PALETTE)], "run": ""}
         for place, (label, rows) in enumerate(groups.items())
         for row in sorted(rows, key=lambda row: row[x_name])
     ]
