@@ -114,7 +114,7 @@ def dot_plot(name: str, caption: str, marks: Sequence[Mark], x_label: str, may_b
     for mark in (mark for mark in marks if (mark.run, mark.at) in rows):
         lane = series.index((mark.system, mark.hollow)) - (len(series) - 1) / 2
         y, colour = rows.index((mark.run, mark.at)) + lane * 0.72 / len(series), COLOURS[mark.system]
-        axes.plot(_ends(mark, log), [y, y], color=colour, linewidth=1.4, solid_capstyle="butt")
+        axes.hlines(*_spans([mark], [y], log), color=colour, linewidth=1.4)
         face = "none" if mark.hollow else colour
         axes.plot([mark.value], [y], MARKERS[mark.system][0], color=colour, markerfacecolor=face)
     axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -158,8 +158,7 @@ def line_plot(
         x: Any = [names.index(mark.at) if names else mark.at for mark in own]
         y: Any = [mark.value for mark in own]
         colour, every = COLOURS[own[0].system], -(-len(x) // 8) if len(x) > 16 else 1
-        for at, mark in zip(x, own, strict=True):
-            axes.plot([at, at], _ends(mark, log), color=colour, linewidth=1.4)
+        axes.vlines(*_spans(own, x, log), color=colour, linewidth=1.4)
         axes.plot(x[::every], y[::every], MARKERS[own[0].system][0], color=colour)
         if fit := (fits or {}).get(label):
             x, y, low, high = (np.array(part, float) for part in zip(*fit, strict=True))
@@ -237,11 +236,14 @@ def apart(places: np.ndarray, radii: np.ndarray, box: tuple[float, float], num_r
     return places
 
 
-def _ends(mark: Mark, log: bool) -> list[float]:
-    """Of the interval; on a logarithmic axis there is no place for what is not positive."""
-    if mark.low is None or mark.high is None:
-        return [mark.value, mark.value]
-    return [max(mark.low, mark.value / 3) if log else mark.low, mark.high]
+def _spans(marks: Sequence[Mark], places: Sequence[float], log: bool) -> tuple[list[float], list[float], list[float]]:
+    """Places and ends of the intervals; on a logarithmic axis there is no place for what is not positive."""
+    found = [
+        (place, max(mark.low, mark.value / 3) if log else mark.low, mark.high)
+        for mark, place in zip(marks, places, strict=True)
+        if mark.low is not None and mark.high is not None
+    ]
+    return [at for at, *_ in found], [low for _, low, _ in found], [high for *_, high in found]
 
 
 def _is_wide(marks: Sequence[Mark]) -> bool:
