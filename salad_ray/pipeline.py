@@ -231,7 +231,7 @@ def run_sweeps(config: Config, only: str | None = None, redo: bool = False) -> N
         ConfigError: there is no such sweep, or some trainings failed.
     """
     from salad_ray.report.page import write_page
-    from salad_ray.report.scaling import sweep_grids
+    from salad_ray.report.scaling import sweep_tables
     from salad_ray.scaling.sweep import run_sweep
 
     if only is not None and only not in config.sweeps:
@@ -248,7 +248,7 @@ def run_sweeps(config: Config, only: str | None = None, redo: bool = False) -> N
     write_page([run.places], f"{url}/page.html")
     lead_to(run.places)
     for result in results:
-        show(*sweep_grids(result))
+        show(*sweep_tables(result))
     say(f"report: {config.run_dir}/report/page.html#scaling")
     failed = [row for result in results for row in result["rows"] if row["error"]]
     if failed:

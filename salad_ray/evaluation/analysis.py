@@ -428,30 +428,3 @@ def _number(value: float | None) -> str:
 def analysis_json(analysis: Analysis) -> dict[str, Any]:
     """The analysis as plain data for a JSON file."""
     return dataclasses.asdict(analysis)
-
-
-def robustness_grid(rows: Sequence[Mapping[str, Any]], metric: str = "acc") -> Grid:
-    """What each condition costs, in percentage points with 95 % intervals (rows of `statistics.robustness_table`)."""
-    rows = [row for row in rows if row["metric"] == metric]
-    conditions = list(dict.fromkeys(row["condition"] for row in rows))
-    grid = Grid(title="Accuracy on clean speech, and the points lost under each condition", title_justify="left")
-    grid.add_column("system")
-    grid.add_column("benchmark")
-    for name in ("clean", *conditions):
-        grid.add_column(name, justify="right")
-    for system, benchmark in dict.fromkeys((row["system"], row["benchmark"]) for row in rows):
-        own = {row["condition"]: row for row in rows if (row["system"], row["benchmark"]) == (system, benchmark)}
-        clean = next((row["clean"] for row in own.values() if row["clean"] is not None), None)
-        grid.add_row(
-            system,
-            benchmark,
-            "–" if clean is None else f"{clean:.1%}",
-            *(_loss(own.get(condition)) for condition in conditions),
-        )
-    return grid
-
-
-def _loss(row: Mapping[str, Any] | None) -> str:
-    if row is None or row["loss"] is None:
-        return "–"
-    return f"{100 * row['loss']:+.1f} ({100 * row['ci_low']:.1f} to {100 * row['ci_high']:.1f})"

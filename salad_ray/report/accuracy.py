@@ -1,198 +1,26 @@
-"""The page's section on accuracy: the gap table, what it is made of, and what disturbs it."""
+"""Answers to the benchmarks: hearing margins, gaps and accuracies, as tables, a figure and sentences."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from salad_ray.config import FLOORS
-from salad_ray.report.facts import SCORED, RunFacts
-from salad_ray.report.grids import (
-    MAX_ROWS,
-    SYSTEM_NAMES,
-    TONES,
-    Cell,
-    Grid,
-    Plot,
-    Section,
-    finite,
-    interval,
-    legend,
-    number,
-    ordered,
-    p_value,
-    percent,
-    points,
-)
-from salad_ray.report.metrics import place_name
-from salad_ray.report.plots import Dot, Panel, dot_plot
+from salad_ray.evaluation.statistics import AVERAGE, METRICS
+from salad_ray.names import BASE, CASCADE, CONTROL, STAGE1, STAGE2
+from salad_ray.report import words
+from salad_ray.report.blocks import Block, Cell, Figure, Fold, Section, Table
+from salad_ray.report.facts import RunFacts
+from salad_ray.report.plots import Mark, dot_plot
+from salad_ray.report.rows import Columns, Numbers, Row, beside_first, listed, of, ordered, pivoted, rows_of
 
-
-def accuracy_section(pairs: Sequence[tuple[str, RunFacts]]) -> Section:
-    """Hearing margins and gaps first, then the accuracies that they are made of, then what disturbs them."""
-    if not any(run.metrics.get("accuracy") for _, run in pairs):
-        return Section("Nothing measured yet: run `salad evaluate CONFIG` and then `salad report CONFIG`.")
-    margins = [grid for metric in ("acc", "acc_norm") if (grid := margin_grid(pairs, metric))]
-    gaps = [grid for metric in ("acc", "acc_norm") if (grid := gap_grid(pairs, metric))]
-    accuracies = [grid for metric in ("acc", "acc_norm") if (grid := accuracy_grid(pairs, metric))]
-    plots = [plot] if (plot := accuracy_plot(pairs)) else []
-    robustness = [grid] if (grid := robustness_grid(pairs)) else []
-    lines = [
-        "The hearing margin is the accuracy hearing the questions minus the accuracy with silence of the same length "
-        "in their place, on the same items. Where its interval reaches down to 0, or that of the margin over another "
-        "item's speech, the system is deaf: whatever it scores, it does not score by listening.",
-        "The gap is the text LLM's accuracy reading the questions minus the system's accuracy hearing them, on the "
-        "same items, in percentage points. Brackets hold 95 % intervals. The cascade is a "
-        "recogniser followed by the text LLM.",
-    ]
-    shown = margins[:1] + gaps[:1] + accuracies[:1] + robustness
-    return Section("", lines, plots, shown, margins[1:] + gaps[1:] + accuracies[1:])
-
-
-def margin_grid(pairs: Sequence[tuple[str, RunFacts]], metric: str) -> Grid | None:
-    """Rows are benchmarks and systems, beside what each scores without the question; of several runs one by one."""
-    name = "hearing_margins" if metric == "acc" else "hearing_margins_norm"
-    lead = ["run"] if len(pairs) > 1 else []
-    rows: list[list[Cell | str]] = []
-    for run_name, run in pairs:
-        for row in run.metrics.get(name) or []:
-            low, high = row.get("silence_ci99_low"), row.get("silence_ci99_high")
-            spread = interval(low, high)
-            verdict = {True: "deaf", False: "hears"}.get(row.get("deaf"), "–")
-            rows.append([
-                *([run_name] if lead else []),
-                place_name(row["benchmark"], row.get("heard")),
-                SYSTEM_NAMES.get(row["system"], str(row["system"])),
-                percent(row.get("chance")),
-                percent(row.get("choices")),
-                percent(row.get("silence")) + (f" ({spread})" if spread else ""),
-                percent(row.get("swapped")),
-                percent(row.get("accuracy")),
-                points(row.get("margin")),
-                interval(row.get("ci_low"), row.get("ci_high")),
-                points(row.get("margin_swapped")),
-                interval(row.get("swapped_ci_low"), row.get("swapped_ci_high")),
-                points(row.get("gap")),
-                Cell(verdict, tone="down" if row.get("deaf") else ""),
-                number(row.get("num_items")),
-            ])  # fmt: skip
-    if not rows:
-        return None
-    floors = ["chance", "choices alone", "silence (99 %)", "swapped speech"]
-    columns = [
-        *lead,
-        "benchmark",
-        "system",
-        *floors,
-        "hearing",
-        "margin",
-        "95 %",
-        "over swapped",
-        "95 %",
-        "gap",
-        "",
-        "items",
-    ]
-    notes = [
-        "Choices alone: without a prompt; with letters, the options without the question. Swapped: hearing another "
-        "item's speech, which tells nothing of the question."
-    ]
-    return Grid(f"Hearing margin, {_METRICS[metric]}", columns, rows, notes=notes, num_text_columns=len(lead) + 2)
-
-
-def gap_grid(pairs: Sequence[tuple[str, RunFacts]], metric: str) -> Grid | None:
-    """Rows are benchmarks and systems; for several runs the groups of columns are runs."""
-    tables = [
-        {_gap_key(row): row for row in run.metrics.get("gaps") or [] if row.get("metric") == metric} for _, run in pairs
-    ]
-    keys = ordered(key for table in tables for key in table)
-    if not keys:
-        return None
-    columns = ["text LLM", "system", "gap", "95 %", "p", "items"]
-    rows: list[list[Cell | str]] = []
-    for key in keys:
-        modality, benchmark, heard, system = key
-        reads = ", reading" if modality == "text" else ""
-        cells: list[Cell | str] = [place_name(benchmark, heard), SYSTEM_NAMES.get(system, str(system)) + reads]
-        for table in tables:
-            cells += _gap_cells(table.get(key), tables[0].get(key))
-        rows.append(cells)
-    groups = [("", 2), *((name, len(columns)) for name, _ in pairs)] if len(pairs) > 1 else []
-    notes = [TONES.format("gap", "the 95 % intervals do not meet")] if groups else []
-    if any(key[0] == "text" for key in keys):
-        notes.append("Reading: what adapting the LLM costs it in text.")
-    unpaired = sum(row.get("num_unpaired") or 0 for table in tables for row in table.values())
-    if unpaired:
-        notes.append(f"{number(unpaired)} answers without a counterpart on the other side do not count here.")
-    title = f"Text-speech gap, {_METRICS[metric]}"
-    return Grid(title, ["benchmark", "system", *columns * len(pairs)], rows, groups, notes, num_text_columns=2)
-
-
-def _gap_key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row.get("modality", "speech"), row["benchmark"], row.get("heard"), row["system"]
-
-
-_METRICS = {"acc": "choices scored whole (acc)", "acc_norm": "choices scored per character (acc_norm)"}
-
-
-def _gap_cells(row: dict[str, Any] | None, first: dict[str, Any] | None) -> list[Cell | str]:
-    if row is None:
-        return ["–"] * 6
-    tone = _apart(row, first)
-    return [
-        percent(row.get("topline")),
-        percent(row.get("accuracy")),
-        Cell(points(row.get("gap")), {"up": "▲", "down": "▼"}.get(tone, ""), "against the first run", tone),
-        interval(row.get("ci_low"), row.get("ci_high")),
-        p_value(row.get("p_value")),
-        number(row.get("num_items")),
-    ]
-
-
-def _apart(row: dict[str, Any], first: dict[str, Any] | None) -> str:
-    """Whether an interval lies wholly above or below that of the first run."""
-    if first is None or not all(finite(part.get(key)) for part in (row, first) for key in ("ci_low", "ci_high")):
-        return ""
-    if row["ci_low"] > first["ci_high"]:
-        return "up"
-    return "down" if row["ci_high"] < first["ci_low"] else ""
-
-
-def accuracy_grid(pairs: Sequence[tuple[str, RunFacts]], metric: str) -> Grid | None:
-    """Rows are benchmarks, columns the systems reading and hearing them, without disturbance."""
-    found = [
-        {
-            (row["benchmark"], row.get("heard"), row["system"], row["modality"]): row
-            for row in run.metrics.get("accuracy") or []
-            if row.get("metric") == metric and row.get("condition", "clean") == "clean"
-        }
-        for _, run in pairs
-    ]
-    keys = ordered(key[:2] for table in found for key in table)
-    if not keys:
-        return None
-    columns = [
-        (place, system, modality)
-        for place, table in enumerate(found)
-        for system in SCORED
-        for modality in ("text", "speech")
-        if any(key[2:] == (system, modality) for key in table)
-    ]
-    notes: dict[str, list[str]] = {what: [] for _, what in _FOOTNOTES.values()}
-    runs = [f"{name}: " if len(pairs) > 1 else "" for name, _ in pairs]
-    rows: list[list[Cell | str]] = []
-    for key in keys:
-        cells = [_accuracy_cell(found[place].get((*key, *column)), runs[place], notes) for place, *column in columns]
-        rows.append([place_name(*key), *cells])
-    titles = [f"{SYSTEM_NAMES[system]}, {_MODALITIES[modality]}" for _, system, modality in columns]
-    counts = [sum(place == wanted for place, *_ in columns) for wanted in range(len(pairs))]
-    several = [("", 1), *((name, count) for (name, _), count in zip(pairs, counts, strict=True))]
-    footnotes = [f"{what}: {'; '.join(whose)}." for what, whose in notes.items() if whose]
-    caption = f"Accuracy, {_METRICS[metric]}"
-    return Grid(caption, ["benchmark", *titles], rows, several if len(pairs) > 1 else [], footnotes)
-
-
+ACC, ACC_NORM = METRICS
+HEARING = (STAGE1, STAGE2, CONTROL, CASCADE)
+_METRICS = {ACC: "choices scored whole (acc)", ACC_NORM: "choices scored per character (acc_norm)"}
+_MARGINS = {ACC: "hearing_margins", ACC_NORM: "hearing_margins_norm"}
 _MODALITIES = {"text": "reading", "speech": "hearing"}
+_COMPARED = "▲ or ▼: a gap above or below the first run's, and the 95 % intervals do not meet."
 _FOOTNOTES = {
     "num_ties": ("†", "† Items without a single best answer (ties)"),
     "num_short": ("‡", "‡ Items with fewer exemplars than asked for"),
@@ -200,101 +28,245 @@ _FOOTNOTES = {
 }
 
 
-def _accuracy_cell(row: dict[str, Any] | None, who: str, notes: dict[str, list[str]]) -> Cell | str:
-    """An accuracy with its interval; ties, items that lost examples and word errors become footnotes."""
-    if row is None:
-        return "–"
-    marks = ""
-    system = SYSTEM_NAMES.get(row["system"], str(row["system"]))
-    for name, (mark, what) in _FOOTNOTES.items():
-        value = row.get(name)
-        if value and row.get("heard") is None:  # heard and unheard are parts of a row that has its notes
-            marks += mark
-            count = f"{number(value)} of {number(row.get('num_items'))}"
-            amount = percent(value) if name == "word_error_rate" else count
-            notes[what].append(f"{who}{row['benchmark']}, {system} {_MODALITIES.get(row['modality'], '')} {amount}")
-    spread = interval(row.get("ci_low"), row.get("ci_high"))
-    return Cell(percent(row.get("accuracy")) + (f" ({spread})" if spread else ""), marks, "see the notes below")
+def accuracy(runs: Sequence[RunFacts]) -> Section:
+    """Hearing margins and gaps first, then the accuracies that they are made of, then what disturbs them."""
+    numbers = {run.title: run.metrics for run in runs}
+    intro = [
+        "The hearing margin is the accuracy hearing the questions minus the accuracy with silence of the same length "
+        "in their place, on the same items. Where its interval reaches down to 0, or that of the margin over another "
+        "item's speech, the system is deaf: whatever it scores, it does not score by listening.",
+        "The gap is the text LLM's accuracy reading the questions minus the system's accuracy hearing them, on the "
+        "same items, in percentage points. Brackets hold 95 % intervals. The cascade is a recogniser followed by the "
+        "text LLM.",
+    ]
+    blocks: list[Block] = [
+        *accuracy_figures(numbers),
+        *answer_tables(numbers, ACC),
+        *robustness_tables(numbers),
+        *(Fold(table.caption, "", [table]) for table in answer_tables(numbers, ACC_NORM)),
+    ]
+    nothing = "Nothing measured yet: run `salad evaluate CONFIG` and then `salad report CONFIG`."
+    title = "The gap between reading and hearing"
+    return Section("accuracy", "The gap", title, blocks, nothing, intro if blocks else ())
 
 
-def accuracy_plot(pairs: Sequence[tuple[str, RunFacts]]) -> Plot | None:
-    """Accuracy by benchmark, of the text LLM reading and of the others hearing."""
-    panels, alts, systems = [], [], []
-    for name, run in pairs:
-        rows = [
-            row
-            for row in run.metrics.get("accuracy") or []
-            if row.get("metric") == "acc" and row.get("condition", "clean") == "clean" and finite(row.get("accuracy"))
-            if (row["system"] == "base") == (row["modality"] == "text")
-        ]
-        keys = ordered((row["benchmark"], row.get("heard")) for row in rows)[:MAX_ROWS]
-        silent = [
-            row
-            for row in run.metrics.get("accuracy") or []
-            if row.get("metric") == "acc" and row.get("condition") == "silence" and finite(row.get("accuracy"))
-        ]
-        dots = [
-            _accuracy_dot(keys.index((row["benchmark"], row.get("heard"))), row)
-            for row in rows + silent
-            if row["system"] in SCORED and (row["benchmark"], row.get("heard")) in keys
-        ]
-        systems += [made.series for made in dots]
-        panels.append(Panel(name if len(pairs) > 1 else "", [place_name(*key) for key in keys], dots))
-        alts += [
-            f"{place_name(row['benchmark'], row.get('heard'))}, {SYSTEM_NAMES.get(row['system'])} "
-            f"{_MODALITIES.get(row['modality'])}: {percent(row['accuracy'])}."
-            for row in rows
-        ]
-    if not systems:
-        return None
-    svg = dot_plot("accuracy", f"Accuracy by benchmark. {' '.join(alts[:MAX_ROWS])}", panels, "accuracy, %")
+def answer_tables(numbers: Numbers, metric: str) -> list[Table]:
+    return [*margin_tables(numbers, metric), *gap_tables(numbers, metric), *accuracy_tables(numbers, metric)]
+
+
+def _place(row: Row, in_brief: bool = False) -> str:
+    """A benchmark, or its part of heard or unheard domains."""
+    part = {None: "", True: "heard", False: "unheard"}[row.get("heard")]
+    if in_brief:
+        return f"  {part}" if part else str(row["benchmark"])
+    return f"{row['benchmark']}, {part} domains" if part else str(row["benchmark"])
+
+
+def _reads(row: Row) -> bool:
+    return row.get("modality") == "text"
+
+
+_system = of("system", words.system)
+
+
+def margin_tables(numbers: Numbers, metric: str = ACC, in_brief: bool = False) -> list[Table]:
+    """A line for each benchmark and system: what it scores hearing the questions, and what without.
+
+    Args:
+        in_brief: as it fits a terminal of 80 columns.
+    """
+    share, point = (partial(show, digits=0 if in_brief else 1) for show in (words.percent, words.points))
+    verdicts: dict[bool | None, Cell | str] = {True: Cell("deaf", tone="down"), False: "hears", None: "–"}
+    columns: Columns = {
+        "run": of("run"),
+        "benchmark": partial(_place, in_brief=in_brief),
+        "system": _system,
+        "chance": of("chance", share),
+        "choices alone": of("choices", share),
+        "silence": of("silence", share),
+        "silence (99 %)": lambda row: words.ranged(row, "silence", share, ("silence_ci99_low", "silence_ci99_high")),
+        "swapped": of("swapped", share),
+        "hearing": of("accuracy", share),
+        "margin (95 %)": lambda row: words.ranged(row, "margin", point),
+        "over swapped": lambda row: words.ranged(row, "margin_swapped", ends=("swapped_ci_low", "swapped_ci_high")),
+        "gap": of("gap", point),
+        "": lambda row: verdicts[row.get("deaf")],
+        "items": of("num_items", words.number),
+    }
+    brief = ("benchmark", "system", "hearing", "silence", "swapped", "margin (95 %)", "gap", "")
+    names = brief if in_brief else [name for name in columns if name != "silence"]
+    notes = [
+        "Choices alone: without a prompt; with letters, the options without the question. Swapped: hearing another "
+        "item's speech, which tells nothing of the question."
+    ]
+    rows = sorted(rows_of(numbers, _MARGINS[metric]), key=lambda row: row["benchmark"] if in_brief else "")
+    caption, shown = f"Hearing margin, {_METRICS[metric]}", {name: columns[name] for name in names}
+    return listed(caption, rows, shown, list(names).index("system") + 1, [] if in_brief else notes)
+
+
+def gap_tables(numbers: Numbers, metric: str) -> list[Table]:
+    """A line for each benchmark and system; how it reads comes after how it hears."""
+    rows = [row for row in rows_of(numbers, "gaps") if row.get("metric") == metric]
+    firsts = {_gap_key(row): row for row in rows if row["run"] == next(iter(numbers))}
+    unpaired = sum(row.get("num_unpaired") or 0 for row in rows)
+    columns: Columns = {
+        "run": of("run"),
+        "benchmark": _place,
+        "system": lambda row: _system(row) + ", reading" * _reads(row),
+        "text LLM": of("topline", words.percent),
+        "accuracy": of("accuracy", words.percent),
+        "gap (95 %)": lambda row: _gap(row, firsts.get(_gap_key(row)) or row),
+        "p": of("p_value", words.p_value),
+        "items": of("num_items", words.number),
+    }
+    notes = [
+        _COMPARED * (len(numbers) > 1),
+        "Reading: what adapting the LLM costs it in text." * any(map(_reads, rows)),
+        f"{unpaired:,} answers without a counterpart on the other side do not count here." * bool(unpaired),
+    ]
+    return listed(f"Text-speech gap, {_METRICS[metric]}", rows, columns, 3, notes)
+
+
+def _gap_key(row: Row) -> tuple[Any, ...]:
+    return row["system"], row["benchmark"], row.get("modality")
+
+
+def _gap(row: Row, first: Row) -> Cell:
+    text = words.ranged(row, "gap")
+    if not all(words.finite(part.get(end)) for part in (row, first) for end in ("ci_low", "ci_high")):
+        return Cell(text)
+    return beside_first(text, row["ci_low"] > first["ci_high"], row["ci_high"] < first["ci_low"])
+
+
+def _under(numbers: Numbers, metric: str, condition: str) -> list[Row]:
+    rows = rows_of(numbers, "accuracy")
+    return [row for row in rows if row.get("metric") == metric and row.get("condition", "clean") == condition]
+
+
+def _is_as_asked(row: Row) -> bool:
+    """The text LLM reading, or another hearing."""
+    return (row["system"] == BASE) == _reads(row)
+
+
+def accuracy_tables(numbers: Numbers, metric: str = ACC, in_brief: bool = False) -> list[Table]:
+    """A line for each benchmark, a column for each system reading and hearing it, without disturbance.
+
+    Args:
+        in_brief: as it fits a terminal of 80 columns: the text LLM reading, the others hearing.
+    """
+    rows = [row for row in _under(numbers, metric, "clean") if _is_as_asked(row) or not in_brief]
+    share = partial(words.percent, digits=0 if in_brief else 1)
+    notes: dict[str, list[str]] = {what: [] for _, what in _FOOTNOTES.values()}
+    for row in rows:
+        for key in _noted(row):
+            count = f"{row[key]:,} of {row['num_items']:,}" if isinstance(row[key], int) else words.percent(row[key])
+            whose = f"{row['run']}: {row['benchmark']}".removeprefix(": ")
+            notes[_FOOTNOTES[key][1]].append(f"{whose}, {_system(row)} {_MODALITIES[row['modality']]} {count}")
+
+    def show(row: Row, _: Row | None) -> Cell:
+        marks = "".join(_FOOTNOTES[key][0] for key in _noted(row))
+        return Cell(words.ranged(row, "accuracy", share), marks, "see the notes below")
+
+    return pivoted(
+        f"Accuracy, {_METRICS[metric]}",
+        rows,
+        {"benchmark": partial(_place, in_brief=in_brief)},
+        lambda row: f"{_system(row)}, {_MODALITIES[row['modality']]}",
+        show,
+        [f"{what}: {'; '.join(whose)}." for what, whose in notes.items() if whose and not in_brief],
+    )
+
+
+def _noted(row: Row) -> list[str]:
+    """What a footnote tells of a row; its parts of heard and unheard domains do not tell it again."""
+    return [key for key in _FOOTNOTES if row.get(key) and row.get("heard") is None]
+
+
+def robustness_tables(numbers: Numbers) -> list[Table]:
+    """Accuracy hearing disturbed speech, with what it costs on the same items, beside that hearing clean speech."""
+
+    def key(row: Row) -> tuple[str, ...]:
+        return row["run"], row["system"], row["benchmark"]
+
+    lost = {(*key(row), row["condition"]): row for row in rows_of(numbers, "robustness") if row["metric"] == ACC}
+    rows = [row for row in rows_of(numbers, "accuracy") if row.get("metric") == ACC and row.get("heard") is None]
+    rows = [row for row in rows if row["condition"] not in FLOORS and not _reads(row)]
+    disturbed = {key(row) for row in rows if row["condition"] != "clean"}
+
+    def show(row: Row, _: Row | None) -> str:
+        loss = lost.get((*key(row), row["condition"]))
+        return words.percent(row["accuracy"]) + (f", {words.ranged(loss, 'loss')} lost" if loss else "")
+
+    caption = "Robustness: accuracy hearing disturbed speech, and the points lost"
+    lead = {"benchmark": of("benchmark"), "system": _system}
+    return pivoted(caption, [row for row in rows if key(row) in disturbed], lead, of("condition"), show)
+
+
+def accuracy_figures(numbers: Numbers) -> list[Figure]:
+    """Accuracy by benchmark, of the text LLM reading and of the others hearing, and with silence instead."""
+    marks = []
+    for row in [*filter(_is_as_asked, _under(numbers, ACC, "clean")), *_under(numbers, ACC, "silence")]:
+        value, low, high = (100 * row[key] for key in ("accuracy", "ci_low", "ci_high"))
+        hollow = row.get("condition") == "silence"
+        marks.append(Mark(row["system"], _place(row), value, low, high, row["run"], hollow=hollow))
     caption = (
         "Accuracy with 95 % intervals: the text LLM reads the questions, the others hear them; hollow marks: silence "
         "instead of the question."
     )
-    return Plot(svg, caption, legend(name for name in SCORED if name in systems))
+    return dot_plot("accuracy", caption, marks, "accuracy, %")
 
 
-def _accuracy_dot(place: int, row: dict[str, Any]) -> Dot:
-    low, high = (100 * row[key] if finite(row.get(key)) else None for key in ("ci_low", "ci_high"))
-    return Dot(place, row["system"], 100 * row["accuracy"], low, high, hollow=row.get("condition") == "silence")
+# -------------------------------------------------------------------------------------------------------- sentences
 
 
-def robustness_grid(pairs: Sequence[tuple[str, RunFacts]]) -> Grid | None:
-    """Accuracy from disturbed speech beside clean speech."""
-    columns: list[str] = []
-    table: dict[tuple[str, ...], dict[str, str]] = {}
-    for name, run in pairs:
-        for row in run.metrics.get("accuracy") or []:
-            if row.get("modality") == "speech" and row.get("metric") == "acc" and row.get("heard") is None:
-                condition = row.get("condition", "clean")
-                if condition in FLOORS:
-                    continue
-                columns += [condition] if condition not in columns else []
-                system = SYSTEM_NAMES.get(row["system"], str(row["system"]))
-                key = (*((name,) if len(pairs) > 1 else ()), str(row["benchmark"]), system)
-                table.setdefault(key, {})[condition] = percent(row.get("accuracy"))
-    if len(columns) < 2:
-        return None
-    rows: list[list[Cell | str]] = [
-        [*key, *(cells.get(name, "–") for name in columns)] for key, cells in table.items() if set(cells) != {"clean"}
+def main_row(metrics: dict[str, Any], name: str, system: str, quantity: str) -> Row | None:
+    """The row of a system that stands for all benchmarks: their average, else that of the only benchmark."""
+    rows = [row for row in metrics.get(name) or [] if row.get("system", row.get("system_b")) == system]
+    rows = [row for row in rows if row.get("metric", ACC) == ACC and row.get("heard") is None and not _reads(row)]
+    rows = [row for row in rows if words.finite(row.get(quantity))]
+    average = [row for row in rows if row["benchmark"] == AVERAGE]
+    return (average or (rows if len(rows) == 1 else [None]))[0]
+
+
+def _each(metrics: dict[str, Any], name: str, quantity: str, link: str, systems: Sequence[str] = HEARING) -> str:
+    """A quantity of each system that has it, as a part of a sentence."""
+    found = {system: main_row(metrics, name, system, quantity) for system in systems}
+    parts = [f"{words.ranged(row, quantity)} {link} {words.who(system)}" for system, row in found.items() if row]
+    return words.listing(parts)
+
+
+def margin_sentences(metrics: dict[str, Any], systems: Sequence[str] = HEARING) -> list[str]:
+    """How much these systems hear, and which are deaf where."""
+    margins = _each(metrics, "hearing_margins", "margin", "for", systems)
+    what = "The hearing margin, how many points of accuracy hearing the questions is above hearing silence instead"
+    deaf = deaf_sentences(row for row in metrics.get("hearing_margins") or [] if row["system"] in systems)
+    return [*([f"{what}, is {margins} (95 % intervals)."] if margins else []), *(f"{line}." for line in deaf)]
+
+
+def deaf_sentences(margins: Iterable[Row]) -> list[str]:
+    """Who is deaf where: within silence, or where it is not, within the speech of other items."""
+    reasons = {True: "silence", False: "the speech of another question"}
+    places: dict[tuple[str, str], list[str]] = {}
+    for row in (row for row in margins if row["deaf"]):
+        places.setdefault((row["system"], reasons[row["ci_low"] <= 0]), []).append(_place(row))
+    systems = ordered(system for system, _ in places)
+    return [
+        f"{words.system(system)} is deaf on {'; '.join(places[system, what])}: hearing the question is no better than "
+        f"hearing {what} (the 95 % interval of the difference includes 0)"
+        for system in systems
+        for what in reasons.values()
+        if (system, what) in places
     ]
-    lead = [*(("run",) if len(pairs) > 1 else ()), "benchmark", "system"]
-    return Grid("Robustness: accuracy hearing disturbed speech", [*lead, *columns], rows, num_text_columns=len(lead))
 
 
-def main_margin(metrics: dict[str, Any], system: str) -> dict[str, Any] | None:
-    """The hearing margin that stands for all benchmarks, as `main_gap`."""
-    rows = [row for row in metrics.get("hearing_margins") or [] if row.get("system") == system]
-    rows = [row for row in rows if row.get("heard") is None and finite(row.get("margin"))]
-    average = [row for row in rows if row.get("benchmark") == "average"]
-    return (average or (rows if len(rows) == 1 else [None]))[0]
-
-
-def main_gap(metrics: dict[str, Any], system: str) -> dict[str, Any] | None:
-    """The gap that stands for all benchmarks: their average if it is there, else that of the only benchmark."""
-    rows = [row for row in metrics.get("gaps") or [] if row.get("system") == system and row.get("metric") == "acc"]
-    rows = [row for row in rows if row.get("heard") is None and row.get("modality", "speech") == "speech"]
-    rows = [row for row in rows if finite(row.get("gap"))]
-    average = [row for row in rows if row.get("benchmark") == "average"]
-    return (average or (rows if len(rows) == 1 else [None]))[0]
+def gap_sentences(metrics: dict[str, Any]) -> list[str]:
+    """How far the systems lie behind the text LLM, and Stage II before the others."""
+    gaps = _each(metrics, "gaps", "gap", "for")
+    ahead = _each(metrics, "differences", "difference", "above")
+    chances = {system: main_row(metrics, "differences", system, "p_value") for system in HEARING}
+    p_values = words.listing([words.p_value(row["p_value"]) for row in chances.values() if row])
+    what = "The text-speech gap, how many points of accuracy hearing the questions lies behind the text LLM reading"
+    return [
+        *([f"{what} them, is {gaps} (95 % intervals)."] if gaps else []),
+        *([f"On the same questions, heard, Stage II lies {ahead}, in points (p {p_values})."] if ahead else []),
+    ]

@@ -1,4 +1,4 @@
-"""The model card that travels with an exported model: what it is, what it heard, under which licences."""
+"""The model card that travels with a model: what it is, what it heard, under which licences, and its numbers."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from salad_ray import __version__
 from salad_ray.config import path_name
+from salad_ray.evaluation.statistics import METRICS
+from salad_ray.names import BASE, CASCADE, CATALOG, NATURAL, TEXT, UNTRAINED, UTTERANCES, WEB
+from salad_ray.report.accuracy import answer_tables, margin_sentences, robustness_tables
+from salad_ray.report.blocks import Block, Paragraph
+from salad_ray.report.measured import RECORDED, measured_tables
 from salad_ray.runs import Places, Run
-from salad_ray.text.documents import text_corpus_name
 
 
 @dataclass(frozen=True)
@@ -25,17 +31,15 @@ class SpeechData:
 
 def speech_data(run: Run, sets: Sequence[str]) -> list[SpeechData]:
     """The speech of these sets: hours of each corpus and licence, and whom to name for it."""
-    web = {text_corpus_name(corpus): corpus.attribution or "" for corpus in run.config.ingest.web}
-    return speech_of_run(run.places, sets, web)
+    return speech_of_run(run.places, sets, run.config.ingest.model_dump())
 
 
-def speech_of_run(places: Places, sets: Sequence[str], web: Mapping[str, str]) -> list[SpeechData]:
-    """As `speech_data`, from the tables alone; `web` is whom to name for the text of each web corpus."""
-    catalog = places.table("natural", "catalog").manifest() or {"attributions": {}}
-    credits = catalog["attributions"] | web
-    sources = [
-        source for name in sets for source in (places.table(name, "utterances").manifest() or {}).get("speech", ())
-    ]
+def speech_of_run(places: Places, sets: Sequence[str], ingest: Mapping[str, Any]) -> list[SpeechData]:
+    """As `speech_data`, from the tables alone, and from the config's section as data."""
+    credits = (places.table(NATURAL, CATALOG).manifest() or {"attributions": {}})["attributions"]
+    credits |= {_name(corpus): corpus.get("attribution") or "" for corpus in _corpora(ingest, WEB)}
+    manifests = (places.table(name, UTTERANCES).manifest() or {} for name in sets)
+    sources = [source for manifest in manifests for source in manifest.get("speech", ())]
     return [SpeechData(**source, attribution=_credit(source["corpus"], credits)) for source in sources]
 
 
@@ -46,12 +50,19 @@ def _credit(corpus: str, credits: Mapping[str, str]) -> str:
 
 def text_alone(ingest: Mapping[str, Any]) -> list[str]:
     """What was read in training and never heard, with licence and whom to name, from the config's section as data."""
-    corpora = [corpus if isinstance(corpus, dict) else {"path": corpus} for corpus in ingest.get("text") or ()]
     found = []
-    for corpus in corpora:
+    for corpus in _corpora(ingest, TEXT):
         facts = [corpus.get("license") or "licence as its documents state it", corpus.get("attribution")]
-        found.append(f"{corpus.get('name') or path_name(corpus['path'])} ({', '.join(filter(None, facts))})")
+        found.append(f"{_name(corpus)} ({', '.join(filter(None, facts))})")
     return found or ["the embedded world's documents (CC0-1.0)"]
+
+
+def _corpora(ingest: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    return [corpus if isinstance(corpus, dict) else {"path": corpus} for corpus in ingest.get(name) or ()]
+
+
+def _name(corpus: dict[str, Any]) -> str:
+    return str(corpus.get("name") or path_name(corpus["path"]))
 
 
 def model_card(
@@ -63,6 +74,7 @@ def model_card(
     stride: int = 1,
     word_ends: bool = False,
     text: Sequence[str] = (),
+    exported: Mapping[str, Any] | None = None,
 ) -> str:
     """The card as Markdown.
 
@@ -72,39 +84,47 @@ def model_card(
         stride: frames side by side at a position.
         word_ends: whether the ends of spoken words were compared, too.
         text: corpora of text alone that it was trained on (`text_alone`).
+        exported: what the card of an export tells besides.
     """
-    ends = ", with a comparison at the end of every spoken word" if word_ends else ""
-    rate = f"{encoder['frame_rate']:g} frames a second"
-    rate += f", {stride} side by side: {encoder['frame_rate'] / stride:g} positions a second" if stride > 1 else ""
-    revision = f" at revision {teacher['revision']}" if teacher["revision"] else ""
-    source = encoder["path"] or "no weights"
-    pinned = f" at revision {encoder['revision']}" if encoder.get("revision") else ""
-    lines = [
-        f"# Speech LM, {stage}",
-        "",
-        f"Distilled by salad_ray {__version__} (SALAD, arXiv 2510.13632) from the text LLM "
-        f"`{teacher['path']}`{revision}, α = {alpha:g}{ends}. It hears speech through the encoder {encoder['name']} "
-        f"({source}{pinned}, {encoder['sampling_rate']:,} Hz, {rate}).",
-        "",
-        f"Tokenizer hash: `{teacher['tokenizer_hash']}`. The licence of the text LLM applies to its weights here too.",
-        "",
-        "## Speech it was trained on",
-        "",
-        "| corpus | licence | hours | attribution |",
-        "| --- | --- | --- | --- |",
-        *(
-            f"| {cell(row.corpus)} | {cell(row.license)} | {row.hours:,.2f} | {cell(row.attribution)} |"
-            for row in speech
-        ),
-        "",
-    ]
-    if text:
-        lines += [f"Text alone that it was trained on: {cell('; '.join(text))}.", ""]
-    if any(re.search(r"\bNC\b", row.license.upper()) for row in speech):
-        lines += ["Some of this speech is licensed for non-commercial use only.", ""]
-    return "\n".join(lines)
+    loader = PackageLoader("salad_ray.report", "")
+    environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"cell": cell, "pinned": _pinned}
+    return environment.get_template("card.md.j2").render(
+        stage=stage,
+        version=__version__,
+        teacher=teacher,
+        encoder=encoder,
+        speech=speech,
+        alpha=alpha,
+        stride=stride,
+        word_ends=word_ends,
+        text=text,
+        non_commercial=any(re.search(r"\bNC\b", row.license.upper()) for row in speech),
+        exported=exported,
+    )
 
 
 def cell(text: str) -> str:
     """Text of a corpus in a table of Markdown: on one line, and neither a column's end nor HTML."""
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _pinned(weights: Mapping[str, Any]) -> str:
+    return f" at revision {weights['revision']}" if weights.get("revision") else ""
+
+
+def card_numbers(metrics: dict[str, Any], system: str) -> list[Block]:
+    """What was measured of a system: M before and after, F, and what it answers, in the tables of the page."""
+    names = ("hearing_margins", "hearing_margins_norm", "accuracy", "gaps", "robustness")
+    own = {name: [row for row in metrics.get(name) or [] if row["system"] in (BASE, system, CASCADE)] for name in names}
+    spoken, recorded = (
+        {"": {name: found[name] for name in (UNTRAINED, system) if name in found}}
+        for found in (metrics, metrics.get("recorded") or {})
+    )
+    return [
+        *measured_tables(spoken, ", held-out text that was spoken,", ["side"]),
+        *measured_tables(recorded, f"{RECORDED},", ["side"]),
+        *map(Paragraph, margin_sentences(own, (system,))),
+        *(table for metric in METRICS for table in answer_tables({"": own}, metric)),
+        *robustness_tables({"": own}),
+    ]

@@ -8,27 +8,26 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from salad_ray import __version__
-from salad_ray.config import ConfigError, path_name
+from salad_ray.config import ConfigError
 from salad_ray.distill.step import DTYPES
 from salad_ray.model.loading import is_hub_id, weights_fingerprint
 from salad_ray.model.speech_lm import SpeechLM
-from salad_ray.report.card import SpeechData, model_card, speech_of_run, text_alone
-from salad_ray.report.metrics import NAMES, hearing_sentences
+from salad_ray.names import ACTIVE, CONTROL, ENCODE, FEATURES, INGEST, NATURAL, STAGE1, STAGE2, TEACHER, UTTERANCES
+from salad_ray.report.card import card_numbers, model_card, speech_of_run, text_alone
 from salad_ray.runs import Places, open_places
 from salad_ray.speech.readers import language_code
-from salad_ray.tables import Table, TableError, local_folder, read_json
+from salad_ray.tables import Table, TableError, local_folder, read_json, table_label
 
 LINEAGE = "salad_ray.lineage/1"
-SETS = {"stage1": ("natural",), "stage2": ("natural", "active"), "control": ("natural",)}
+SETS = {STAGE1: (NATURAL,), STAGE2: (NATURAL, ACTIVE), CONTROL: (NATURAL,)}
 """What speech each system was trained on."""
 FILES = {
     *("config.json", "adapter.safetensors", "llm"),
@@ -36,18 +35,8 @@ FILES = {
 }
 _FACTS = (
     *("stage", "version", "config", "inputs", "sources", "schema_version", "salad_ray", "written_at"),
-    *(
-        "num_input",
-        "num_kept",
-        "num_rejected",
-        "num_rows",
-        "totals",
-        "speech",
-        "step",
-        "num_positions",
-        "num_text_positions",
-        "train_seconds",
-    ),
+    *("num_input", "num_kept", "num_rejected", "num_rows", "totals", "speech", "step"),
+    *("num_positions", "num_text_positions", "train_seconds"),
 )
 """What lineage.json repeats of a manifest; shards, curves and the like stay in the run."""
 _VERSION = re.compile(r"[0-9a-f]{12}-[0-9a-f]{8}")
@@ -62,13 +51,12 @@ class _Run:
     config: dict[str, Any]
     """As plain data."""
     system: str
-    languages: list[str]
     manifest: dict[str, Any]
     teacher: dict[str, Any]
     features: dict[str, Any]
     """Manifests."""
     metrics: dict[str, Any]
-    speech: list[SpeechData]
+    """The report's numbers, none before there is a report."""
 
 
 def export(
@@ -94,10 +82,11 @@ def export(
         raise ConfigError(f"dtype={dtype}: a model can be exported as {' or '.join(DTYPES)}")
     run = _open(run_dir.rstrip("/"), system, name)
     place = _require_replaceable(target, run.places)
-    model = _load(f"{run.places.table('', run.system).url}/model", None if dtype is None else DTYPES[dtype])
+    with local_folder(f"{run.places.table('', run.system).url}/model") as folder:
+        model = SpeechLM.from_pretrained(folder, None if dtype is None else DTYPES[dtype])
     place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as folder:
-        new, old = Path(folder, "new"), Path(folder, "old")
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as beside:
+        new, old = Path(beside, "new"), Path(beside, "old")
         model.save_pretrained(new)
         _describe(run, model, new)
         _share(new)
@@ -117,41 +106,23 @@ def _open(run_dir: str, system: str | None, name: str | None) -> _Run:
     if system is not None and system not in SETS:
         raise ConfigError(f"system={system}: a run's systems are {', '.join(SETS)}")
     if system is None:
-        system = "stage2" if places.table("", "stage2").manifest() else "stage1"
-    ingest = config.get("ingest") or {}
-    manifest = _finished(places.table("", system), "stage2" if system == "control" else system)
-    return _Run(
-        places=places,
-        config=config,
-        system=system,
-        languages=_languages(places.table("natural", "utterances"), ingest.get("languages") or ()),
-        manifest=manifest,
-        teacher=_finished(places.table("", "teacher"), "teacher"),
-        features=_finished(places.table("natural", "features"), "encode"),
-        metrics=_metrics(places, system, manifest),
-        speech=speech_of_run(places, SETS[system], _web_attributions(ingest)),
-    )
+        system = STAGE2 if places.table("", STAGE2).manifest() else STAGE1
+    manifest = _finished(places, system, STAGE2 if system == CONTROL else system)
+    teacher, features = _finished(places, TEACHER, TEACHER), _finished(places, table_label(NATURAL, FEATURES), ENCODE)
+    url = f"{places.report_url}/metrics.json"
+    metrics = read_json(url) or {}
+    # A training is known by its seconds.
+    if system in metrics and metrics[system].get("train_seconds") != manifest["train_seconds"]:
+        raise TableError(f"{url} is of another {system} model; run `salad run CONFIG`")
+    return _Run(places, config, system, manifest, teacher, features, metrics)
 
 
-def _web_attributions(ingest: dict[str, Any]) -> dict[str, str]:
-    corpora = [corpus if isinstance(corpus, dict) else {"path": corpus} for corpus in ingest.get("web") or ()]
-    return {corpus.get("name") or path_name(corpus["path"]): corpus.get("attribution") or "" for corpus in corpora}
-
-
-def _finished(table: Table, writer: str) -> dict[str, Any]:
+def _finished(places: Places, label: str, writer: str) -> dict[str, Any]:
+    table = places.labelled(label)
     manifest = table.manifest()
     if manifest is None:
         raise TableError(f"{table.url} is not finished; run `salad {writer} CONFIG` first")
     return manifest
-
-
-def _metrics(places: Places, system: str, manifest: dict[str, Any]) -> dict[str, Any]:
-    """The report's numbers, none before there is a report; a training is known by its seconds."""
-    url = f"{places.report_url}/metrics.json"
-    metrics = read_json(url) or {}
-    if system in metrics and metrics[system].get("train_seconds") != manifest["train_seconds"]:
-        raise TableError(f"{url} is of another {system} model; run `salad run CONFIG`")
-    return metrics
 
 
 def _require_replaceable(target: str, places: Places) -> Path:
@@ -177,11 +148,6 @@ def _is_speech_lm(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and str(content.get("format", "")).startswith("salad_ray.speech_lm/")
-
-
-def _load(url: str, dtype: torch.dtype | None) -> SpeechLM:
-    with local_folder(url) as folder:
-        return SpeechLM.from_pretrained(folder, dtype)
 
 
 def _describe(run: _Run, model: SpeechLM, folder: Path) -> None:
@@ -211,26 +177,26 @@ def _lineage(run: _Run, model: SpeechLM) -> dict[str, Any]:
     """Where the model comes from: every table that led to it, by version, and all weights by fingerprint."""
     found = {label: run.places.labelled(label).manifest() for label in run.places.keys}
     tables = {label: manifest for label, manifest in found.items() if manifest is not None}
+    facts = {label: {name: table[name] for name in _FACTS if name in table} for label, table in tables.items()}
     measured = [label for label, table in tables.items() if run.manifest["version"] in table["inputs"].values()]
     led, missing = _led_to([run.system], tables)
     judged, _ = _led_to(measured, tables)
     teacher = {name: run.teacher.get(name) for name in ("path", "revision", "tokenizer_hash", "num_parameters")}
     [*_, start] = run.manifest["starts"] or [{}]
-    precision = run.config["distill"]["precision"]
-    encode = run.features["config"]["encode"]
-    encoder = {"backend": encode["backend"], "weights": run.features["sources"]["weights"]}
+    teacher |= {"weights": start.get("teacher_weights"), "precision": run.config["distill"]["precision"]}
+    encoder = {"backend": run.features["config"][ENCODE]["backend"], "weights": run.features["sources"]["weights"]}
     return {
         "format": LINEAGE,
         "salad_ray": __version__,
         "system": run.system,
         "weights": weights_fingerprint(model),
         "dtype": str(model.head.dtype).removeprefix("torch."),
-        "teacher": teacher | {"weights": start.get("teacher_weights"), "precision": precision},
+        "teacher": teacher,
         "encoder": run.features["encoder"] | encoder,
         "begun_from": run.manifest.get("begun_from"),
-        "tables": {label: _facts(tables[label]) for label in led},
+        "tables": {label: facts[label] for label in led},
         "missing": missing,
-        "measured_with": {label: _facts(tables[label]) for label in judged if label not in led},
+        "measured_with": {label: facts[label] for label in judged if label not in led},
     }
 
 
@@ -253,56 +219,45 @@ def _led_to(labels: Sequence[str], tables: dict[str, dict[str, Any]]) -> tuple[l
     return list(led), missing
 
 
-def _facts(manifest: dict[str, Any]) -> dict[str, Any]:
-    return {name: manifest[name] for name in _FACTS if name in manifest}
-
-
 # ------------------------------------------------------------------------------------------------------------- card
 
 
 def _card(run: _Run, model: SpeechLM) -> str:
     """The model card: front matter as hubs expect, then data, use and numbers."""
-    front = _front_matter(run)
+    sets, ingest = SETS[run.system], run.config.get(INGEST) or {}
+    speech = speech_of_run(run.places, sets, ingest)
     teacher, encoder = (facts | {"path": _shown(facts["path"])} for facts in (run.teacher, run.features["encoder"]))
-    if _is_world(run):
+    is_world = run.teacher["config"].get("model.teacher") == "world"
+    if is_world:
         teacher["path"] = "world"
-    training = run.config["distill" if run.system == "stage1" else "stage2"]
-    recipe = (training["alpha"], model.config.adapter.stride, run.config["distill"].get("word_ends", False))
-    hours = sum(_training_hours(run.places.table(name, "features")) for name in SETS[run.system])
-    text = text_alone(run.config.get("ingest") or {}) if run.manifest.get("num_text_positions") else ()
-    front_text = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
-    parts = [
-        f"---\n{front_text}---\n",
-        model_card(run.system, teacher, encoder, run.speech, *recipe, text),
-        f"Held-out utterances aside, {hours:,.2f} hours were encoded for training; it saw "
-        f"{run.manifest['num_positions']:,} positions (text tokens and speech frames) in this stage"
-        f"{_of_text(run.manifest)}.\n",
-        _licence(front["license"]),
-        _use(model),
-        "\n".join(_numbers(run)),
-        "## Files\n\n`config.yaml` is the run's config, `lineage.json` every table that led here with its version and "
-        "the fingerprints of all weights, `metrics.json` all that was measured. `llm/` alone is a plain causal LM.\n",
-    ]
-    return "\n".join(parts)
-
-
-def _of_text(manifest: dict[str, Any]) -> str:
-    number = manifest.get("num_text_positions", 0)
-    return f", {number:,} of them of samples of text alone" if number else ""
-
-
-def _front_matter(run: _Run) -> dict[str, Any]:
-    front: dict[str, Any] = {"license": _common_license(run)}
-    if run.languages:
-        front["language"] = run.languages
+    license = _common_license("CC0-1.0" if is_world else "unknown", [row.license for row in speech])
+    front: dict[str, Any] = {"license": license}
+    if languages := _languages(run.places.table(NATURAL, UTTERANCES), ingest.get("languages") or ()):
+        front["language"] = languages
     front |= {"pipeline_tag": "audio-text-to-text", "library_name": "salad_ray"}
     if _is_on_hub(run.teacher["path"]):
         front |= {"base_model": run.teacher["path"], "base_model_relation": "finetune"}
-    return front | {"tags": ["speech", "speech-llm", "salad", "arxiv:2510.13632"]}
-
-
-def _is_world(run: _Run) -> bool:
-    return bool(run.teacher["config"].get("model.teacher") == "world")
+    front["tags"] = ["speech", "speech-llm", "salad", "arxiv:2510.13632"]
+    totals = [(run.places.table(name, FEATURES).manifest() or {}).get("totals", {}) for name in sets]
+    num_text = run.manifest.get("num_text_positions", 0)
+    return model_card(
+        run.system,
+        teacher,
+        encoder,
+        speech,
+        run.config["distill" if run.system == STAGE1 else STAGE2]["alpha"],
+        model.config.adapter.stride,
+        run.config["distill"].get("word_ends", False),
+        text_alone(ingest) if num_text else (),
+        exported={
+            "front": yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
+            "license": license,
+            "hours": sum(own.get("training hours", 0.0) for own in totals),
+            "num_positions": run.manifest["num_positions"],
+            "num_text_positions": num_text,
+            "numbers": card_numbers(run.metrics, run.system),
+        },
+    )
 
 
 def _shown(path: str | None) -> str | None:
@@ -316,148 +271,17 @@ def _is_on_hub(path: str) -> bool:
     return is_hub_id(path) and "://" not in path and not Path(path).exists()
 
 
-def _common_license(run: _Run) -> str:
+def _common_license(teacher: str, speech: Sequence[str]) -> str:
     """The hub's name of the licence that data and text LLM share; "other" where they differ or one is not known.
 
     Of text LLMs only the embedded world's is known: it is trained on the world's own text.
     """
-    teacher = "CC0-1.0" if _is_world(run) else "unknown"
-    names = {name.lower().replace(" ", "-") for name in (teacher, *(row.license for row in run.speech))}
+    names = {name.lower().replace(" ", "-") for name in (teacher, *speech)}
     name = names.pop()
-    return name if not names and run.speech and _HUB_LICENSES.fullmatch(name) else "other"
+    return name if not names and speech and _HUB_LICENSES.fullmatch(name) else "other"
 
 
 def _languages(table: Table, configured: Sequence[str]) -> list[str]:
     """Configured languages, or those of one shard of natural speech: it is dealt by hash, so a shard has them all."""
     found = [table.read(shard, ["language"])["language"].unique().to_pylist() for shard in table.shards()[:1]]
     return sorted({language_code(name) for names in (found or [[]]) for name in (configured or names) if name})
-
-
-def _training_hours(features: Table) -> float:
-    manifest = features.manifest() or {}
-    return float(manifest.get("totals", {}).get("training hours", 0.0))
-
-
-def _licence(license: str) -> str:
-    if license != "other":
-        return f"## Licence\n\n{license}: that of the text LLM and of all the speech.\n"
-    return (
-        "## Licence\n\n`other`, because text LLM and speech have several licences, or one that is not known here. Who "
-        "publishes this model settles it: the licence of the text LLM and those in the table above apply.\n"
-    )
-
-
-def _use(model: SpeechLM) -> str:
-    name = model.config.encoder.name
-    return f"""## Use
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from salad_ray.model.listen import listen, load_listener
-
-model, encoder = load_listener("path/to/this/folder")  # frames of {name}
-for piece in listen(model, encoder, "recording.wav", prompt="{{speech}}", max_tokens=64):
-    print(piece, end="", flush=True)
-
-llm = AutoModelForCausalLM.from_pretrained("path/to/this/folder/llm")  # the text half alone
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder/llm")
-```
-
-Or `salad listen path/to/this/folder recording.wav`. It continues text, as a base LLM does; it does not speak, and was
-not taught to follow instructions.
-"""
-
-
-def _numbers(run: _Run) -> Iterator[str]:
-    yield "## Numbers\n"
-    metrics, system = run.metrics, run.system
-    if system not in metrics and not _of(metrics, "accuracy", system):
-        yield "Not measured yet.\n"
-        return
-    yield from _misalignment(metrics, system, "held-out text that was spoken")
-    yield from _misalignment(metrics.get("recorded", {}), system, "held-out recordings")
-    hears = hearing_sentences(_of(metrics, "hearing_margins", system))
-    yield from (f"- {line[0].upper()}{line[1:]}." for line in hears)
-    yield from [""] if hears else []
-    yield from _accuracies(_of(metrics, "accuracy", "base", system, "cascade"))
-    yield from _gaps(_of(metrics, "gaps", system, "cascade"))
-
-
-def _of(metrics: dict[str, Any], table: str, *systems: str) -> list[dict[str, Any]]:
-    return [row for row in metrics.get(table) or [] if row.get("system") in systems]
-
-
-def _misalignment(metrics: dict[str, Any], system: str, what: str) -> Iterator[str]:
-    """M before and after, and F, where speech was heard in training and where not."""
-    if system not in metrics:
-        return
-    yield f"Misalignment M and forgetting F, nats per position ± standard error, on {what}:\n"
-    yield f"| domains | passages | M untrained | M {NAMES[system]} | F {NAMES[system]} |"
-    yield "| --- | ---: | ---: | ---: | ---: |"
-    before, after = metrics.get("untrained", {}), metrics[system]
-    for label, heard in (("heard in training", True), ("not heard", False), ("all", None)):
-        rows = _domains(after, heard)
-        if rows:
-            cells = (_cell(_domains(before, heard), "misalignment"), _cell(rows, "misalignment"))
-            passages = sum(row["num_passages"] for row in rows)
-            yield f"| {label} | {passages:,} | {cells[0]} | {cells[1]} | {_cell(rows, 'forgetting')} |"
-    yield ""
-
-
-def _domains(metrics: dict[str, Any], heard: bool | None) -> list[dict[str, Any]]:
-    rows = metrics.get("by_domain", {}).values()
-    if heard is None:
-        return [metrics] if metrics else []
-    return [row for row in rows if row["heard"] is heard]
-
-
-def _cell(rows: Sequence[dict[str, Any]], quantity: str) -> str:
-    """The mean over the positions of several domains, whose passages are independent of each other's."""
-    num_scored = sum(row["num_scored"] for row in rows)
-    if not num_scored:
-        return "–"
-    shares = [row["num_scored"] / num_scored for row in rows]
-    mean = sum(share * row[quantity] for share, row in zip(shares, rows, strict=True))
-    errors = (share * row[f"{quantity}_standard_error"] for share, row in zip(shares, rows, strict=True))
-    return f"{mean:.3f} ± {sum(error**2 for error in errors) ** 0.5:.3f}"
-
-
-def _accuracies(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    if not rows:
-        return
-    yield "Accuracy in percent, with intervals; a tie for the best choice is counted and never guessed:\n"
-    yield "| benchmark | system | modality | condition | domains | metric | accuracy | items | ties |"
-    yield "| --- | --- | --- | --- | --- | --- | ---: | ---: | ---: |"
-    names = {True: "heard", False: "not heard"}
-    for row in rows:
-        words = [row["benchmark"], _system(row["system"]), row["modality"], row.get("condition", "clean")]
-        words += ["all" if row.get("heard") is None else names[row["heard"]], row.get("metric", "acc")]
-        counts = (f"{row['num_items']:,}", f"{row.get('num_ties', 0):,}")
-        yield f"| {' | '.join((*words, _percent(row, 'accuracy'), *counts))} |"
-    yield ""
-
-
-def _gaps(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    rows = [row for row in rows if row.get("modality", "speech") == "speech" and row["gap"] is not None]
-    if not rows:
-        return
-    yield "Gap: accuracy of the text LLM reading minus that of the system hearing the same items, in points:\n"
-    yield "| benchmark | system | metric | reading | hearing | gap | p | items |"
-    yield "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |"
-    for row in rows:
-        words = [row["benchmark"], _system(row["system"]), row.get("metric", "acc")]
-        words += [f"{100 * row['topline']:.1f}", f"{100 * row['accuracy']:.1f}", _percent(row, "gap")]
-        p_value = row.get("p_value")
-        words += ["–" if p_value is None else f"{p_value:.3g}", f"{row['num_items']:,}"]
-        yield f"| {' | '.join(words)} |"
-    yield ""
-
-
-def _system(name: str) -> str:
-    return {"base": "text LLM", "cascade": "cascade"}.get(name) or NAMES[name]
-
-
-def _percent(row: dict[str, Any], name: str) -> str:
-    low, high = row.get("ci_low"), row.get("ci_high")
-    spread = "" if low is None or high is None else f" ({100 * low:.1f} – {100 * high:.1f})"
-    return f"{100 * row[name]:.1f}{spread}"

@@ -1,39 +1,33 @@
 """`report/page.html`: one file for a run, or several compared, that needs neither network nor script.
 
-`facts.py` reads, `plots.py` draws, `sections.py` and `accuracy.py` find the words and numbers, and `page.html.j2` sets
-them. Whatever comes from data is text: Jinja escapes it, and the page's own policy lets nothing be run or loaded.
+`facts.py` reads a run, the sections say in blocks what it found, and `page.html.j2` sets them. Whatever comes from data
+is text: Jinja escapes it, and the page's own policy lets nothing be run or loaded.
 """
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from salad_ray.report.accuracy import accuracy_section
-from salad_ray.report.facts import RunFacts, collect
-from salad_ray.report.grids import number, secs
-from salad_ray.report.scaling import scaling_section
-from salad_ray.report.sections import (
-    cluster_section,
-    headline,
-    lineage_section,
-    misalignment_section,
-    rejects_section,
-    sentences,
-    training_section,
-)
+from salad_ray.report.accuracy import accuracy
+from salad_ray.report.blocks import Block
+from salad_ray.report.clusters import clusters
+from salad_ray.report.facts import collect
+from salad_ray.report.headline import headline
+from salad_ray.report.measured import misalignment
+from salad_ray.report.scaling import scaling
+from salad_ray.report.sections import lineage, rejects, training
 from salad_ray.runs import Places
 from salad_ray.tables import TableError, write_bytes
 
-__all__ = ["RunFacts", "collect", "write_page"]
-
+SECTIONS = (headline, accuracy, misalignment, training, clusters, scaling, rejects, lineage)
+"""In their order; each says in blocks what the runs show of its matter."""
 AUDIO_BYTES = 5_500_000
 """Room for all players of a page, in base64; with it a page stays below about 8 MB."""
-NUM_UNFOLDED = 2
-"""Clusters whose passages are unfolded from the start."""
 
 
 def write_page(places: Sequence[Places], target: str) -> None:
@@ -47,15 +41,12 @@ def write_page(places: Sequence[Places], target: str) -> None:
     """
     if not places:
         raise TableError("no run was named; name one or more run_dirs")
-    runs = [collect(each, AUDIO_BYTES // len(places)) for each in places]
-    write_bytes(target, render(runs).encode("utf-8", "replace"))
-
-
-def render(runs: Sequence[RunFacts]) -> str:
-    """The page as HTML."""
-    dirs = [run.run_dir for run in runs]
-    names = run_names([f"{run.run_dir}/{run.name}" if dirs.count(run.run_dir) > 1 else run.run_dir for run in runs])
-    pairs = list(zip(names, runs, strict=True))
+    dirs = [each.run_dir for each in places]
+    names = run_names(
+        [f"{each.run_dir}/{each.name}" if dirs.count(each.run_dir) > 1 else each.run_dir for each in places]
+    )
+    titles = names if len(names) > 1 else [""]
+    runs = [collect(each, AUDIO_BYTES // len(places), title) for each, title in zip(places, titles, strict=True)]
     environment = Environment(
         loader=PackageLoader("salad_ray.report", ""),
         autoescape=True,
@@ -63,24 +54,18 @@ def render(runs: Sequence[RunFacts]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"player": player, "code": code}
-    return environment.get_template("page.html.j2").render(
+    environment.filters |= {"player": player, "code": code, "by_kind": by_kind}
+    page = environment.get_template("page.html.j2").render(
         title=" · ".join(names),
-        headline=headline(pairs),
-        sentences=[(name, found) for name, run in pairs if (found := sentences(run.metrics))],
-        accuracy=accuracy_section(pairs),
-        misalignment=misalignment_section(pairs),
-        training=training_section(pairs),
-        clusters=[(name, cluster_section(number, run), run) for number, (name, run) in enumerate(pairs)],
-        scaling=[(name, scaling_section(number, run)) for number, (name, run) in enumerate(pairs)],
-        rejects=rejects_section(pairs),
-        lineage=lineage_section(pairs),
-        runs=pairs,
-        problems=[(name, problem) for name, run in pairs for problem in run.problems],
-        num_unfolded=NUM_UNFOLDED,
-        number=number,
-        secs=secs,
+        problems=[f"{name}: {problem}" for name, run in zip(names, runs, strict=True) for problem in run.problems],
+        sections=[section(runs) for section in SECTIONS],
     )
+    write_bytes(target, page.encode("utf-8", "replace"))
+
+
+def by_kind(blocks: Sequence[Block]) -> Iterator[tuple[str, list[Block]]]:
+    """Neighbours of a kind stand beside each other."""
+    return ((kind, list(group)) for kind, group in groupby(blocks, key=lambda block: block.kind))
 
 
 def player(audio: bytes) -> str:

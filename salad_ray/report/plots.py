@@ -1,4 +1,4 @@
-"""Figures as inline SVG: dots with intervals, lines, the cluster map.
+"""Figures as inline SVG: dots in rows of names, lines over numbers, the cluster map.
 
 They are drawn for a phone's width and take their ink from the page: colours are names of CSS variables, for which a
 colour that occurs nowhere else stands in while matplotlib draws. The same data gives the same bytes.
@@ -10,7 +10,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,248 +19,202 @@ import numpy as np
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
-from matplotlib.patches import Circle
+from matplotlib.collections import EllipseCollection
+from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from salad_ray.names import BASE, CASCADE, CONTROL, STAGE1, STAGE2, UNTRAINED
+from salad_ray.report import words
+from salad_ray.report.blocks import Figure
+from salad_ray.report.rows import Row, ordered
 
 WIDTH = 4.7
 """Inches: 338 points, so that text of 9 points stays readable where the page is 360 pixels wide."""
+MAX_ROWS = 60
+"""Rows of a figure; tables have them all."""
+Z95 = 1.96
 INK, FAINT = "#010100", "#010200"
-COLOURS = {
-    "untrained": "#010001",
-    "stage1": "#010002",
-    "stage2": "#010003",
-    "control": "#010004",
-    "base": "#010005",
-    "cascade": "#010006",
+MARKERS = {
+    **{UNTRAINED: ("o", "●"), STAGE1: ("s", "■"), STAGE2: ("D", "◆")},
+    **{CONTROL: ("^", "▲"), BASE: ("P", "✚"), CASCADE: ("v", "▼")},
 }
-MARKERS = {"untrained": "o", "stage1": "s", "stage2": "D", "control": "^", "base": "P", "cascade": "v"}
-DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
+"""Of a system, in matplotlib and in a legend; its colour is the page's variable of its name."""
+COLOURS = {system: f"#0100{place:02}" for place, system in enumerate(MARKERS, 1)}
+_LOGARITHMIC = " The scale is logarithmic."
+DASHES: Any = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 _SETTINGS: Any = {
     "svg.hashsalt": "salad",
     "svg.fonttype": "none",
     "text.parse_math": False,  # `$` in a name is a dollar
     "axes.unicode_minus": True,
+    "axes.axisbelow": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "font.size": 9,
-    "axes.labelsize": 9,
-    "axes.titlesize": 9,
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), INK),
     "axes.edgecolor": INK,
     "grid.color": FAINT,
+    "grid.linewidth": 0.5,
+    "lines.markersize": 4.5,
+    **dict.fromkeys(("font.size", "axes.labelsize", "axes.titlesize"), 9),
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), INK),
 }
 
 
 @dataclass(frozen=True)
-class Dot:
-    """A value with its interval (where there is one) in the row `row` of a panel; hollow ones are drawn as outlines."""
+class Mark:
+    """A value, with its interval where there is one, at a name or a number; hollow ones are drawn as outlines.
 
-    row: int
-    series: str
+    Marks of a system (or of a label, in a system's colour) and a run are a series.
+    """
+
+    system: str
+    at: Any
     value: float
     low: float | None = None
     high: float | None = None
+    run: str = ""
+    label: str = ""
     hollow: bool = False
 
-
-@dataclass(frozen=True)
-class Panel:
-    """A title ("" for none), the names of the rows from top to bottom, and what lies in them."""
-
-    title: str
-    rows: Sequence[str]
-    dots: Sequence[Dot]
+    @property
+    def name(self) -> str:
+        return self.label or words.SYSTEM_NAMES[self.system]
 
 
-@dataclass(frozen=True)
-class Line:
-    """Points of one series, with intervals where there are any; `dash` tells runs apart."""
-
-    series: str
-    x: Sequence[float]
-    y: Sequence[float]
-    error: Sequence[float] | None = None
-    dash: int = 0
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A point, with its interval where there is one; an open end is None."""
-
-    x: float
-    y: float
-    low: float | None = None
-    high: float | None = None
+def marks_of(rows: Iterable[Row], quantity: str, at: Callable[[Row], Any]) -> list[Mark]:
+    """Means with their 95 % intervals, of those rows that have the quantity."""
+    found = []
+    for row in rows:
+        value, error = row.get(quantity), row.get(f"{quantity}_standard_error")
+        if words.finite(value):
+            low, high = (value - Z95 * error, value + Z95 * error) if words.finite(error) else (None, None)
+            found.append(Mark(row["system"], at(row), value, low, high, row.get("run", ""), row.get("label", "")))
+    return found
 
 
-@dataclass(frozen=True)
-class Curve:
-    """Points of one label in the colour of `series`; `fit` is a law through them: [x, y, low, high] each."""
+@mpl.rc_context(_SETTINGS)
+def dot_plot(name: str, caption: str, marks: Sequence[Mark], x_label: str, may_be_log: bool = False) -> list[Figure]:
+    """Dots with intervals, a row for each name that they are at, the rows of each run below its title.
 
-    series: str
-    label: str
-    marks: Sequence[Mark]
-    fit: Sequence[Sequence[float | None]] = ()
+    Args:
+        name: where no other figure of the page has it.
 
-
-@dataclass(frozen=True)
-class Spot:
-    """A cluster on the map; `value` is M(c), None before it is measured."""
-
-    x: float
-    y: float
-    share: float
-    value: float | None
-    label: str
-
-
-def dot_plot(name: str, alt: str, panels: Sequence[Panel], x_label: str, log: bool = False) -> Markup:
-    """Dots with intervals, one row for each name; panels one below the other, with the same x axis."""
-    panels = [panel for panel in panels if panel.dots]
-    heights = [len(panel.rows) + 0.6 for panel in panels]
-    with mpl.rc_context(_SETTINGS):
-        titles = sum(0.25 for panel in panels if panel.title)
-        lanes = len({(dot.series, dot.hollow) for panel in panels for dot in panel.dots})
-        figure = Figure((WIDTH, 0.55 + max(0.27, 0.1 * lanes) * sum(heights) + titles))
-        grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})
-        for axes, panel in zip(grid[:, 0], panels, strict=True):
-            _draw_dots(axes, panel, log)
-        if log:
-            _log_axis(grid[-1, 0].xaxis)
-        else:
-            grid[-1, 0].xaxis.set_major_locator(MaxNLocator(6))
-        grid[-1, 0].set_xlabel(x_label)
-        _fit(figure)
-        return _svg(figure, name, alt)
-
-
-def _draw_dots(axes: Axes, panel: Panel, log: bool) -> None:
-    if panel.title:
-        axes.set_title(_short(panel.title, 48), loc="left", fontweight="bold")
-    series = list(dict.fromkeys((dot.series, dot.hollow) for dot in panel.dots))
-    for dot in panel.dots:
-        lane = series.index((dot.series, dot.hollow))
-        y = dot.row + (lane - (len(series) - 1) / 2) * 0.72 / len(series)
-        colour = COLOURS[dot.series]
-        if dot.low is not None and dot.high is not None:
-            low = max(dot.low, dot.value / 3) if log else dot.low  # a logarithm has no place for what is not positive
-            axes.plot([low, dot.high], [y, y], color=colour, linewidth=1.4, solid_capstyle="butt")
-        face = "none" if dot.hollow else colour
-        axes.plot([dot.value], [y], MARKERS[dot.series], color=colour, markersize=4.5, markerfacecolor=face)
-    if log:
-        axes.set_xscale("log")
-    axes.set_ylim(len(panel.rows) - 0.4, -0.6)
-    axes.set_yticks(range(len(panel.rows)), [_short(row, 26) for row in panel.rows])
+    Returns:
+        The figure; without marks none.
+    """
+    if not marks:
+        return []
+    log, series = may_be_log and _is_wide(marks), ordered((mark.system, mark.hollow) for mark in marks)
+    rows: list[tuple[str, str]] = []
+    for run in ordered(mark.run for mark in marks):
+        names = ordered(mark.at for mark in marks if mark.run == run)
+        rows += [*([(run, "")] if run else []), *((run, name) for name in names[:MAX_ROWS])]
+        caption += f" The first {MAX_ROWS} of {len(names)} rows." if len(names) > MAX_ROWS else ""
+    drawing = Drawing((WIDTH, 0.55 + max(0.27, 0.1 * len(series)) * (len(rows) + 0.6)))
+    axes = drawing.subplots()
+    for mark in (mark for mark in marks if (mark.run, mark.at) in rows):
+        lane = series.index((mark.system, mark.hollow)) - (len(series) - 1) / 2
+        y, colour = rows.index((mark.run, mark.at)) + lane * 0.72 / len(series), COLOURS[mark.system]
+        axes.hlines(*_spans([mark], [y], log), color=colour, linewidth=1.4)
+        face = "none" if mark.hollow else colour
+        axes.plot([mark.value], [y], MARKERS[mark.system][0], color=colour, markerfacecolor=face)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_yticks(range(len(rows)), [_short(at or run) for run, at in rows])
+    for (_, at), label in zip(rows, axes.get_yticklabels(), strict=True):
+        label.set_fontweight("normal" if at else "bold")
     axes.tick_params(axis="y", length=0)
-    axes.tick_params(axis="x", labelbottom=True)
-    axes.grid(axis="x", linewidth=0.5)
-    axes.set_axisbelow(True)
+    axes.grid(axis="x")
+    _scale(axes, "x", log)
+    axes.set_xlabel(x_label)
+    told = [f"{mark.run} {mark.name}, {mark.at}: {mark.value:.4g}".strip() for mark in marks if not mark.hollow]
+    caption += _LOGARITHMIC * log
+    return [_figure(drawing, name, caption, told[:MAX_ROWS], marks)]
 
 
+@mpl.rc_context(_SETTINGS)
 def line_plot(
     name: str,
-    alt: str,
-    lines: Sequence[Line],
+    caption: str,
+    marks: Sequence[Mark],
     x_label: str,
-    log: bool = False,
-    x_ticks: Sequence[str] | None = None,
-) -> Markup:
-    """Lines over a numeric axis, or over named places where `x_ticks` are given; the caption says what they show."""
-    with mpl.rc_context(_SETTINGS):
-        figure = Figure((WIDTH, 2.6))
-        axes = figure.subplots()
-        for line in lines:
-            colour, dash = COLOURS[line.series], DASHES[line.dash % len(DASHES)]
-            every = -(-len(line.x) // 8)
-            axes.plot(line.x, line.y, color=colour, linestyle=dash, linewidth=1.5)
-            axes.plot(line.x[::every], line.y[::every], MARKERS[line.series], color=colour, markersize=4.5)
-            if line.error is not None:
-                axes.errorbar(line.x, line.y, line.error, fmt="none", ecolor=colour, elinewidth=1.2)
-        if log:
-            axes.set_yscale("log")
-            _log_axis(axes.yaxis)
-        else:
-            axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
-        if x_ticks is not None:
-            axes.set_xticks(range(len(x_ticks)), x_ticks)
-        else:
-            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        axes.set_xlabel(x_label)
-        axes.grid(axis="y", linewidth=0.5)
-        axes.set_axisbelow(True)
-        _fit(figure)
-        return _svg(figure, name, alt)
+    may_be_log: bool = False,
+    log_x: bool = False,
+    fits: Mapping[str, Sequence[Sequence[float | None]]] | None = None,
+) -> list[Figure]:
+    """A line for each series, over numbers or names; runs differ in their dashes.
+
+    Args:
+        fits: for a label the law that is drawn with its band instead, as [x, y, low, high] at each point.
+    """
+    if not marks:
+        return []
+    log, runs = may_be_log and _is_wide(marks), ordered(mark.run for mark in marks)
+    names = ordered(mark.at for mark in marks) if isinstance(marks[0].at, str) else []
+    top = max(mark.value if mark.high is None else mark.high for mark in marks)
+    drawing = Drawing((WIDTH, 2.8))
+    axes = drawing.subplots()
+    told = []
+    for run, label in ordered((mark.run, mark.name) for mark in marks):
+        own = [mark for mark in marks if (mark.run, mark.name) == (run, label)]
+        x: Any = [names.index(mark.at) if names else mark.at for mark in own]
+        y: Any = [mark.value for mark in own]
+        colour, every = COLOURS[own[0].system], -(-len(x) // 8) if len(x) > 16 else 1
+        axes.vlines(*_spans(own, x, log), color=colour, linewidth=1.4)
+        axes.plot(x[::every], y[::every], MARKERS[own[0].system][0], color=colour)
+        if fit := (fits or {}).get(label):
+            x, y, low, high = (np.array(part, float) for part in zip(*fit, strict=True))
+            axes.fill_between(x, low, np.nan_to_num(high, nan=top), color=colour, alpha=0.15, linewidth=0)
+        axes.plot(x, y, color=colour, linewidth=1.5, linestyle=DASHES[runs.index(run) % len(DASHES)])
+        ends = (f"{mark.value:.3g} at {mark.at if names else f'{mark.at:,.4g}'}" for mark in (own[0], own[-1]))
+        told.append(f"{run} {label} from {' to '.join(ends)}".strip())
+    _scale(axes, "y", log)
+    if not log:
+        axes.set_ylim(min(0.0, *(mark.value for mark in marks)), 1.08 * top if top > 0 else None)
+    if names:
+        axes.set_xticks(range(len(names)), names)
+    else:
+        _scale(axes, "x", log_x, integer=all(isinstance(mark.at, int) for mark in marks))
+    axes.set_xlabel(x_label)
+    axes.grid(axis="y")
+    caption += _LOGARITHMIC * log
+    return [_figure(drawing, name, caption, told, marks, runs if len(runs) > 1 else ())]
 
 
-def curve_plot(name: str, alt: str, curves: Sequence[Curve], x_label: str, log_x: bool = False) -> Markup:
-    """Points with intervals over a numeric axis; a fitted law is drawn with its band, else the points are joined."""
-    with mpl.rc_context(_SETTINGS):
-        figure = Figure((WIDTH, 3.0))
-        axes = figure.subplots()
-        tops = [mark.high if mark.high is not None else mark.y for curve in curves for mark in curve.marks]
-        for curve in curves:
-            colour = COLOURS[curve.series]
-            x, y = [mark.x for mark in curve.marks], [mark.y for mark in curve.marks]
-            for mark in curve.marks:
-                if mark.low is not None and mark.high is not None:
-                    axes.plot([mark.x, mark.x], [mark.low, mark.high], color=colour, linewidth=1.4)
-            axes.plot(x, y, MARKERS[curve.series], color=colour, markersize=4.5)
-            if curve.fit:
-                at, law, low, high = (np.array(part, float) for part in zip(*curve.fit, strict=True))
-                axes.fill_between(at, low, np.nan_to_num(high, nan=max(tops)), color=colour, alpha=0.15, linewidth=0)
-                axes.plot(at, law, color=colour, linewidth=1.5)
-            else:
-                axes.plot(x, y, color=colour, linewidth=1.2, linestyle="solid")
-        axes.set_ylim(0.0, 1.08 * max(tops))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
-        if log_x:
-            axes.set_xscale("log")
-            _log_axis(axes.xaxis)
-        else:
-            axes.xaxis.set_major_locator(MaxNLocator(6))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
-        axes.set_xlabel(x_label)
-        axes.grid(axis="y", linewidth=0.5)
-        axes.set_axisbelow(True)
-        _fit(figure)
-        return _svg(figure, name, alt)
-
-
-def cluster_map(name: str, alt: str, spots: Sequence[Spot], colour_label: str, num_labelled: int = 40) -> Markup:
+@mpl.rc_context(_SETTINGS)
+def cluster_map(name: str, clusters: Sequence[Row], num_labelled: int = 40) -> Figure:
     """Clusters by place, moved apart where they would cover each other; area is the share, colour M(c)."""
-    mean = sum(spot.share for spot in spots) / len(spots) or 1.0
-    radius = min(9.0, 95 / math.sqrt(len(spots)))  # points, of the mean cluster
-    radii = radius * np.sqrt([max(spot.share / mean, 0.1) for spot in spots])
-    places = apart(np.array([(spot.x, spot.y) for spot in spots]), radii, box=(320.0, 230.0))
-    values = [spot.value for spot in spots if spot.value is not None]
-    shades = ScalarMappable(Normalize(min(values, default=0.0), max(values, default=1.0)), "cividis")
-    with mpl.rc_context(_SETTINGS):
-        low, high = (places - radii[:, None]).min(axis=0) - 3, (places + radii[:, None]).max(axis=0) + 3
-        width, height = high - low
-        figure = Figure((WIDTH, WIDTH * height / width + (0.55 if values else 0.0)))
-        axes = figure.subplots()
-        axes.set_aspect("equal")
-        axes.set_xlim(low[0], high[0])
-        axes.set_ylim(low[1], high[1])
-        axes.axis("off")
-        for rank, (spot, place, size) in enumerate(zip(spots, places, radii, strict=True)):
-            face: Any = "none" if spot.value is None else tuple(shades.to_rgba(np.array([spot.value]))[0])
-            axes.add_patch(Circle(place, size, facecolor=face, edgecolor=INK, linewidth=0.7))
-            if rank < num_labelled:
-                ink = INK if face == "none" else "#ffffff" if sum(face[:3]) < 1.5 else "#000000"
-                style: Any = {"ha": "center", "va": "center_baseline", "fontsize": 0.85 * size}
-                axes.text(place[0], place[1], spot.label, color=ink, **style)
-        if values:
-            bar = figure.colorbar(shades, ax=axes, orientation="horizontal", pad=0.02, aspect=30, fraction=0.06)
-            bar.set_label(colour_label)
-            bar.outline.set_visible(False)
-        _fit(figure)
-        return _svg(figure, name, alt)
+    shares, places = (np.array([cluster[key] for cluster in clusters]) for key in ("web_share", "place"))
+    radius = min(9.0, 95 / math.sqrt(len(shares)))  # points, of the mean cluster
+    radii = radius * np.sqrt(np.maximum(shares / (shares.mean() or 1.0), 0.1))
+    places = apart(places, radii, box=(320.0, 230.0))
+    values = np.array([cluster.get("distillation") for cluster in clusters], float)
+    known = np.isfinite(values)
+    low, high = (places - radii[:, None]).min(axis=0) - 3, (places + radii[:, None]).max(axis=0) + 3
+    width, height = high - low
+    drawing = Drawing((WIDTH, WIDTH * height / width + 0.55 * known.any()))
+    axes = drawing.subplots()
+    axes.set(aspect="equal", xlim=(low[0], high[0]), ylim=(low[1], high[1]))
+    axes.axis("off")
+    style: Any = {"units": "xy", "offsets": places, "offset_transform": axes.transData, "edgecolors": INK}
+    style |= {"array": np.ma.masked_invalid(values), "cmap": "cividis"} if known.any() else {"facecolors": "none"}
+    discs = EllipseCollection(2 * radii, 2 * radii, np.zeros(len(radii)), linewidths=0.7, **style)
+    axes.add_collection(discs)
+    if known.any():
+        bar = drawing.colorbar(discs, ax=axes, orientation="horizontal", pad=0.02, aspect=30, fraction=0.06)
+        bar.set_label("M(c), nats per position")
+        bar.outline.set_visible(False)
+    is_dark = discs.to_rgba(values)[:, :3].sum(axis=1) < 1.5
+    for rank, (place, size, cluster) in enumerate(zip(places, radii, clusters, strict=True)):
+        if rank < num_labelled:
+            ink = INK if not known[rank] else "#ffffff" if is_dark[rank] else "#000000"
+            text: Any = {"ha": "center", "va": "center_baseline", "fontsize": 0.85 * size, "color": ink}
+            axes.text(place[0], place[1], str(cluster["cluster_id"]), **text)
+    caption = (
+        "Centroids on their first two principal components, moved apart where they would cover each other; area is the "
+        "share of the web text, colour M(c)."
+    )
+    largest = [f"{each['cluster_id']} with {value:.3f}" for each, value in zip(clusters, values, strict=True)]
+    told = f"Largest M(c): {', '.join(largest[:5])}" if known.any() else "M(c) is not measured yet"
+    return _figure(drawing, name, caption, [f"{len(clusters)} clusters. {told}"])
 
 
 def apart(places: np.ndarray, radii: np.ndarray, box: tuple[float, float], num_rounds: int = 300) -> np.ndarray:
@@ -282,56 +236,69 @@ def apart(places: np.ndarray, radii: np.ndarray, box: tuple[float, float], num_r
     return places
 
 
-def is_wide(values: Sequence[float]) -> bool:
+def _spans(marks: Sequence[Mark], places: Sequence[float], log: bool) -> tuple[list[float], list[float], list[float]]:
+    """Places and ends of the intervals; on a logarithmic axis there is no place for what is not positive."""
+    found = [
+        (place, max(mark.low, mark.value / 3) if log else mark.low, mark.high)
+        for mark, place in zip(marks, places, strict=True)
+        if mark.low is not None and mark.high is not None
+    ]
+    return [at for at, *_ in found], [low for _, low, _ in found], [high for *_, high in found]
+
+
+def _is_wide(marks: Sequence[Mark]) -> bool:
     """Whether positive values differ so much that only a logarithmic axis shows them all."""
-    return bool(values) and min(values) > 0 and max(values) / min(values) > 8
+    values = [mark.value for mark in marks]
+    return min(values) > 0 and max(values) / min(values) > 8
 
 
-def _log_axis(axis: mpl.axis.Axis) -> None:
-    low, high = axis.get_view_interval()
-    decades = math.log10(high / low) if low > 0 else 1.0
-    steps = (1.0, 2.0, 5.0) if decades < 3 else (1.0,)
-    axis.set_major_locator(LogLocator(subs=steps))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
-    axis.set_minor_formatter(NullFormatter())
+def _scale(axes: Axes, which: str, log: bool = False, integer: bool = False) -> None:
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_locator(MaxNLocator(6, integer=integer))
+    if log:
+        axes.set(**{f"{which}scale": "log"})
+        low, high = axis.get_view_interval()
+        decades = math.log10(high / low) if low > 0 else 1.0
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 3 else (1.0,)))
+        axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: words.short(value)))
 
 
-def _number(value: float) -> str:
-    if abs(value) >= 1e6:
-        return f"{value / 1e6:g} M"
-    if abs(value) >= 1e4:
-        return f"{value / 1e3:g} k"
-    return f"{value:.6g}".replace("-", "−")
-
-
-def _short(text: str, length: int) -> str:
+def _short(text: str, length: int = 26) -> str:
     text = " ".join(text.split())
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
 
-def _fit(figure: Figure) -> None:
-    figure.tight_layout(pad=0.4)
-    figure.tight_layout(pad=0.4)  # the first may have changed the number of ticks, and so the width of their labels
-
-
-def _svg(figure: Figure, name: str, alt: str) -> Markup:
-    """The figure as an element of the page: its ids made unique by `name`, its colours the page's, `alt` its label."""
-    figure.patch.set_alpha(0)
-    for axes in figure.axes:
-        axes.patch.set_alpha(0)
+def _figure(
+    drawing: Drawing,
+    name: str,
+    caption: str,
+    told: Sequence[str],
+    marks: Sequence[Mark] = (),
+    runs: Sequence[str] = (),
+) -> Figure:
+    """The drawing as an element of the page: its ids made unique by `name`, its colours the page's; who cannot see
+    it is told the caption and `told`. The legend has the series of the marks, and the dashes of runs."""
+    for _ in range(2):  # the first may change the number of ticks, and so the width of their labels
+        drawing.tight_layout(pad=0.4)
+    for patch in (drawing.patch, *(axes.patch for axes in drawing.axes)):
+        patch.set_alpha(0)
     file = io.StringIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser has fonts of its own
-        FigureCanvasSVG(figure).print_svg(file, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        FigureCanvasSVG(drawing).print_svg(file, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = file.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text[text.index("<svg") :], flags=re.DOTALL)
     head, body = text.split(">", 1)
     box = re.search(r'viewBox="[^"]*"', head)
     assert box is not None, "matplotlib's SVG has no viewBox"
     body = re.sub(r'\bid="', f'id="{name}-', body)
     body = re.sub(r'((?:xlink:)?href)="#', rf'\1="#{name}-', body).replace("url(#", f"url(#{name}-")
-    for series, colour in COLOURS.items():
-        body = body.replace(colour, f"var(--{series})")
+    for system, colour in COLOURS.items():
+        body = body.replace(colour, f"var(--{system})")
     body = body.replace(INK, "currentColor").replace(FAINT, "var(--line)")
-    return Markup(f'<svg class="plot" role="img" aria-label="{escape(alt)}" {box.group()}>{body}')
+    alt = escape(f"{caption} {'; '.join(told)}.")
+    legend = ordered((MARKERS[mark.system][1], mark.system, "", mark.name) for mark in marks)
+    dashes = ["none", *(" ".join(map(str, dash)) for _, dash in DASHES[1:])]
+    legend += [("", "", dashes[place % len(dashes)], run) for place, run in enumerate(runs)]
+    return Figure(Markup(f'<svg class="plot" role="img" aria-label="{alt}" {box.group()}>{body}'), caption, legend)

@@ -3,62 +3,85 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import mean, stdev
 from typing import Any
 
-from rich.table import Table as RichTable
-
+from salad_ray.names import BASE, CASCADE, CONTROL, STAGE1, STAGE2, UNTRAINED
+from salad_ray.report import words
+from salad_ray.report.blocks import Block, Figure, Fold, Paragraph, Section, Table
 from salad_ray.report.facts import RunFacts
-from salad_ray.report.grids import MARKS, Z95, Cell, Grid, Plot, Section, finite, number, percent
-from salad_ray.report.plots import Curve, Mark, curve_plot
+from salad_ray.report.plots import Z95, Mark, line_plot, marks_of
+from salad_ray.report.rows import Columns, Row, listed, of
 
-PALETTE = ("stage2", "stage1", "base", "control", "cascade", "untrained")
+PALETTE = (STAGE2, STAGE1, BASE, CONTROL, CASCADE, UNTRAINED)
+"""The systems whose colours curves have."""
 BUDGET_KEYS = ("select.budget_hours", "select.budget_percent")
 QUANTITIES = {"misalignment": "Misalignment M", "forgetting": "Forgetting F"}
 NONE = "Nothing swept yet: name a sweep in the config (`sweeps:`), and run `salad sweep CONFIG`."
 
 
-def sweep_grids(result: dict[str, Any]) -> list[RichTable]:
-    """The trainings of a sweep, and the laws fitted to them."""
-    grid = RichTable(title=f"sweep {result['name']}", title_justify="left")
-    keys = list(result["grid"]) + (["seed"] if any("seed" in row for row in result["rows"]) else [])
-    for name in (*keys, "positions", *result_columns(result), "M", "F"):
-        grid.add_column(name, justify="right")
-    for row in result["rows"]:
-        measured = [number(row.get("num_positions")), *(number(row.get(name)) for name in result_columns(result))]
-        values = [_with_error(row, name) for name in QUANTITIES] if not row["error"] else ["failed", ""]
-        grid.add_row(*(str(row[key]) for key in keys), *measured, *values)
-    if not result["laws"]:
-        return [grid]
-    laws = RichTable(title="M(D) = E + B · D^−β, with 90 % intervals", title_justify="left")
-    for name in (*result["grid"], "E", "E over passages", "β", f"D within {_within(result)} of E", "p (E = 0)"):
-        laws.add_column(name, justify="right")
-    for law in result["laws"]:
-        laws.add_row(*(str(value) for value in law["values"].values()), *_law_cells(law))
-    return [grid, laws]
-
-
-def result_columns(result: dict[str, Any]) -> list[str]:
-    return [name for name in ("synthetic_hours",) if any(name in row for row in result["rows"])]
-
-
-def scaling_section(number_: int, run: RunFacts) -> Section:
+def scaling(runs: Sequence[RunFacts]) -> Section:
     """Curves with intervals, E against the swept key, F, and the table of all trainings."""
-    if not run.sweeps:
-        return Section(NONE)
-    lines: list[str] = []
-    plots: list[Plot] = []
-    grids: list[Grid] = []
-    folded: list[Grid] = []
-    for place, result in enumerate(run.sweeps):
-        name = f"sweep-{number_}-{place}"
-        lines += _sentences(result)
-        plots += [plot for quantity in QUANTITIES if (plot := _against_budget(name, result, quantity))]
-        plots += [plot] if (plot := _irreducible(name, result)) else []
-        grids += [_laws_grid(result)] if result["laws"] else []
-        folded.append(_rows_grid(result))
-    return Section("", lines, plots, grids, folded)
+    blocks: list[Block] = []
+    for number, run in enumerate(runs):
+        blocks += [Paragraph(run.title, "h3")] if run.title else []
+        blocks += [Paragraph(line) for result in run.sweeps for line in _sentences(result)]
+        for place, result in enumerate(run.sweeps):
+            name = f"sweep-{number}-{place}"
+            blocks += [figure for quantity in QUANTITIES for figure in _against_budget(name, result, quantity)]
+            blocks += _irreducible(name, result)
+        blocks += [table for result in run.sweeps for table in _laws_tables(result)]
+        blocks += [Fold(table.caption, "", [table]) for result in run.sweeps for table in _rows_tables(result)]
+        blocks += [] if run.sweeps else [Paragraph(NONE, "empty")]
+    return Section("scaling", "More data", "What more data would buy", blocks)
+
+
+def sweep_tables(result: dict[str, Any]) -> list[Table]:
+    """The trainings of a sweep, and the laws fitted to them."""
+    return [*_rows_tables(result), *_laws_tables(result)]
+
+
+def _rows_tables(result: dict[str, Any]) -> list[Table]:
+    measured = {"positions": "num_positions", "synthetic_hours": "synthetic_hours"}
+    sides = {"heard M": "heard_misalignment", "unheard M": "unheard_misalignment"}
+    quantities = {"M": "misalignment", "F": "forgetting", "M whole": "misalignment_whole"}
+    columns: Columns = {
+        **{key: of(key, lambda value: "" if value is None else str(value)) for key in (*result["grid"], "seed")},
+        **{name: of(key, lambda value: "" if value is None else words.number(value)) for name, key in measured.items()},
+        **{name: partial(words.with_error, quantity=key) for name, key in quantities.items()},
+        **{name: of(key, words.number) for name, key in sides.items()},
+        "problem": of("error"),
+    }
+    return listed(f"All trainings of sweep {result['name']}", result["rows"], columns, len(result["grid"]) + 1)
+
+
+def _laws_tables(result: dict[str, Any]) -> list[Table]:
+    within = next((law["within"] for law in result["laws"] if not law["problem"]), 0.05)
+
+    def interval(quantity: str, show: Callable[[Any], str]) -> Callable[[Row], str]:
+        def cell(law: Row) -> str:
+            if law["problem"]:
+                return "–"
+            ends = law["ci"][quantity] if quantity in law["ci"] else law[f"{quantity}_ci"]
+            return f"{show(law[quantity])} ({' to '.join('∞' if end is None else show(end) for end in ends)})"
+
+        return cell
+
+    columns: Columns = {
+        ", ".join(result["grid"]): lambda law: _label(law["values"]) + ": no law" * bool(law["problem"]),
+        "E": interval("irreducible", words.number),
+        "E over passages": lambda law: " to ".join(map(words.number, law.get("ci_over_passages") or ())) or "–",
+        "β": interval("exponent", lambda value: words.number(value, 2)),
+        f"D within {100 * within:g} % of E": interval("positions_within", words.short),
+        "p (E = 0)": of("irreducible_p_value", words.number),
+    }
+    notes = [
+        "E is what more of the same data never closes. Intervals are profile likelihoods (90 %) of how trainings "
+        "scatter; over passages, a bootstrap of what M was measured on. p tests E = 0, a pure power law."
+    ]
+    return listed(f"M(D) = E + B · D^−β, sweep {result['name']}", result["laws"], columns, 1, notes)
 
 
 def _sentences(result: dict[str, Any]) -> list[str]:
@@ -67,62 +90,60 @@ def _sentences(result: dict[str, Any]) -> list[str]:
         for law in result["laws"]
         if law["problem"]
     ]
-    if not result["laws"] and (best := _best(result)):
-        lines.append(best)
+    lines += [] if result["laws"] else _best(result)
     saving = result.get("saving")
     if saving and saving["separate_positions"]:
         share = saving["positions"] / saving["separate_positions"]
         lines.append(
             f"Sweep {result['name']}: the budgets of one combination shared their trunk, so "
-            f"{number(saving['positions'], 0)} positions were trained, {percent(share, 0)} of what separate trainings "
-            "would have needed."
+            f"{words.number(saving['positions'], 0)} positions were trained, {words.percent(share, 0)} of what "
+            "separate trainings would have needed."
         )
     return lines
 
 
-def _best(result: dict[str, Any]) -> str:
-    """Which combination has the lowest M, and which others' M cannot be told from it; "" without two of them."""
-    rows = [row for row in result["rows"] if not row["error"] and finite(row.get("misalignment"))]
-    places = [_place(result, group) for group in _groups(rows, list(result["grid"]))]
+def _best(result: dict[str, Any]) -> list[str]:
+    """Which combination has the lowest M, and which others' M cannot be told from it; of two and more of them."""
+    groups = _groups(_measured(result, "misalignment"), list(result["grid"]))
+    places = sorted((_mean(group), label) for label, group in groups.items())
     if len(places) < 2:
-        return ""
-    (value, error, best), *others = sorted(places, key=lambda place: place[0])
-    if not all(map(math.isfinite, (error, *(other for _, other, _ in others)))):
-        return f"Sweep {result['name']}: M is lowest, {number(value)}, at {best}."
-    near = [label for other, its, label in others if other - value <= Z95 * math.hypot(error, its)]
+        return []
+    ((value, error), best), *others = places
+    lowest = f"Sweep {result['name']}: M is lowest, {words.number(value)}"
+    if not all(math.isfinite(its) for (_, its), _ in places):
+        return [f"{lowest}, at {best}."]
+    near = [label for (other, its), label in others if other - value <= Z95 * math.hypot(error, its)]
     told = f"within the noise lie also {'; '.join(near)}" if near else "no other comes near it"
-    return f"Sweep {result['name']}: M is lowest, {number(value)} ± {number(error)}, at {best}; {told}."
+    return [f"{lowest} ± {words.number(error)}, at {best}; {told}."]
 
 
-def _place(result: dict[str, Any], group: list[dict[str, Any]]) -> tuple[float, float, str]:
-    """M of a combination, its standard error (over seeds; of one over passages; nan for none), and its name."""
+def _mean(group: Sequence[Row]) -> tuple[float, float]:
+    """M of a combination and its standard error: over seeds; of one over passages; nan for none."""
     values = [row["misalignment"] for row in group]
-    errors = [row.get("misalignment_standard_error") for row in group]
-    own = errors[0] if finite(errors[0]) else math.nan
-    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else own
-    return mean(values), error, _label({key: group[0][key] for key in result["grid"]})
+    if len(values) > 1:
+        return mean(values), stdev(values) / math.sqrt(len(values))
+    error = group[0].get("misalignment_standard_error")
+    return values[0], error if words.finite(error) else math.nan
 
 
-def _against_budget(name: str, result: dict[str, Any], quantity: str) -> Plot | None:
+def _measured(result: dict[str, Any], quantity: str) -> list[Row]:
+    return [row for row in result["rows"] if not row["error"] and words.finite(row.get(quantity))]
+
+
+def _against_budget(name: str, result: dict[str, Any], quantity: str) -> list[Figure]:
     """M or F against the budget (or the first number of the grid), a curve for each combination of the other keys."""
-    rows = [row for row in result["rows"] if not row["error"] and finite(row.get(quantity))]
     x_name, unit, own_keys = _axis(result)
-    rows = [row for row in rows if finite(row.get(x_name))]
-    if len({row[x_name] for row in rows}) < 2:
-        return None
-    keys = [key for key in result["grid"] if key not in own_keys]
-    curves: list[Curve] = []
-    for group in _groups(rows, keys):
-        values = {key: group[0][key] for key in keys}
-        marks = [_mark(row, x_name, quantity) for row in sorted(group, key=lambda row: row[x_name])]
-        law = next((law for law in result["laws"] if law["values"] == values and not law["problem"]), None)
-        fit = law["curve"] if law and quantity == "misalignment" else []
-        curves.append(Curve(_colour(len(curves)), _label(values), marks, fit))
-    alt = f"{QUANTITIES[quantity]} against {unit}; " + "; ".join(_words(curve) for curve in curves) + "."
-    svg = curve_plot(f"{name}-{quantity}", alt, curves, unit, log_x=x_name == "num_positions")
+    rows = [row for row in _measured(result, quantity) if words.finite(row.get(x_name))]
+    groups = _groups(rows, [key for key in result["grid"] if key not in own_keys])
+    laws = {_label(law["values"]): law["curve"] for law in result["laws"] if not law["problem"]}
+    fits = {label: laws[label] for label in groups if label in laws and quantity == "misalignment"}
     caption = f"{QUANTITIES[quantity]} against {unit}, sweep {result['name']}: points with 95 % intervals over passages"
-    caption += ", the fitted law with its 90 % band." if any(curve.fit for curve in curves) else "."
-    return Plot(svg, caption, _legend(curves))
+    caption += ", the fitted law with its 90 % band." if fits else "."
+    curves = _coloured(groups, x_name)
+    if len({row[x_name] for row in rows}) < 2:
+        return []
+    marks = marks_of(curves, quantity, lambda row: row[x_name])
+    return line_plot(f"{name}-{quantity}", caption, marks, unit, log_x=x_name == "num_positions", fits=fits)
 
 
 def _axis(result: dict[str, Any]) -> tuple[str, str, tuple[str, ...]]:
@@ -137,124 +158,42 @@ def _axis(result: dict[str, Any]) -> tuple[str, str, tuple[str, ...]]:
 
 def _numeric_key(result: dict[str, Any]) -> str:
     """The first key of the grid with several values that are all numbers; "" for none."""
-    return next((key for key, values in result["grid"].items() if len(values) > 1 and all(map(finite, values))), "")
+    numeric = (key for key, values in result["grid"].items() if len(values) > 1 and all(map(words.finite, values)))
+    return next(numeric, "")
 
 
-def _irreducible(name: str, result: dict[str, Any]) -> Plot | None:
+def _irreducible(name: str, result: dict[str, Any]) -> list[Figure]:
     """E against the first key of the grid that is a number, a curve for each combination of the others."""
     key = _numeric_key(result)
-    found = [law["values"] | law for law in result["laws"] if not law["problem"]]
+    found = [law | law["values"] for law in result["laws"] if not law["problem"]]
     if not key or len({law[key] for law in found}) < 2:
-        return None
-    others = [other for other in result["grid"] if other != key]
-    curves: list[Curve] = []
-    for group in _groups(found, others):
-        marks = [
-            Mark(law[key], law["irreducible"], law["ci"]["irreducible"][0], law["ci"]["irreducible"][1])
-            for law in sorted(group, key=lambda law: law[key])
-        ]
-        curves.append(Curve(_colour(len(curves)), _label({other: group[0][other] for other in others}, "E"), marks))
-    alt = f"Irreducible misalignment E against {key}; " + "; ".join(_words(curve) for curve in curves) + "."
-    svg = curve_plot(f"{name}-irreducible", alt, curves, key)
+        return []
+    curves = _coloured(_groups(found, [other for other in result["grid"] if other != key], "E"), key)
+    ends = [law["ci"]["irreducible"] for law in curves]
+    marks = [
+        Mark(law["system"], law[key], law["irreducible"], low, high, label=law["label"])
+        for law, (low, high) in zip(curves, ends, strict=True)
+    ]
     caption = f"Irreducible misalignment E against {key}, sweep {result['name']}, with 90 % intervals."
-    return Plot(svg, caption, _legend(curves) if len(curves) > 1 else [])
+    return line_plot(f"{name}-irreducible", caption, marks, key)
 
 
-def _laws_grid(result: dict[str, Any]) -> Grid:
-    columns = [", ".join(result["grid"]), "E", "E over passages", "β", f"D within {_within(result)} of E", "p (E = 0)"]
-    rows: list[list[Cell | str]] = [[_label(law["values"]), *_law_cells(law)] for law in result["laws"]]
-    notes = [
-        "E is what more of the same data never closes. Intervals are profile likelihoods (90 %) of how trainings "
-        "scatter; over passages, a bootstrap of what M was measured on. p tests E = 0, a pure power law."
-    ]
-    return Grid(f"M(D) = E + B · D^−β, sweep {result['name']}", columns, rows, notes=notes)
-
-
-def _law_cells(law: dict[str, Any]) -> list[str]:
-    if law["problem"]:
-        return ["no law", "–", "–", "–", "–"]
-    over = law.get("ci_over_passages")
-    return [
-        _with_interval(law["irreducible"], law["ci"]["irreducible"]),
-        f"{number(over[0])} to {number(over[1])}" if over else "–",
-        _with_interval(law["exponent"], law["ci"]["exponent"], 2),
-        f"{_short(law['positions_within'])} ({_short(law['positions_within_ci'][0])} to "
-        f"{_short(law['positions_within_ci'][1])})",
-        number(law["irreducible_p_value"]),
-    ]
-
-
-def _with_interval(value: float, ends: Sequence[float | None], digits: int = 3) -> str:
-    low, high = (number(end, digits) if end is not None else "∞" for end in ends)
-    return f"{number(value, digits)} ({low} to {high})"
-
-
-def _short(value: float | None) -> str:
-    """A number of positions, or ∞."""
-    if value is None:
-        return "∞"
-    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.3g} {unit}"
-    return f"{value:.3g}"
-
-
-def _rows_grid(result: dict[str, Any]) -> Grid:
-    keys = list(result["grid"]) + (["seed"] if any("seed" in row for row in result["rows"]) else [])
-    columns = [*keys, "positions", *result_columns(result), "M", "F", "M whole", "heard M", "unheard M", "problem"]
-    rows: list[list[Cell | str]] = [
-        [
-            *(str(row[key]) for key in keys),
-            number(row.get("num_positions")),
-            *(number(row.get(name)) for name in result_columns(result)),
-            *(_with_error(row, name) for name in (*QUANTITIES, "misalignment_whole")),
-            number(row.get("heard_misalignment")),
-            number(row.get("unheard_misalignment")),
-            row["error"],
-        ]
-        for row in result["rows"]
-    ]
-    return Grid(f"All trainings of sweep {result['name']}", columns, rows, num_text_columns=len(keys))
-
-
-def _groups(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[list[dict[str, Any]]]:
-    groups: dict[str, list[dict[str, Any]]] = {}
+def _groups(rows: Sequence[Row], keys: Sequence[str], if_none: str = "all") -> dict[str, list[Row]]:
+    """The rows of each combination of these keys, by its name."""
+    groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(str([row[key] for key in keys]), []).append(row)
-    return list(groups.values())
+        groups.setdefault(_label({key: row[key] for key in keys}, if_none), []).append(row)
+    return groups
 
 
-def _mark(row: dict[str, Any], x_name: str, quantity: str) -> Mark:
-    value, error = row[quantity], row.get(f"{quantity}_standard_error")
-    if not finite(error):
-        return Mark(row[x_name], value)
-    return Mark(row[x_name], value, value - Z95 * error, value + Z95 * error)
+def _coloured(groups: dict[str, list[Row]], x_name: str) -> list[Row]:
+    """The rows as curves from left to right: with a label, and a system of whose colour they are."""
+    return [
+        row | {"label": label, "system": PALETTE[place % len(PALETTE)], "run": ""}
+        for place, (label, rows) in enumerate(groups.items())
+        for row in sorted(rows, key=lambda row: row[x_name])
+    ]
 
 
 def _label(values: dict[str, Any], if_none: str = "all") -> str:
     return ", ".join(f"{key.rsplit('.', 1)[-1]} = {value}" for key, value in values.items()) or if_none
-
-
-def _within(result: dict[str, Any]) -> str:
-    share = next((law["within"] for law in result["laws"] if not law["problem"]), 0.05)
-    return f"{100 * share:g} %"
-
-
-def _with_error(row: dict[str, Any], quantity: str) -> str:
-    if quantity not in row:
-        return "–"
-    error = row.get(f"{quantity}_standard_error")
-    return number(row[quantity]) + (f" ± {number(error)}" if finite(error) else "")
-
-
-def _words(curve: Curve) -> str:
-    ends = (curve.marks[0], curve.marks[-1])
-    return f"{curve.label} from {ends[0].y:.3g} at {ends[0].x:,.4g} to {ends[1].y:.3g} at {ends[1].x:,.4g}"
-
-
-def _colour(place: int) -> str:
-    return PALETTE[place % len(PALETTE)]
-
-
-def _legend(curves: Sequence[Curve]) -> list[tuple[str, str, str, str]]:
-    return [(MARKS[curve.series], curve.series, "", curve.label) for curve in curves]

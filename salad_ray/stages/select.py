@@ -13,7 +13,7 @@ from salad_ray.config import Config
 from salad_ray.console import say, show
 from salad_ray.flow import Step
 from salad_ray.names import CENTROIDS, PASSAGES, PROBE, SELECT, SELECTION, UTTERANCES, WEB
-from salad_ray.report.metrics import selection_table
+from salad_ray.report.clusters import selection_tables
 from salad_ray.runs import Run
 from salad_ray.selection.draw import bounds, draw, exhausted
 from salad_ray.selection.importance import (
@@ -57,7 +57,7 @@ def _draw(run: Run, stage: Stage) -> None:
     stage.table.write("part-00000", chosen)
     seconds = round(time.monotonic() - started, 2)
     stage.finish(num_rows=len(chosen), shards={"part-00000": len(chosen)}, seconds=seconds, **facts)
-    show(selection_table(facts))
+    show(*selection_tables(facts))
 
 
 def budget_of(config: Config, natural_hours: float) -> float:

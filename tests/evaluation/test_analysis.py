@@ -22,11 +22,8 @@ from salad_ray.evaluation.analysis import (
     leave_one_out_r2,
     partial_correlation,
     read_table,
-    robustness_grid,
     runs_table,
 )
-from salad_ray.evaluation.statistics import robustness_table
-from salad_ray.tables import Score
 
 
 def table(number: int, seed: int = 0, noise: float = 0.02) -> list[dict]:
@@ -370,16 +367,3 @@ def test_files_that_are_no_csv_are_refused(tmp_path: Path) -> None:
     (tmp_path / "short.csv").write_text("misalignment,forgetting,text_accuracy,speech_accuracy\n1,2,3\n")
     (row,) = read_table(str(tmp_path / "short.csv"))
     assert (row["run"], row["speech_accuracy"]) == ("line 2", None)
-
-
-def test_the_robustness_grid_shows_the_loss_under_each_condition() -> None:
-    def score(item: int, condition: str, right: bool) -> Score:
-        fields = {"answer": 0, "prediction": int(not right), "prediction_norm": None, "log_likelihoods": [0.0, 0.0]}
-        place = {"system": "stage1", "benchmark": "piqa", "item_id": f"piqa-{item}", "modality": "speech"}
-        return Score(**place, **fields, condition=condition, domain="", num_shots=0)
-
-    scores = [score(item, "clean", True) for item in range(20)] + [score(item, "noise", item > 4) for item in range(20)]
-    text = printed(robustness_grid(robustness_table(scores)))
-    assert "100.0%" in text
-    assert "+25.0 (" in text
-    assert printed(robustness_grid([])).strip()

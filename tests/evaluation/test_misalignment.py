@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from salad_ray.evaluation.misalignment import QUANTITIES, difference, estimate, summarise
-from salad_ray.report.metrics import difference_table, gap_tables, system_differences, system_metrics
+from salad_ray.report.measured import difference_tables, measured_tables
+from salad_ray.report.metrics import system_differences, system_metrics
 from salad_ray.tables import Measurement
 
 
@@ -142,9 +143,9 @@ def test_metrics_and_table_split_by_domain() -> None:
     assert metrics["misalignment"] == pytest.approx(12 / 30)
     assert metrics["by_domain"]["law"]["heard"] is True
     assert metrics["by_domain"]["music"] == metrics["by_domain"]["music"] | {"heard": False, "misalignment": 0.9}
-    misaligned, forgotten = gap_tables({"untrained": metrics, "stage1": metrics})
-    assert misaligned.row_count == forgotten.row_count == 3
-    assert list(misaligned.columns[3].cells)[-1].startswith("0.400±")
+    misaligned, forgotten = measured_tables({"": {"untrained": metrics, "stage1": metrics}})
+    assert len(misaligned.rows) == len(forgotten.rows) == 3
+    assert misaligned.rows[-1][3].text.startswith("0.400 ± ")
     assert len(forgotten.columns) == 3  # an untrained model has forgotten nothing
     assert metrics["misalignment_whole"] is None  # nothing was measured whole
     json.dumps(metrics, allow_nan=False)
@@ -165,7 +166,7 @@ def test_metrics_hold_both_protocols_and_the_differences_of_both() -> None:
     assert metrics["stage1"]["misalignment_whole"] == pytest.approx(1.25)
     assert metrics["stage2"]["by_domain"]["music"]["misalignment_whole"] == pytest.approx(0.625)
     assert metrics["stage2"]["by_distance"]["0"]["misalignment_whole_standard_error"] > 0
-    assert len(gap_tables(metrics)) == 4
+    assert len(measured_tables({"": metrics})) == 4
     found = system_differences(rows, {"law"})
     assert len(found) == 2 * 2 * 3 * 3  # others, protocols, sides, quantities
     [row] = [
@@ -177,5 +178,6 @@ def test_metrics_hold_both_protocols_and_the_differences_of_both() -> None:
     assert row["difference"] == pytest.approx(-0.4 * 1.25)
     assert row["ci_low"] < row["difference"] < row["ci_high"]
     json.dumps(found, allow_nan=False)
-    assert difference_table(found).row_count == 2 * 2 * 3
+    [table] = difference_tables({"": {"measured_differences": found}})
+    assert len(table.rows) == 2 * 2 * 3
     assert system_differences({"stage1": rows["stage1"]}, {"law"}) == []

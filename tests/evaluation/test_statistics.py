@@ -22,7 +22,7 @@ from salad_ray.evaluation.statistics import (
     sign_flip,
     wilson,
 )
-from salad_ray.report.metrics import deaf_sentences
+from salad_ray.report.accuracy import deaf_sentences
 from salad_ray.tables import Score
 
 

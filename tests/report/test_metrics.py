@@ -1,4 +1,4 @@
-"""What the report says of a selection."""
+"""What the report says of a selection, and of disturbed speech."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from report.page_run import metrics
 from rich.console import Console
 
-from salad_ray.report.metrics import rankings, selection_table, unheard_auc
+from salad_ray.evaluation.statistics import accuracy_table, robustness_table
+from salad_ray.report.accuracy import robustness_tables
+from salad_ray.report.clusters import selection_tables
+from salad_ray.report.headline import printed_tables
+from salad_ray.report.metrics import rankings, unheard_auc
 from salad_ray.selection.importance import ClusterLoss
+from salad_ray.tables import Score
 
 
 def test_the_area_is_one_where_unheard_clusters_have_the_larger_loss() -> None:
@@ -56,9 +62,36 @@ def test_the_table_sums_up_the_clusters_beyond_the_first() -> None:
     ]
     selection = {"gamma": 5.0, "hours": 3.0, "budget_hours": 3.5, "effective_sample_size": 12.0}
     console = Console(record=True, width=120)
-    console.print(selection_table(selection | {"num_web_passages": 40, "by_cluster": rows}, num_rows=2))
+    console.print(*selection_tables(selection | {"num_web_passages": 40, "by_cluster": rows}, num_rows=2))
     text = console.export_text()
     assert "3.00 of 3.50 h" in text
     assert "2 more" in text
     assert "50.00%" in text  # the web's share of the two that are summed up
     assert text.index("4.000±0.100") < text.index("3.000±0.100")
+
+
+def test_what_a_run_prints_fits_a_terminal_of_80_columns() -> None:
+    console = Console(record=True, width=80)
+    for table in printed_tables(metrics()):
+        console.print(table)
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    for part in ("1.200±0.060", "1.500±0.100", "−0.310 (−0.510…−0.110)", "80% (75…85)", "unheard", "deaf", "99.00%"):
+        assert part in text
+
+
+def test_the_robustness_table_shows_the_loss_under_each_condition() -> None:
+    def score(item: int, condition: str, right: bool) -> Score:
+        fields = {"answer": 0, "prediction": int(not right), "prediction_norm": None, "log_likelihoods": [0.0, 0.0]}
+        place = {"system": "stage1", "benchmark": "piqa", "item_id": f"piqa-{item}", "modality": "speech"}
+        return Score(**place, **fields, condition=condition, domain="", num_shots=0)
+
+    scores = [score(item, "clean", True) for item in range(20)] + [score(item, "noise", item > 4) for item in range(20)]
+    console = Console(record=True, width=80)
+    console.print(
+        *robustness_tables({"": {"accuracy": accuracy_table(scores), "robustness": robustness_table(scores)}})
+    )
+    text = console.export_text()
+    assert "100.0%" in text
+    assert "75.0%, 25.0 (" in text
+    assert robustness_tables({"": {"accuracy": [], "robustness": []}}) == []

@@ -16,7 +16,7 @@ from report.page_run import SECS, make_run
 from salad_ray.report import facts as reading
 from salad_ray.report.facts import collect, encode_mp3, principal_places, reason_shape
 from salad_ray.report.page import run_names, write_page
-from salad_ray.report.plots import Dot, Panel, apart, dot_plot
+from salad_ray.report.plots import Mark, apart, dot_plot
 from salad_ray.runs import open_places
 from salad_ray.tables import TableError, read_bytes, write_bytes
 
@@ -123,8 +123,8 @@ def test_clusters_have_passages_their_loss_and_players(page: Reader, run_dir: st
     assert len(players) == 2 * (2 + 1)  # of each cluster two probe passages and an active one
     assert all((player["src"] or "").startswith("data:audio/mpeg;base64,") for player in players)
     assert all(player["preload"] == "none" and player["aria-label"] for player in players)
-    clip = collect(open_places(run_dir)[0]).clusters[0].clips[0]
-    samples, rate = soundfile.read(io.BytesIO(clip.audio))
+    clip = collect(open_places(run_dir)[0]).clusters[0]["clips"][0]
+    samples, rate = soundfile.read(io.BytesIO(clip["audio"]))
     assert len(samples) / rate == pytest.approx(SECS, abs=0.15)
     assert np.abs(samples).max() > 0.1
 
@@ -238,7 +238,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
 def test_audio_keeps_to_its_budget_and_every_cluster_comes_first(run_dir: str) -> None:
     one = round(SECS * reading.CLIP_BYTES_PER_SEC * 4 / 3)
     facts = collect(open_places(run_dir)[0], clip_bytes=2 * one)
-    assert [len(cluster.clips) for cluster in facts.clusters] == [1, 1]
+    assert [len(cluster["clips"]) for cluster in facts.clusters] == [1, 1]
     assert facts.num_clips_left_out == 4
     assert collect(open_places(run_dir)[0], clip_bytes=0).num_clips_left_out == 6
 
@@ -246,7 +246,7 @@ def test_audio_keeps_to_its_budget_and_every_cluster_comes_first(run_dir: str) -
 def test_rejects_and_shards_are_read_within_bounds(run_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "MAX_REASONS", 1)
     facts = collect(open_places(run_dir)[0], clip_bytes=0)
-    assert [(group.reason[:6], group.count) for group in facts.rejects] == [("silent", 2), ("other ", 1)]
+    assert [(group["reason"][:6], group["count"]) for group in facts.rejects] == [("silent", 2), ("other ", 1)]
     monkeypatch.setattr(reading, "MAX_REJECTS", 0)
     assert collect(open_places(run_dir)[0], clip_bytes=0).rejects == []
 
@@ -285,9 +285,11 @@ def test_the_map_keeps_its_place_and_its_distance() -> None:
 
 
 def test_a_logarithmic_axis_takes_intervals_below_zero() -> None:
-    panel = Panel("", ["a", "b"], [Dot(0, "stage1", 0.01, -0.02, 0.04), Dot(1, "stage2", 2.0, 1.9, 2.1)])
-    svg = dot_plot("x", "alt", [panel], "nats", log=True)
-    assert svg == dot_plot("x", "alt", [panel], "nats", log=True)
+    marks = [Mark("stage1", "a", 0.01, -0.02, 0.04), Mark("stage2", "b", 2.0, 1.9, 2.1)]
+    [figure] = dot_plot("x", "caption", marks, "nats", may_be_log=True)
+    svg = figure.svg
+    assert [figure] == dot_plot("x", "caption", marks, "nats", may_be_log=True)
+    assert "logarithmic" in svg
     assert "nan" not in svg
     assert re.search(r"var\(--stage1\)", svg)
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+from salad_ray.report.blocks import Figure, Paragraph
 from salad_ray.report.facts import RunFacts
-from salad_ray.report.grids import Section
-from salad_ray.report.scaling import scaling_section
+from salad_ray.report.scaling import scaling
 from salad_ray.scaling.sweep import laws
 
 
-def section(result: dict[str, Any]) -> Section:
-    return scaling_section(0, RunFacts("run", "name", {}, "", {}, [], [], [], 0, [], 0, sweeps=[result]))
+def shown(result: dict[str, Any]) -> tuple[list[Figure], list[str]]:
+    """The figures and the sentences of a page on a sweep."""
+    blocks = scaling([RunFacts("run", sweeps=[result])]).blocks
+    figures = [block for block in blocks if isinstance(block, Figure)]
+    return figures, [block.text for block in blocks if isinstance(block, Paragraph)]
 
 
 def trained(**values: Any) -> dict[str, Any]:
@@ -35,17 +38,17 @@ def test_budgets_give_curves_with_laws_and_irreducible_misalignment_by_the_numbe
         )
         for teacher, alpha, budget in itertools.product("ab", (0.5, 1), (1e4, 1e5, 1e6, 1e7))
     ]
-    found = section(swept(grid, rows))
-    captions = [plot.caption for plot in found.plots]
+    figures, _ = shown(swept(grid, rows))
+    captions = [figure.caption for figure in figures]
     assert [caption.split(" against ")[0] for caption in captions] == [
         "Misalignment M",
         "Forgetting F",
         "Irreducible misalignment E",
     ]
     assert "the fitted law with its 90 % band" in captions[0]
-    assert next(entry[-1] for entry in found.plots[0].legend) == "teacher = a, alpha = 0.5"
-    assert [entry[-1] for entry in found.plots[2].legend] == ["teacher = a", "teacher = b"]  # not one line through both
-    assert "teacher = b from 2.2 at 0.5 to 1.1 at 1" in str(found.plots[2].svg)
+    assert next(entry[-1] for entry in figures[0].legend) == "teacher = a, alpha = 0.5"
+    assert [entry[-1] for entry in figures[2].legend] == ["teacher = a", "teacher = b"]  # not one line through both
+    assert "teacher = b from 2.2 at 0.5 to 1.1 at 1" in str(figures[2].svg)
 
 
 def test_one_synthetic_budget_is_drawn_against_the_grids_number_and_the_best_is_told_with_what_is_as_good() -> None:
@@ -59,9 +62,9 @@ def test_one_synthetic_budget_is_drawn_against_the_grids_number_and_the_best_is_
         )
         for gamma, m in values.items()
     ]
-    found = section(swept({"select.gamma": list(values)}, rows))
-    assert "Misalignment M against select.gamma" in found.plots[0].caption
-    assert found.lines == ["Sweep one: M is lowest, 0.187 ± 0.012, at gamma = 1; within the noise lie also gamma = 5."]
+    figures, lines = shown(swept({"select.gamma": list(values)}, rows))
+    assert "Misalignment M against select.gamma" in figures[0].caption
+    assert lines == ["Sweep one: M is lowest, 0.187 ± 0.012, at gamma = 1; within the noise lie also gamma = 5."]
 
 
 def test_two_synthetic_budgets_are_drawn_against_their_hours() -> None:
@@ -74,10 +77,10 @@ def test_two_synthetic_budgets_are_drawn_against_their_hours() -> None:
         )
         for pair in itertools.product(*grid.values())
     ]
-    found = section(swept(grid, rows))
-    assert "against hours of synthetic speech" in found.plots[0].caption
-    assert [entry[-1] for entry in found.plots[0].legend] == ["gamma = 0", "gamma = 5"]
-    assert found.lines[0].endswith("at gamma = 5, budget_hours = 4.")  # how near the others are was not measured
+    figures, lines = shown(swept(grid, rows))
+    assert "against hours of synthetic speech" in figures[0].caption
+    assert [entry[-1] for entry in figures[0].legend] == ["gamma = 0", "gamma = 5"]
+    assert lines[0].endswith("at gamma = 5, budget_hours = 4.")  # how near the others are was not measured
 
 
 def test_the_best_combination_is_that_of_all_its_seeds() -> None:
@@ -86,6 +89,6 @@ def test_the_best_combination_is_that_of_all_its_seeds() -> None:
         trained(**{"select.gamma": gamma}, seed=seed, misalignment=m, misalignment_standard_error=0.001)
         for (gamma, seed), m in values.items()
     ]
-    assert section(swept({"select.gamma": [1, 5, 9]}, rows)).lines == [
+    assert shown(swept({"select.gamma": [1, 5, 9]}, rows))[1] == [
         "Sweep one: M is lowest, 0.134 ± 0.002, at gamma = 5; within the noise lie also gamma = 1."
     ]

@@ -13,10 +13,11 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from salad_ray.config import Config
 from salad_ray.configfile import parse_config
+from salad_ray.report.headline import sentences
 from salad_ray.runs import Run
 from salad_ray.stages.common import probe_losses
 from salad_ray.stages.measure import WITHOUT_TIMES, MeasureShard
-from salad_ray.stages.report import conclusions, selection_metrics
+from salad_ray.stages.report import selection_metrics
 from salad_ray.stages.select import measured_clusters, selection_facts
 from salad_ray.stages.shards import ShardPart, StageError
 from salad_ray.tables import Cluster, Features, Measurement, Passage, Table, Utterance, from_arrow, to_arrow
@@ -176,4 +177,5 @@ def test_the_probe_protocol_decides_what_is_aimed_at_and_the_report_tells_both(
     assert told["protocol"] == protocol
     assert told["unheard_auc"] == told["by_protocol"][protocol]["unheard_auc"] == largest
     assert {name: row["unheard_auc"] for name, row in told["by_protocol"].items()} == {"interleaved": 0, "whole": 1}
-    assert any("AUC interleaved 0.000, whole 1.000" in line for line in conclusions({"selection": told}))
+    aucs = {"interleaved": "AUC 0.000 interleaved, 1.000 whole", "whole": "AUC 1.000 whole, 0.000 interleaved"}
+    assert any(aucs[protocol] in line for line in sentences({"selection": told}))
