@@ -25,7 +25,7 @@ from salad_ray.model.tiny_lm import tiny_shape
 from salad_ray.scaling.amounts import SPOKEN, TRAINED, WRITTEN, Amounts, Line
 from salad_ray.scaling.memory import BYTES, layer_bytes, num_parameters, training_memory
 from salad_ray.scaling.number import ASSUMPTION, Number, total
-from salad_ray.scaling.rates import CLUSTER_FIT, TRAIN, Rates, gpus_of, kind_of
+from salad_ray.scaling.rates import CLUSTER_FIT, TRAIN, Rates, gpus_of, kind_of, passes
 
 SENTENCE_DIM = 384
 """Of MiniLM's embeddings."""
@@ -125,29 +125,24 @@ def text_llm(config: Config, rates: Rates) -> PreTrainedConfig:
 
 def amount_of(step: Step, data: Amounts) -> float:
     """Units of work of a step, as `rates.stages` counts them."""
-    config, tables, conditions = data.config, len(step.tables), len(data.config.evaluate.conditions)
-    speech, passages = SPOKEN.get(step.set, ""), WRITTEN.get(step.set, "")
+    config, speech, passages = data.config, SPOKEN.get(step.set, ""), WRITTEN.get(step.set, "")
     if step.stage in (names.TEACHER, names.REPORT):
         return config.model.tiny_lm.num_steps if kind_of(config, step) == "teacher world" else 1
     if step.trains:
         decay = config.distill.decay_share
         share = {names.TRUNK: 1 - decay, names.STAGE1: decay}.get(step.stage, 1)
-        return data[TRAINED.get(step.stage, TRAINED[names.STAGE1])] * share * tables
-    if names.CATALOG in step.tables:
+        return data[TRAINED.get(step.stage, TRAINED[names.STAGE1])] * share * len(step.tables)
+    if names.CATALOG in step.tables or step.stage in (names.ALIGN, names.SYNTHESIZE):
         return data[speech]
-    floors = set(config.evaluate.floors) - {"choices"}  # without a prompt, an item costs next to nothing
-    counted = {
-        names.ALIGN: (speech, 1),
-        names.SYNTHESIZE: (speech, 1),
-        names.ENCODE: (speech, conditions if step.set == names.BENCHMARK else 1),
-        names.PACK: ("planned utterances" if step.set == names.NATURAL else passages, 1),
-        names.PROBE: (WRITTEN[names.WEB], 1),
-        names.SELECT: (WRITTEN[names.WEB], 1),
-        names.MEASURE: ("held-out recordings" if step.set == names.NATURAL else speech, tables),
-        names.EVALUATE: (passages, tables * (conditions + len(floors))),
-    }
-    line, times = counted.get(step.stage, (passages, 1))
-    return data[line] * times
+    if step.stage == names.ENCODE:
+        return data[speech] * (len(config.evaluate.conditions) if step.set == names.BENCHMARK else 1)
+    if step.stage in (names.PROBE, names.SELECT):
+        return data[WRITTEN[names.WEB]]
+    if step.stage == names.MEASURE:
+        return data["held-out recordings" if step.set == names.NATURAL else speech] * passes(config, step)
+    if (step.stage, step.set) == (names.PACK, names.NATURAL):
+        return data["planned utterances"]
+    return data[passages] * passes(config, step)
 
 
 def shards_of(step: Step, data: Amounts) -> int:

@@ -173,6 +173,15 @@ def gpus_of(config: Config, step: Step) -> float:
     return float(config.distill.use_gpu) if step.trains else gpus(config, step)
 
 
+def passes(config: Config, step: Step) -> int:
+    """How often a step goes through its set: for each system, and each way that an item is heard."""
+    if step.stage not in (names.MEASURE, names.EVALUATE):
+        return 1
+    floors = set(config.evaluate.floors) - {"choices"}  # without a prompt, an item costs next to nothing
+    heard = len(config.evaluate.conditions) + len(floors) if step.stage == names.EVALUATE else 1
+    return len(step.tables) * heard
+
+
 @dataclass(frozen=True)
 class Pace:
     """What a step of a run has taken: `start` seconds, then `unit` seconds of one actor for each of `amount` units.
@@ -263,10 +272,10 @@ def _amount(run: Run, step: Step, first: dict[str, Any]) -> float:
     """Units of a finished step, counted from its tables."""
     if step.stage in (names.ALIGN, names.SYNTHESIZE, names.ENCODE):
         return _hours(run.table(step.set, step.tables[-1]))
-    if step.stage == names.MEASURE:
-        return _hours(run.table(step.set, names.FEATURES)) * len(step.tables)
+    if step.stage == names.MEASURE:  # of recordings only those that are held out
+        return _hours(run.table(step.set, names.FEATURES), split="test") * passes(run.config, step)
     if step.stage == names.EVALUATE:
-        return _num_rows(run.table(step.set, names.ITEMS)) * len(step.tables)
+        return _num_rows(run.table(step.set, names.ITEMS)) * passes(run.config, step)
     if step.stage in (names.PROBE, names.SELECT):
         return _num_rows(run.table(names.WEB, names.PASSAGES))
     if names.CATALOG in step.tables:
@@ -274,9 +283,9 @@ def _amount(run: Run, step: Step, first: dict[str, Any]) -> float:
     return float(first.get("num_kept", 0))
 
 
-def _hours(table: Table) -> float:
-    columns = (table.read(shard, ["duration_secs"])["duration_secs"] for shard in table.shards())
-    return float(sum(sum(column.to_pylist()) for column in columns)) / 3600
+def _hours(table: Table, split: str = "") -> float:
+    rows = (row for shard in table.shards() for row in table.read(shard, ["duration_secs", "split"]).to_pylist())
+    return sum(row["duration_secs"] for row in rows if split in ("", row["split"])) / 3600
 
 
 def _num_rows(table: Table) -> float:

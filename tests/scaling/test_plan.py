@@ -379,6 +379,36 @@ def test_without_actors_times_the_assumed_work_is_left_and_said(measured: Config
     assert found.source == "assumption"
 
 
+def finish(run: Config, stage: str, set_name: str, more: list[str]) -> int:
+    """Let two actors have taken a minute for each table of a step; returns their number."""
+    [step] = [step for step in merged(steps(run)) if (step.stage, step.set) == (stage, set_name)]
+    keep_run(run.run_dir, run.model_dump(mode="json"), [*step.writes, *more])
+    for label in step.writes:
+        pace = {"shards": {}, "num_actors": 2, "busy_secs": 120.0, "seconds": 60.0}
+        write_json(f"{hand_table(run.run_dir, label).url}/manifest.json", pace)
+    return len(step.tables)
+
+
+def test_a_run_planned_again_takes_as_long_to_ask_its_items(tmp_path: Path) -> None:
+    conditions = {"evaluate": {"num_shots": 1, "conditions": ["clean", "noise"]}}
+    run = parse_config(small_world_config(tmp_path) | conditions)
+    systems = finish(run, "evaluate", "benchmark", ["benchmark/items"])
+    write_json(f"{hand_table(run.run_dir, 'benchmark/items').url}/manifest.json", {"num_rows": 24})
+    assert cost(plan_of(run, rates_of(run)), "evaluate", "benchmark").secs == pytest.approx(systems * 60)
+
+
+def test_of_recordings_those_that_are_held_out_are_measured(tmp_path: Path) -> None:
+    corpora = {"ingest": {"corpora": ["x"], "num_shards": 4}, "stage2": None, "pack": {"num_lanes": 2}}
+    run = parse_config(small_world_config(tmp_path) | corpora)
+    systems = finish(run, "measure", "natural", ["natural/features"])
+    features = hand_table(run.run_dir, "natural/features")
+    for split in ("train", "test"):
+        spoken = make_features("one two", secs_per_word=900.0, pause_secs=0.0, split=split)
+        features.write(split, to_arrow(Features, [spoken]))
+    write_json(f"{features.url}/manifest.json", {"shards": {}})
+    assert rates_of(run).stages["measure"].unit == pytest.approx(120 * systems / (0.5 * systems))
+
+
 def test_words_tokens_and_fill_are_measured_of_the_same_speech(measured: Config) -> None:
     rates = rates_of(measured)
     assert rates.speech.words_per_sec == pytest.approx(4 / 2.1)
