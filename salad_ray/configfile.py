@@ -28,7 +28,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: with one sentence naming the file or override, the key, the value and the remedy.
     """
     refuse_secret_arguments([str(path), *overrides])
-    data = _read_yaml(str(path))
+    data = read_mapping(str(path), "config file", "configs/quickstart.yaml is the one to start from")
     for override in overrides:
         _apply_override(data, override)
     data.setdefault("run_dir", f"runs/{Path(path).stem}")
@@ -82,7 +82,9 @@ def parse_config(data: dict[str, Any], source: str = "config") -> Config:
     try:
         return Config.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
-        raise ConfigError(f"{source}: " + "; ".join(_explain(item) for item in error.errors())) from None
+        known, remedy = all_keys(Config), "see `salad run --help` for the keys"
+        told = "; ".join(explain(item, known, remedy) for item in error.errors())
+        raise ConfigError(f"{source}: {told}") from None
     except TypeError as error:
         raise ConfigError(f"{source}: {error}; use plain numbers, words, lists and mappings") from None
 
@@ -116,19 +118,22 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def read_mapping(path: str, what: str, remedy: str) -> dict[str, Any]:
+    """The keys and values of a YAML file, none of an empty one; raises `ConfigError`."""
     try:
         with open_file(path, "r", encoding="utf-8") as file:
             text = file.read()
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file; configs/quickstart.yaml is the one to start from") from None
+        raise ConfigError(f"{path}: no such {what}; {remedy}") from None
     except (OSError, ImportError, ValueError) as error:  # of a URL also a protocol that is not known or not installed
-        raise ConfigError(f"{path}: cannot be read as a config file ({error})") from None
+        raise ConfigError(f"{path}: cannot be read as a {what} ({error}); {remedy}") from None
     data = _parse_yaml(text, path)
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: holds a {type(data).__name__}, but a config is a mapping of keys to values")
+        raise ConfigError(
+            f"{path}: holds a {type(data).__name__}, but a {what} is a mapping of keys to values; {remedy}"
+        )
     return data
 
 
@@ -158,20 +163,25 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     data[last] = _parse_yaml(value, f"override of '{key}'", "; quote the value")
 
 
-def _explain(error: Any) -> str:
+def explain(error: Any, known: Sequence[str], remedy: str) -> str:
     """One clause for one pydantic error: key, value, what is wrong, what to do.
 
     The value of a key that nobody knows is left out, since it may be a credential under a name that does not say so.
     """
     key = ".".join(str(part) for part in error["loc"] if part != "int" and "[" not in str(part))  # a union names kinds
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, all_keys(Config), n=1, cutoff=0.6) or _same_leaf(key)
-        hint = f"did you mean '{near[0]}'?" if near else "see `salad run --help` for the keys"
-        return f"unknown key '{key}'; {hint}"
+        return unknown_key(key, known, remedy)
+    if error["type"] == "missing":
+        return f"'{key}' is missing; {remedy}"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     message = error["msg"][0].lower() + error["msg"][1:]
     return f"'{key}' is {_shown(error['input'])}: {message}"
+
+
+def unknown_key(key: str, known: Sequence[str], remedy: str) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6) or _same_leaf(key, known)
+    return f"unknown key '{key}'; " + (f"did you mean '{near[0]}'?" if near else remedy)
 
 
 def _shown(value: Any) -> str:
@@ -181,7 +191,7 @@ def _shown(value: Any) -> str:
     return "a mapping" if isinstance(value, dict) else repr(value)
 
 
-def _same_leaf(key: str) -> list[str]:
+def _same_leaf(key: str, known: Sequence[str]) -> list[str]:
     leaf = key.rsplit(".", 1)[-1]
-    leaves = {name.rsplit(".", 1)[-1]: name for name in reversed(all_keys(Config))}  # the first of a name wins
+    leaves = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}  # the first of a name wins
     return [leaves[match] for match in difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.75)]

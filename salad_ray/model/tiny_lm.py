@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,9 +119,9 @@ def _encode(texts: Sequence[str], tokenizer: Qwen2Tokenizer) -> list[list[int]]:
     return samples
 
 
-def _build(config: TinyLMConfig, tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2ForCausalLM:
-    shape = Qwen2Config(
-        vocab_size=len(tokenizer),
+def tiny_shape(config: TinyLMConfig, vocab_size: int, **others: Any) -> Qwen2Config:
+    return Qwen2Config(
+        vocab_size=vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=config.ffn_size,
         num_hidden_layers=config.num_layers,
@@ -129,10 +130,13 @@ def _build(config: TinyLMConfig, tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2F
         max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=True,
         initializer_range=_INITIALIZER_RANGE,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **others,
     )
+
+
+def _build(config: TinyLMConfig, tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2ForCausalLM:
+    ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    shape = tiny_shape(config, len(tokenizer), **ends)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Qwen2ForCausalLM(shape)

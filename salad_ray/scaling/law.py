@@ -81,7 +81,7 @@ class MisalignmentLaw:
         def held(value: float, exponents: Array) -> Array:  # E = value − B · x^−β, and E ≥ 0
             at = x**-exponents
             basis = self._fit.powers(exponents) - at[:, None]
-            return self._fit.losses(np.full_like(basis, value), basis, value / at)
+            return self._fit.losses(value, basis, value / at)
 
         return self._fit.interval(held, float(self.predict(num_positions)), self.confidence)
 
@@ -105,7 +105,7 @@ class MisalignmentLaw:
         for _ in range(resamples):
             drawn = np.concatenate([rng.choice(units, len(units)) for units in members])
             values = sums[:, drawn].sum(axis=1) / counts[:, drawn].sum(axis=1)
-            found.append(_Fit(self._fit.positions, values, self._fit.huber, self._fit.measured).parameters[0])
+            found.append(self._fit.anew(self._fit.huber, values).parameters[0])
         low, high = np.quantile(found, [(1 - self.confidence) / 2, (1 + self.confidence) / 2])
         return float(low), float(high)
 
@@ -129,10 +129,9 @@ class MisalignmentLaw:
 
         def held(value: float, exponents: Array) -> Array:  # B = fraction · E · D^β
             basis = 1 + fraction * self._fit.powers(exponents) * self._fit.unit(value) ** exponents[:, None]
-            return self._fit.losses(np.zeros_like(basis), basis)
+            return self._fit.losses(0.0, basis)
 
-        low, high = self._fit.interval(held, best, self.confidence)
-        return low, high
+        return self._fit.interval(held, best, self.confidence)
 
 
 def fit_misalignment_law(
@@ -209,13 +208,13 @@ def _relative_variance(values: Array, standard_error: ArrayLike | None) -> Array
 
 def _require_fall(positions: Array, values: Array) -> None:
     """M that grows has no law of this shape, be it throughout or from its smallest value on."""
-    change, _ = _growth(positions, values, positions.min())
-    if change > GROWTH:
-        raise LawError(_grows(change, positions.min(), positions))
-    since = _lowest(positions, values)
-    change, p_value = _growth(positions, values, since)
-    if change > GROWTH and p_value < MAX_P_OF_GROWTH:
-        raise LawError(_grows(change, since, positions))
+    for since, p_value in ((positions.min(), np.inf), (_lowest(positions, values), MAX_P_OF_GROWTH)):
+        change, its_p_value = _growth(positions, values, since)
+        if change > GROWTH and its_p_value < p_value:
+            raise LawError(
+                f"M grows with the budget ({change:+.0%} from {since:.3g} to {positions.max():.3g} positions), "
+                "so no E + B · D^−β describes it; training on the next-token loss alone (α = 0) does that"
+            )
 
 
 def _budgets(positions: Array) -> Array:
@@ -241,13 +240,6 @@ def _growth(positions: Array, values: Array, first: float) -> tuple[float, float
         return 0.0, 1.0
     trend = stats.linregress(np.log(positions[chosen]), np.log(values[chosen]), alternative="greater")
     return float(np.expm1(trend.slope * np.log(positions.max() / first))), float(trend.pvalue)
-
-
-def _grows(change: float, first: float, positions: Array) -> str:
-    return (
-        f"M grows with the budget ({change:+.0%} from {first:.3g} to {positions.max():.3g} positions), "
-        "so no E + B · D^−β describes it; training on the next-token loss alone (α = 0) does that"
-    )
 
 
 def _require_dependence(fit: _Fit) -> None:
@@ -310,6 +302,10 @@ class _Fit:
             self.weights = huber / (self.model * self.spread) ** 2
             self.parameters, self.loss = self._best()
 
+    def anew(self, huber: Array, values: Array | None = None) -> _Fit:
+        """With other weights, and perhaps other values of the same points."""
+        return _Fit(self.positions, self.values if values is None else values, huber, self.measured)
+
     @property
     def model(self) -> Array:
         irreducible, scale, exponent = self.parameters
@@ -364,9 +360,9 @@ class _Fit:
         irreducible, scale = (np.stack(parts)[best, each] for parts in zip(*candidates, strict=True))
         return irreducible, scale, losses[best, each]
 
-    def losses(self, offset: Array, basis: Array, most: Array | None = None) -> Array:
+    def losses(self, offset: ArrayLike, basis: Array, most: Array | None = None) -> Array:
         """Sum of squares of `offset + b · basis`, (rows, N) each, with the best b ≥ 0 (and ≤ `most`) of every row."""
-        rest = self.values - offset
+        rest = self.values - np.asarray(offset)
         norm = np.maximum((self.weights * basis * basis).sum(-1), 1e-300)
         best = np.clip((self.weights * basis * rest).sum(-1) / norm, 0, most)
         return (self.weights * (rest - best[:, None] * basis) ** 2).sum(-1)
@@ -405,15 +401,14 @@ def _robust(fit: _Fit) -> _Fit:
     clean = fit
     while kept.sum() - 4 >= 2:  # one fewer must leave two degrees of freedom
         without = {
-            index: _Fit(fit.positions, fit.values, _leave_out(kept, index), fit.measured)
-            for index in np.flatnonzero(kept)
+            index: fit.anew(np.where(np.arange(len(kept)) == index, 0.0, kept)) for index in np.flatnonzero(kept)
         }
         index = min(without, key=lambda each: without[each].loss)
         freedom = kept.sum() - 4
         ratio = (clean.loss - without[index].loss) / max(without[index].loss / freedom, 1e-30)
         if 2 * stats.t.sf(np.sqrt(max(ratio, 0.0)), freedom) * kept.sum() > OUTLIER_P_VALUE:
             break
-        kept, clean = _leave_out(kept, index), without[index]
+        kept, clean = without[index].huber, without[index]
     if kept.all():  # least squares, whose intervals are exact
         return fit
     noise = max(clean.noise, 1e-12)
@@ -421,22 +416,15 @@ def _robust(fit: _Fit) -> _Fit:
         huber = np.minimum(1.0, HUBER * noise / np.maximum(np.abs(clean.residuals / clean.spread), 1e-300))
         if np.allclose(huber, clean.huber, atol=1e-6):
             break
-        clean = _Fit(fit.positions, fit.values, huber, fit.measured)
+        clean = fit.anew(huber)
     return clean
-
-
-def _leave_out(kept: Array, index: np.intp) -> Array:
-    kept = kept.copy()
-    kept[index] = 0
-    return kept
 
 
 def _intervals(fit: _Fit, confidence: float) -> dict[str, tuple[float, float]]:
     irreducible, scale, exponent = fit.parameters
 
     def held_irreducible(value: float, exponents: Array) -> Array:
-        basis = fit.powers(exponents)
-        return fit.losses(np.full_like(basis, value), basis)
+        return fit.losses(value, fit.powers(exponents))
 
     def held_scale(value: float, exponents: Array) -> Array:  # B in the units of D
         basis = np.ones((len(exponents), len(fit.values)))
@@ -455,20 +443,18 @@ def _intervals(fit: _Fit, confidence: float) -> dict[str, tuple[float, float]]:
 
 def _p_value_of_zero(fit: _Fit) -> float:
     """F test of E = 0 within the law; half of it, since E cannot be below 0."""
-
-    def pure(exponents: Array) -> Array:
-        basis = fit.powers(exponents)
-        return fit.losses(np.zeros_like(basis), basis)
-
-    without = least(pure)[1]
-    ratio = max(without - fit.loss, 0.0) / (max(fit.loss, TINY) / fit.freedom)
-    return float(stats.f.sf(ratio, 1, fit.freedom)) / 2
+    without = least(lambda exponents: fit.losses(0.0, fit.powers(exponents)))[1]
+    return _p_value(fit, without, 1) / 2
 
 
 def _p_value_of_constant(fit: _Fit) -> float:
     """F test of an M that does not depend on D against the law, which has two numbers more."""
     weights = fit.weights
     mean = (weights * fit.values).sum() / weights.sum()
-    constant = float((weights * (fit.values - mean) ** 2).sum())
-    ratio = max(constant - fit.loss, 0.0) / 2 / (max(fit.loss, TINY) / fit.freedom)
-    return float(stats.f.sf(ratio, 2, fit.freedom))
+    return _p_value(fit, float((weights * (fit.values - mean) ** 2).sum()), 2)
+
+
+def _p_value(fit: _Fit, loss: float, fewer: int) -> float:
+    """F test of a law with some numbers fewer, which has this loss."""
+    ratio = max(loss - fit.loss, 0.0) / fewer / (max(fit.loss, TINY) / fit.freedom)
+    return float(stats.f.sf(ratio, fewer, fit.freedom))

@@ -157,7 +157,16 @@ def adapter_llama(adapter: AdapterConfig) -> LlamaConfig:
 
 def layer_bytes(llm: PreTrainedConfig, dtype: torch.dtype, rows: int, context: int) -> float:
     """Bytes that the backward of one decoder layer keeps, its parameters not counted."""
-    config = copy.deepcopy(llm)
+    key = (llm.to_json_string(), dtype, rows, context)
+    if key not in _COUNTED:  # a plan asks for the same layer under every ZeRO stage
+        _COUNTED[key] = _count(copy.deepcopy(llm), dtype, rows, context)
+    return _COUNTED[key]
+
+
+_COUNTED: dict[tuple[str, torch.dtype, int, int], float] = {}
+
+
+def _count(config: PreTrainedConfig, dtype: torch.dtype, rows: int, context: int) -> float:
     config._attn_implementation = "salad_plan"
     with torch.device("meta"):
         layer, rotary = _layer(config, dtype)

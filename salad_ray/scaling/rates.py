@@ -6,30 +6,30 @@ took and for how long its actors worked on shards, which tells the start from th
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from salad_ray import names
 from salad_ray.config import Config, ConfigError, Section, all_keys
-from salad_ray.flow import Step, merged, steps
+from salad_ray.configfile import explain, read_mapping, unknown_key
+from salad_ray.flow import Step, gpus, merged, steps
 from salad_ray.model.loading import load_tokenizer
 from salad_ray.model.speech_lm import ModelError
 from salad_ray.runs import Run
+from salad_ray.scaling.number import ASSUMPTION, Number
 from salad_ray.sequences.interleave import tokenize
 from salad_ray.sequences.plan import plan_shard_name
-from salad_ray.tables import Table, local_folder, read_bytes
+from salad_ray.tables import Table, local_folder
 
 RATES = Path(__file__).with_name("rates.yaml")
-ASSUMPTION, DERIVED = "assumption", "derived"
-TRAININGS = ("trunk", "stage1", "stage2")
-CLUSTER_FIT = "cluster fit"
-"""The kind of the one job that fits k-means; `cluster` is what its actors do then."""
+REMEDY = f"see {RATES}, which is to be copied and edited"
+TRAIN, CLUSTER_FIT = "train", "cluster fit"
+"""Kinds of `stages` that are not called as their stage: all trainings; the one job that fits k-means, before the actors
+of `cluster`."""
 SAMPLE_SHARDS = 32
 """Of the features, from which words are counted: recordings were dealt to them by hash."""
 SAMPLE_TEXTS = 1000
@@ -101,7 +101,23 @@ class Rates(Section):
     bytes: ByteRates
     models: dict[str, dict[str, Any]]
     sources: dict[str, str] = Field(default_factory=dict)
-    """Which of the other numbers were measured, and where."""
+    """Which of the numbers of `speech`, `training` and `bytes` were measured, and where."""
+
+    def __getitem__(self, name: str) -> Number:
+        """A number of `speech`, `training` or `bytes`."""
+        sections = (self.speech, self.training, self.bytes)
+        value = next(getattr(section, name) for section in sections if name in type(section).model_fields)
+        return Number(value, f"# ({name})", self.sources.get(name, ASSUMPTION))
+
+    def size_of(self, kind: str, name: str, unit: str) -> Number:
+        """Of a corpus in `corpora` or `web`; raises `ConfigError` where the file has none."""
+        table: dict[str, float] = getattr(self, kind)
+        if name not in table:
+            raise ConfigError(
+                f"the plan does not know how many {unit} '{name}' has; add it under `{kind}` in a copy of rates.yaml, "
+                "and pass that with --rates"
+            )
+        return Number(table[name], f"# ({name})", ASSUMPTION)
 
     def stage(self, kind: str) -> StageRate:
         """Of a kind of stage (`kind_of`); raises `ConfigError` where the file has none."""
@@ -109,98 +125,61 @@ class Rates(Section):
             raise ConfigError(f"rates: `stages` has no '{kind}'; take it over from {RATES}")
         return self.stages[kind]
 
-    def source_of(self, name: str) -> str:
-        """Of a number that is no stage's: where it was measured, or an assumption."""
-        return self.sources.get(name, ASSUMPTION)
-
     @model_validator(mode="after")
-    def _work_takes_time(self) -> Rates:
-        empty = [kind for kind, rate in self.stages.items() if rate.unit is None and kind != "train"]
-        if empty:
-            raise ValueError(f"'stages.{empty[0]}.unit' is null, but only training follows from FLOP; give its seconds")
+    def _consistent(self) -> Rates:
+        known = _known_keys()
+        for key in (*(f"stages.{kind}" for kind in self.stages), *(f"sources.{name}" for name in self.sources)):
+            if key not in known:
+                raise ValueError(unknown_key(key, known, REMEDY))
+        for kind, rate in self.stages.items():
+            if rate.unit is None and kind != TRAIN:
+                raise ValueError(f"'stages.{kind}.unit' is null, but only training follows from FLOP; give its seconds")
         return self
-
-
-def weakest(sources: Iterable[str]) -> str:
-    """The source of a number that is made of others: an assumption if any is, else what was measured, if any was."""
-    found = [source for source in sources if source != DERIVED]
-    return ASSUMPTION if ASSUMPTION in found else next(iter(found), DERIVED)
 
 
 def load_rates(path: str | None = None) -> Rates:
     """The rates of a YAML file, by default ours; raises `ConfigError` naming file, key and remedy."""
     place = path or str(RATES)
     try:
-        rates = Rates.model_validate(_read_yaml(place))
+        return Rates.model_validate(read_mapping(place, "file of rates", REMEDY))
     except ValidationError as error:
-        raise ConfigError(f"{place}: " + "; ".join(_explain(item) for item in error.errors())) from None
-    kinds = _read_yaml(str(RATES))["stages"]
-    for kind in rates.stages:
-        if kind not in kinds:
-            raise ConfigError(f"{place}: unknown key 'stages.{kind}'; {_near(kind, kinds)}")
+        told = (explain(item, _known_keys(), REMEDY) for item in error.errors())
+        raise ConfigError(f"{place}: {'; '.join(told)}") from None
+
+
+def _known_keys() -> list[str]:
+    """Every dotted key that a file of rates may have; the names of corpora and models are the user's."""
+    kinds = [f"stages.{kind}" for kind in read_mapping(str(RATES), "file of rates", REMEDY)["stages"]]
+    of_kinds = [f"{kind}.{name}" for kind in kinds for name in StageRate.model_fields]
     numbers = [name for section in (SpeechRates, TrainingRates, ByteRates) for name in section.model_fields]
-    for name in rates.sources:
-        if name not in numbers:
-            raise ConfigError(f"{place}: unknown key 'sources.{name}'; {_near(name, numbers)}")
-    return rates
-
-
-def _read_yaml(place: str) -> dict[str, Any]:
-    remedy = f"copy {RATES} and edit it"
-    try:
-        data = yaml.safe_load(read_bytes(place))
-    except FileNotFoundError:
-        raise ConfigError(f"{place}: no such file; {remedy}") from None
-    except OSError as error:
-        raise ConfigError(f"{place}: cannot be read as a file of rates ({error}); {remedy}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{place}: not valid YAML ({' '.join(str(error).split())}); {remedy}") from None
-    if not isinstance(data, dict):
-        what = "nothing" if data is None else f"a {type(data).__name__}"
-        raise ConfigError(f"{place}: holds {what}, but rates are a mapping of keys to values; {remedy}")
-    return data
-
-
-def _explain(error: Any) -> str:
-    """One clause for one pydantic error: key, value, what is wrong, what to do."""
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "missing":
-        return f"'{key}' is missing; take it over from {RATES}"
-    if error["type"] == "extra_forbidden":
-        parent = key.rpartition(".")[0]
-        own = [f"{parent}.{name}" for name in StageRate.model_fields] if parent.startswith("stages.") else []
-        return f"unknown key '{key}'; {_near(key, own or all_keys(Rates))}"
-    if error["type"] == "value_error":
-        return str(error["ctx"]["error"])
-    return f"'{key}' is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
-
-
-def _near(key: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1)
-    return f"did you mean '{near[0]}'?" if near else f"{RATES} has those that there are"
+    return [*all_keys(Rates), *kinds, *of_kinds, *(f"sources.{name}" for name in numbers)]
 
 
 def kind_of(config: Config, step: Step) -> str:
     """The key of `rates.stages` for a step."""
     choices = {
-        "align": config.align.aligner,
-        "synthesize": config.synthesize.synthesizer,
-        "encode": config.encode.encoder,
-        "embed": config.embed.embedder,
-        "teacher": "world" if config.model.teacher == "world" else "model",
-        "ingest": "recorded" if "catalog" in step.tables else "text",
+        names.ALIGN: config.align.aligner,
+        names.SYNTHESIZE: config.synthesize.synthesizer,
+        names.ENCODE: config.encode.encoder,
+        names.EMBED: config.embed.embedder,
+        names.TEACHER: "world" if config.model.teacher == "world" else "model",
+        names.INGEST: "recorded" if names.CATALOG in step.tables else "text",
     }
-    if step.stage in TRAININGS:
-        return "train"
-    return f"{step.stage} {choices[step.stage]}" if step.stage in choices else step.stage
+    return TRAIN if step.trains else f"{step.stage} {choices.get(step.stage, '')}".strip()
 
 
 def gpus_of(config: Config, step: Step) -> float:
-    """GPUs that each actor of a step asks for; of `cluster` the job that fits."""
-    if step.stage in TRAININGS:
-        return 1.0 if config.distill.use_gpu else 0.0
-    section = getattr(config, step.stage, None)
-    return float(getattr(section, "num_gpus", 0.0))
+    """GPUs that each worker of a step asks for; of `cluster` the job that fits."""
+    return float(config.distill.use_gpu) if step.trains else gpus(config, step)
+
+
+def passes(config: Config, step: Step) -> int:
+    """How often a step goes through its set: for each system, and each way that an item is heard."""
+    if step.stage not in (names.MEASURE, names.EVALUATE):
+        return 1
+    floors = set(config.evaluate.floors) - {"choices"}  # without a prompt, an item costs next to nothing
+    heard = len(config.evaluate.conditions) + len(floors) if step.stage == names.EVALUATE else 1
+    return len(step.tables) * heard
 
 
 @dataclass(frozen=True)
@@ -234,12 +213,14 @@ def measured_rates(rates: Rates, run: Run, planned: Config) -> Rates:
             paces.setdefault(kind_of(run.config, step), []).append(pace)
     stages = {kind: _measured_stage(rates.stage(kind), found, source) for kind, found in paces.items()}
     numbers = measured_speech(run, planned)
-    changes = {
-        name: section.model_copy(update={key: numbers[key] for key in type(section).model_fields if key in numbers})
-        for name, section in (("speech", rates.speech), ("training", rates.training))
-    }
-    sources = rates.sources | dict.fromkeys(numbers, source)
-    return rates.model_copy(update={"stages": rates.stages | stages, "sources": sources, **changes})
+    return rates.model_copy(
+        update={
+            "stages": rates.stages | stages,
+            "speech": rates.speech.model_copy(update={key: numbers[key] for key in numbers if key != "fill"}),
+            "training": rates.training.model_copy(update={key: numbers[key] for key in numbers if key == "fill"}),
+            "sources": rates.sources | dict.fromkeys(numbers, source),
+        }
+    )
 
 
 def _measured_stage(rate: StageRate, paces: list[Pace], source: str) -> StageRate:
@@ -256,67 +237,59 @@ def _measured_stage(rate: StageRate, paces: list[Pace], source: str) -> StageRat
 def comparable(run: Config, planned: Config, step: Step) -> bool:
     """Whether a step of a run tells how fast the planned one would be, on the same machines."""
     same_model = (run.model.teacher, run.model.adapter) == (planned.model.teacher, planned.model.adapter)
-    same_gpus = gpus_of(run, step) == gpus_of(planned, step)
-    if step.stage in TRAININGS:  # a smaller micro-batch tells a little too little, recomputed activations nothing
-        names = ("use_gpu", "precision", "activation_checkpointing", "compile")
-        same = all(getattr(run.distill, name) == getattr(planned.distill, name) for name in names)
+    if step.trains:  # a smaller micro-batch tells a little too little, recomputed activations nothing
+        deciding = ("use_gpu", "precision", "activation_checkpointing", "compile")
+        same = all(getattr(run.distill, name) == getattr(planned.distill, name) for name in deciding)
         return same_model and same and run.pack.context == planned.pack.context
-    if step.stage in ("measure", "evaluate"):
-        return same_model and same_gpus
-    return kind_of(run, step) == kind_of(planned, step) and same_gpus
+    same_kind = (
+        same_model if step.stage in (names.MEASURE, names.EVALUATE) else kind_of(run, step) == kind_of(planned, step)
+    )
+    return same_kind and gpus_of(run, step) == gpus_of(planned, step)
 
 
 def pace_of(run: Run, step: Step) -> Pace | None:
     """The pace of a step, from its manifests; None where it is not finished."""
-    manifests = [run.labelled(label).manifest() for label in step.writes]
-    done = [manifest for manifest in manifests if manifest is not None]
-    if len(done) < len(manifests) or not done:
+    done = [manifest for label in step.writes if (manifest := run.labelled(label).manifest()) is not None]
+    if not done or len(done) < len(step.writes):
         return None
-    if step.stage in TRAININGS:
-        return _training_pace(done[0])
-    if step.stage == "teacher" and "training" in done[0]:
-        num_steps, secs = done[0]["config"]["model.tiny_lm"]["num_steps"], done[0]["training"]["seconds"]
-        return Pace(num_steps, max(done[0]["seconds"] - secs, 0.0), secs / num_steps)
-    return _actors_pace(_amount(run, step, done), done)
-
-
-def _actors_pace(amount: float, done: list[dict[str, Any]]) -> Pace:
-    """Of actors that take shard after shard, and say how long they worked on them."""
-    secs = sum(manifest.get("seconds", 0.0) for manifest in done)
+    first, all_secs = done[0], sum(manifest.get("seconds", 0.0) for manifest in done)
     timed = [manifest for manifest in done if {"busy_secs", "num_actors"} <= manifest.keys()]
-    if not timed or not amount:
-        return Pace(amount, secs, None)
-    actors, busy = timed[0]["num_actors"], sum(manifest["busy_secs"] for manifest in timed)
-    return Pace(amount, max(secs - busy / actors, 0.0), busy / amount, actors)
+    if step.trains:
+        speed = median(row["positions_per_sec"] for row in first["log"][1:] or first["log"])
+        amount, actors = first.get("own_positions", first["num_positions"]), first["num_workers"]
+        all_secs, busy = first.get("seconds", 0.0), amount / speed * actors
+    elif step.stage == names.TEACHER and "training" in first:
+        amount, actors, busy = first["config"]["model.tiny_lm"]["num_steps"], 1, first["training"]["seconds"]
+    else:
+        amount, actors = _amount(run, step, first), timed[0]["num_actors"] if timed else 0
+        busy = sum(manifest["busy_secs"] for manifest in timed)
+    if not actors or not amount:
+        return Pace(amount, all_secs, None)
+    return Pace(amount, max(all_secs - busy / actors, 0.0), busy / amount, actors)
 
 
-def _training_pace(manifest: dict[str, Any]) -> Pace:
-    log = manifest["log"]
-    speed = median(row["positions_per_sec"] for row in log[1:] or log)
-    positions = manifest.get("own_positions", manifest["num_positions"])
-    start = manifest.get("seconds", 0.0) - positions / speed
-    return Pace(positions, max(start, 0.0), manifest["num_workers"] / speed, manifest["num_workers"])
-
-
-def _amount(run: Run, step: Step, done: list[dict[str, Any]]) -> float:
+def _amount(run: Run, step: Step, first: dict[str, Any]) -> float:
     """Units of a finished step, counted from its tables."""
-    if step.stage in ("synthesize", "encode", "align"):
+    if step.stage in (names.ALIGN, names.SYNTHESIZE, names.ENCODE):
         return _hours(run.table(step.set, step.tables[-1]))
-    if step.stage == "measure":
-        return _hours(run.table(step.set, "features")) * len(step.tables)
-    if step.stage in ("probe", "select"):
-        return float((run.table("web", "passages").manifest() or {}).get("num_rows", 0))
-    if "catalog" in step.tables:
-        return _hours(run.table(step.set, "utterances"))
-    if step.stage == "evaluate":
-        items = run.table("benchmark", "items").manifest() or {}
-        return float(items.get("num_rows", 0) * len(step.tables))
-    return float(done[0].get("num_kept", 0))
+    if step.stage == names.MEASURE:  # of recordings only those that are held out
+        return _hours(run.table(step.set, names.FEATURES), split="test") * passes(run.config, step)
+    if step.stage == names.EVALUATE:
+        return _num_rows(run.table(step.set, names.ITEMS)) * passes(run.config, step)
+    if step.stage in (names.PROBE, names.SELECT):
+        return _num_rows(run.table(names.WEB, names.PASSAGES))
+    if names.CATALOG in step.tables:
+        return _hours(run.table(step.set, names.UTTERANCES))
+    return float(first.get("num_kept", 0))
 
 
-def _hours(table: Table) -> float:
-    columns = (table.read(shard, ["duration_secs"])["duration_secs"] for shard in table.shards())
-    return float(sum(sum(column.to_pylist()) for column in columns)) / 3600
+def _hours(table: Table, split: str = "") -> float:
+    rows = (row for shard in table.shards() for row in table.read(shard, ["duration_secs", "split"]).to_pylist())
+    return sum(row["duration_secs"] for row in rows if split in ("", row["split"])) / 3600
+
+
+def _num_rows(table: Table) -> float:
+    return float((table.manifest() or {}).get("num_rows", 0))
 
 
 def same_speech(run: Config, planned: Config) -> bool:
@@ -327,14 +300,10 @@ def same_speech(run: Config, planned: Config) -> bool:
 
 def measured_speech(run: Run, planned: Config) -> dict[str, float]:
     """`words_per_sec`, `tokens_per_word` and `fill` of a run's natural speech, those that hold for what is planned."""
-    features = run.table("natural", "features")
-    if not same_speech(run.config, planned) or features.manifest() is None:
-        return {}
-    secs, texts = 0.0, list[str]()
-    for shard in features.shards()[:SAMPLE_SHARDS]:
-        rows = features.read(shard, ["duration_secs", "text"])
-        secs += sum(rows["duration_secs"].to_pylist())
-        texts += rows["text"].to_pylist()
+    features, same = run.table(names.NATURAL, names.FEATURES), same_speech(run.config, planned)
+    shards = features.shards()[:SAMPLE_SHARDS] if same and features.manifest() is not None else []
+    rows = [row for shard in shards for row in features.read(shard, ["duration_secs", "text"]).to_pylist()]
+    texts, secs = [row["text"] for row in rows], sum(row["duration_secs"] for row in rows)
     words = sum(len(text.split()) for text in texts)
     if not words or not secs:
         return {}
@@ -347,7 +316,7 @@ def measured_speech(run: Run, planned: Config) -> dict[str, float]:
 
 def _tokens_per_word(run: Run, texts: list[str]) -> dict[str, float]:
     """By the teacher's tokenizer, where that can be had here."""
-    manifest = run.table("", "teacher").manifest()
+    manifest = run.table("", names.TEACHER).manifest()
     if manifest is None:
         return {}
     teacher = run.with_path(manifest)
@@ -362,9 +331,7 @@ def _tokens_per_word(run: Run, texts: list[str]) -> dict[str, float]:
 
 def _fill(run: Run) -> dict[str, float]:
     """Share of the first epoch's positions that is not padding."""
-    plan = run.table("natural", "plan")
-    if plan.manifest() is None:
-        return {}
-    shards = [plan_shard_name(lane, 0) for lane in range(run.config.pack.num_lanes)]
+    plan, pack = run.table(names.NATURAL, names.PLAN), run.config.pack
+    shards = [plan_shard_name(lane, 0) for lane in range(pack.num_lanes)] if plan.manifest() is not None else []
     rows = [number for shard in shards for number in plan.read(shard, ["num_positions"])["num_positions"].to_pylist()]
-    return {"fill": sum(rows) / (len(rows) * run.config.pack.context)} if rows else {}
+    return {"fill": sum(rows) / (len(rows) * pack.context)} if rows else {}

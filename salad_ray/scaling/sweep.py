@@ -20,9 +20,9 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -38,16 +38,18 @@ from salad_ray.distill.checkpoints import checkpoint_at
 from salad_ray.distill.trainer import checkpoints_url, worker_resources
 from salad_ray.flow import LENGTHS, Step, made_from, steps, with_needs
 from salad_ray.lease import held
+from salad_ray.names import EVALUATE, MEASURE, STAGE1, STAGE2, TRUNK, measurements_of
 from salad_ray.runs import Run, write_index
 from salad_ray.scaling.law import LawError, MisalignmentLaw, fit_misalignment_law
 from salad_ray.stages.ray_cluster import start_ray
 from salad_ray.stages.trunk import lengthen
 from salad_ray.store import for_ray
-from salad_ray.tables import Measurement, Table, TableError, each_shard, fingerprint, read_json, write_bytes, write_json
+from salad_ray.tables import Measurement, TableError, each_shard, fingerprint, read_json, write_bytes, write_json
 
 OF_STAGE2 = ("select.", "probe.", "cluster.", "embed.")
 """Keys that begin so change nothing without Stage II."""
-TRAINING = ("trunk", "stage1", "stage2")
+TRUNKS = "trunks"
+"""The kind of what runs before the trainings, and is run again when another branch is asked for."""
 WITHIN = 0.05
 """Of E: the data that the paper asks for."""
 
@@ -69,20 +71,20 @@ class Trial:
     """Key of the grid → value."""
     config: Config
     budget: float | None = None
-    run: Run | None = None
+    resolved: Run | None = None
+
+    @property
+    def run(self) -> Run:
+        assert self.resolved is not None
+        return self.resolved
 
     @property
     def row(self) -> dict[str, Any]:
         return {"trial": self.name} | self.values | ({} if self.budget is None else {"budget": self.budget})
 
-    def labelled(self, label: str) -> Table:
-        assert self.run is not None
-        return self.run.labelled(label)
-
     @property
     def folder(self) -> str:
         """Where its report and its log are."""
-        assert self.run is not None
         return self.run.places.report_url.removesuffix("/report")
 
     @property
@@ -90,12 +92,19 @@ class Trial:
         """What decides how long its plan must be."""
         return fingerprint(identity(self.config, *LENGTHS, "stage2"))
 
+    @property
+    def trunk(self) -> Step:
+        return next(step for step in steps(self.config) if step.stage == TRUNK)
+
+    @property
+    def branch_step(self) -> int:
+        return budget_of(self.config, plans_of(self.run, self.trunk)).branch_step
+
     def steps(self, evaluate: bool) -> list[Step]:
         """What is to be made for it; questions are asked only if the sweep says so."""
         flow = steps(self.config)
-        last = ("measure", "evaluate") if evaluate else ("measure",)
-        wanted = [step for step in flow if step.stage in (*TRAINING, *last)]
-        return [*with_needs(self.config, wanted), flow[-1]]
+        last = (MEASURE, EVALUATE) if evaluate else (MEASURE,)
+        return [*with_needs(self.config, [step for step in flow if step.trains or step.stage in last]), flow[-1]]
 
 
 def run_sweep(base: Run, name: str, flow: Flow) -> dict[str, Any]:
@@ -113,18 +122,19 @@ def run_sweep(base: Run, name: str, flow: Flow) -> dict[str, Any]:
     config = base.config
     sweep = config.sweeps[name]
     trials = [
-        replace(trial, run=flow.resolve(trial.config, f"{name}/{trial.name}")) for trial in grid_trials(config, name)
+        replace(trial, resolved=flow.resolve(trial.config, f"{name}/{trial.name}"))
+        for trial in grid_trials(config, name)
     ]
     for trial in trials:
-        assert trial.run is not None
         write_index(trial.run)
     start_ray(config)
     started = time.monotonic()
     errors = make_shared(config, name, trials, flow)
     ready = [trial for trial in trials if trial.name not in errors]
     errors |= run_trials(config, name, ready, partial(_whole_run, flow=flow, evaluate=sweep.evaluate))
-    rows = [_row(trial, errors.get(trial.name, "")) for trial in trials]
-    measured = {t.name: measured_rows(t) for t in trials if sweep.budgets and t.name not in errors}
+    found = {trial.name: measured_row(trial) for trial in trials if trial.name not in errors}
+    rows = [trial.row | found.get(trial.name, {}) | {"error": errors.get(trial.name, "")} for trial in trials]
+    measured = {trial.name: measured_rows(trial) for trial in trials if sweep.budgets and trial.name in found}
     result = {"name": name, "grid": dict(sweep.grid), "rows": rows, "laws": laws(rows, list(sweep.grid), measured)}
     if sweep.budgets:
         result["saving"] = saving(name, trials, rows)
@@ -191,20 +201,30 @@ def make_shared(config: Config, name: str, trials: Sequence[Trial], flow: Flow) 
         Why a trial cannot go on, by its name.
     """
     errors: dict[str, str] = {}
-    before, trunks, after = _shared(trials, config.sweeps[name].evaluate)
-    for sharing in before:
-        _make_once(sharing, flow, errors)
-    points = {
-        sharing[0][0].name: sorted({_branch_step(trial) for trial, _ in sharing if trial.name not in errors})
-        for sharing in trunks
-    }
-    firsts = {sharing[0][0].name: sharing for sharing in trunks if points[sharing[0][0].name]}
-    ready = [sharing[0][0] for sharing in firsts.values()]
-    failed = run_trials(config, name, ready, partial(_trunk, points=points), kind="trunks") if ready else {}
+    users: dict[str, Sharing] = {}
+    flows = {trial.name: trial.steps(config.sweeps[name].evaluate) for trial in trials}
+    for trial in trials:
+        for step in flows[trial.name]:
+            if step.writes:
+                users.setdefault(trial.run.labelled(step.writes[0]).url, []).append((trial, step))
+    shared = [sharing for sharing in users.values() if len(sharing) > 1 and sharing[0][1].stage != TRUNK]
+    later = set(made_from(itertools.chain(*flows.values()), [TRUNK]))
+    for sharing in shared:
+        if later.isdisjoint(sharing[0][1].writes):
+            _make_once(sharing, flow, errors)
+    trunks = {}
+    for sharing in users.values():
+        alive = [trial for trial, step in sharing if step.stage == TRUNK and trial.name not in errors]
+        if alive:
+            trunks[alive[0].name] = alive
+    points = {first: sorted({trial.branch_step for trial in alive}) for first, alive in trunks.items()}
+    firsts = [alive[0] for alive in trunks.values()]
+    failed = run_trials(config, name, firsts, partial(_trunk, points=points), kind=TRUNKS) if firsts else {}
     for first, error in failed.items():
-        errors |= {trial.name: f"its trunk failed: {error}" for trial, _ in firsts[first] if not _has_branch(trial)}
-    for sharing in after:
-        _make_once(sharing, flow, errors)
+        errors |= {trial.name: f"its trunk failed: {error}" for trial in trunks[first] if not _has_branch(trial)}
+    for sharing in shared:
+        if not later.isdisjoint(sharing[0][1].writes):
+            _make_once(sharing, flow, errors)
     return errors
 
 
@@ -212,26 +232,11 @@ Sharing = list[tuple[Trial, Step]]
 """The trials that have a table in common, with the step that makes it."""
 
 
-def _shared(trials: Sequence[Trial], evaluate: bool) -> tuple[list[Sharing], list[Sharing], list[Sharing]]:
-    """What several trials share before training, all trunks, and what they share behind those, each in order."""
-    users: dict[str, Sharing] = {}
-    for trial in trials:
-        for step in trial.steps(evaluate):
-            if step.writes:
-                users.setdefault(trial.labelled(step.writes[0]).url, []).append((trial, step))
-    trunks = [sharing for sharing in users.values() if sharing[0][1].stage == "trunk"]
-    others = [sharing for sharing in users.values() if len(sharing) > 1 and sharing[0][1].stage != "trunk"]
-    later = set(made_from([step for trial in trials for step in trial.steps(evaluate)], ["trunk"]))
-    before = [sharing for sharing in others if later.isdisjoint(sharing[0][1].writes)]
-    return before, trunks, [sharing for sharing in others if not later.isdisjoint(sharing[0][1].writes)]
-
-
 def _make_once(sharing: Sharing, flow: Flow, errors: dict[str, str]) -> None:
     """Make a shared table by way of one of its trials; one that grows, by way of each that may want it longer."""
     alive = [(trial, step) for trial, step in sharing if trial.name not in errors]
     lengths = {trial.lengths: (trial, step) for trial, step in alive if step.grows}
     for trial, step in lengths.values() or alive[:1]:
-        assert trial.run is not None
         try:
             flow.run_steps(trial.run, [step])
         except Exception as error:
@@ -242,33 +247,22 @@ def _make_once(sharing: Sharing, flow: Flow, errors: dict[str, str]) -> None:
             return
 
 
-def _branch_step(trial: Trial) -> int:
-    assert trial.run is not None
-    return budget_of(trial.config, plans_of(trial.run, _trunk_step(trial))).branch_step
-
-
 def _has_branch(trial: Trial) -> bool:
     """Whether the trunk has reached this trial's decay, though it failed behind."""
     try:
-        checkpoint_at(checkpoints_url(trial.labelled("trunk")), _branch_step(trial))
+        checkpoint_at(checkpoints_url(trial.run.labelled(TRUNK)), trial.branch_step)
     except TableError:
         return False
     return True
 
 
-def _trunk_step(trial: Trial) -> Step:
-    return next(step for step in trial.steps(evaluate=False) if step.stage == "trunk")
-
-
 def _trunk(trial: Trial, points: dict[str, list[int]]) -> None:
-    assert trial.run is not None
-    with held(trial.labelled("trunk").url):
-        lengthen(trial.run, _trunk_step(trial), points[trial.name])
+    with held(trial.run.labelled(TRUNK).url):
+        lengthen(trial.run, trial.trunk, points[trial.name])
 
 
 def _whole_run(trial: Trial, flow: Flow, evaluate: bool) -> None:
     """Make all that is missing of a trial, its report last."""
-    assert trial.run is not None
     flow.run_steps(trial.run, trial.steps(evaluate))
     write_json(_done_url(trial), {"versions": _versions(trial, evaluate)})
 
@@ -281,7 +275,7 @@ def _versions(trial: Trial, evaluate: bool) -> dict[str, str | None]:
     """Of all tables of a trial, as they are now."""
     labels = [label for step in trial.steps(evaluate) for label in step.writes]
     with ThreadPoolExecutor(32) as threads:
-        manifests = threads.map(lambda label: trial.labelled(label).manifest() or {}, labels)
+        manifests = threads.map(lambda label: trial.run.labelled(label).manifest() or {}, labels)
         return {label: manifest.get("version") for label, manifest in zip(labels, manifests, strict=True)}
 
 
@@ -290,11 +284,44 @@ def run_trials(
 ) -> dict[str, str]:
     """Run those that are not done, several at a time; returns the errors of those that failed, by name."""
     sweep = config.sweeps[name]
-    pending = [trial for trial in trials if kind == "trunks" or not _is_done(trial, sweep.evaluate)]
+    pending = {trial.name: trial for trial in trials if kind == TRUNKS or not _is_done(trial, sweep.evaluate)}
     at_once = sweep.max_concurrent or concurrency([trial.config for trial in trials] or [config])
     count = f"{len(pending)} of {len(trials)} {kind}" if len(pending) < len(trials) else f"{len(trials)} {kind}"
     say(f"sweep {name}: {count} to run, {min(at_once, max(len(pending), 1))} at a time")
-    return _tune(config, name, pending, work, at_once, kind) if pending else {}
+    if not pending:
+        return {}
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_SYNCER", "1")
+
+    def trainable(given: dict[str, str]) -> None:
+        trial = pending[given["trial"]]
+        tune.report({"trial": trial.name, "error": _attempt(work, trial, kind)})
+
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, nothing_but_this_node()),
+        param_space={"trial": tune.grid_search(list(pending))},
+        tune_config=tune.TuneConfig(
+            max_concurrent_trials=at_once, trial_dirname_creator=lambda t: f"trial-{t.trial_id}"
+        ),
+        run_config=tune.RunConfig(
+            name=f"tune-{kind}",
+            **for_ray(f"{config.run_dir}/sweeps/{name}"),
+            failure_config=tune.FailureConfig(max_failures=sweep.max_failures),
+            verbose=0,
+            callbacks=[_Progress(f"sweep {name}", len(pending))],
+        ),
+    )
+    errors = {}
+    for result in tuner.fit():
+        label = (result.config or {})["trial"]
+        if result.error is not None:
+            lines = [line for line in str(result.error).strip().splitlines() if line.strip()]
+            errors[label] = lines[-1] if lines else type(result.error).__name__
+        elif "error" not in (result.metrics or {}):  # Tune ends quietly at the first Ctrl-C
+            raise KeyboardInterrupt
+        elif result.metrics["error"]:
+            errors[label] = result.metrics["error"]
+    return errors
 
 
 def _is_done(trial: Trial, evaluate: bool) -> bool:
@@ -312,45 +339,6 @@ def concurrency(configs: Sequence[Config]) -> int:
         if number
     ]
     return max(1, int(min(rooms, default=1)))
-
-
-def _tune(
-    config: Config, name: str, trials: Sequence[Trial], work: Callable[[Trial], None], at_once: int, kind: str
-) -> dict[str, str]:
-    """Errors by trial."""
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_SYNCER", "1")
-    by_name = {trial.name: trial for trial in trials}
-    sweep = config.sweeps[name]
-
-    def trainable(given: dict[str, str]) -> None:
-        trial = by_name[given["trial"]]
-        tune.report({"trial": trial.name, "error": _attempt(work, trial, kind)})
-
-    tuner = tune.Tuner(
-        tune.with_resources(trainable, nothing_but_this_node()),
-        param_space={"trial": tune.grid_search(list(by_name))},
-        tune_config=tune.TuneConfig(
-            max_concurrent_trials=at_once, trial_dirname_creator=lambda t: f"trial-{t.trial_id}"
-        ),
-        run_config=tune.RunConfig(
-            name=f"tune-{kind}",
-            **for_ray(f"{config.run_dir}/sweeps/{name}"),
-            failure_config=tune.FailureConfig(max_failures=sweep.max_failures),
-            verbose=0,
-            callbacks=[_Progress(f"sweep {name}", len(trials))],
-        ),
-    )
-    errors = {}
-    for result in tuner.fit():
-        label = (result.config or {})["trial"]
-        if result.error is not None:
-            errors[label] = _last_line(result.error)
-        elif "error" not in (result.metrics or {}):  # Tune ends quietly at the first Ctrl-C
-            raise KeyboardInterrupt
-        elif result.metrics["error"]:
-            errors[label] = result.metrics["error"]
-    return errors
 
 
 def nothing_but_this_node() -> tune.PlacementGroupFactory:
@@ -393,28 +381,22 @@ class _Progress(tune.Callback):
         say(f"{self.label}: {trial.config['trial']} {state}; {self.done}/{self.total}, ETA {clock(rest)}")
 
 
-def _row(trial: Trial, error: str) -> dict[str, Any]:
-    return trial.row | ({} if error else measured_row(trial)) | {"error": error}
-
-
 def measured_row(trial: Trial) -> dict[str, Any]:
     """F and M of a finished run's last system, by whether its domains were heard; accuracy, where it was asked."""
-    assert trial.run is not None
     metrics = read_json(f"{trial.run.places.report_url}/metrics.json") or {}
-    system = "stage2" if "stage2" in metrics else "stage1"
+    system = STAGE2 if STAGE2 in metrics else STAGE1
     facts = metrics[system]
     names = ("misalignment", "forgetting", "distillation", "misalignment_whole", "forgetting_whole")
     row = {"system": system, "num_positions": facts["num_positions"]}  # the law's D, as the paper's: with text alone
     row |= {"num_text_positions": facts.get("num_text_positions", 0)}
     row |= {key: facts[key] for name in names for key in (name, f"{name}_standard_error")}
-    for label, heard in (("heard", True), ("unheard", False)):
-        chosen = [found for found in facts["by_domain"].values() if found["heard"] is heard]
-        for name in names:
-            values = [found[name] for found in chosen if found[name] is not None]
-            if values and name != "distillation":
-                row |= {f"{label}_{name}": sum(values) / len(values)}
-    if "selection" in metrics and system == "stage2":
-        row |= {"synthetic_hours": metrics["selection"]["hours"]}
+    for (label, heard), name in itertools.product((("heard", True), ("unheard", False)), names):
+        domains = [found[name] for found in facts["by_domain"].values() if found["heard"] is heard]
+        values = [value for value in domains if value is not None]
+        if values and name != "distillation":
+            row[f"{label}_{name}"] = sum(values) / len(values)
+    if "selection" in metrics and system == STAGE2:
+        row["synthetic_hours"] = metrics["selection"]["hours"]
     for found in metrics.get("accuracy", []):
         if found["system"] == system and found["metric"] == "acc" and found["heard"] is None:
             row[f"{found['benchmark']} {found['modality']}"] = found["accuracy"]
@@ -467,39 +449,36 @@ def unit_sums(trainings: Sequence[Sequence[Measurement]]) -> tuple[np.ndarray, n
 
 def measured_rows(trial: Trial) -> list[Measurement]:
     """What M of a trial with a budget, which ends with Stage I, was measured on."""
-    table = trial.labelled(f"{trial.config.measured_sets[0]}/measurements_stage1")
+    table = trial.run.table(trial.config.measured_sets[0], measurements_of(STAGE1))
     shards = each_shard(partial(table.read_rows, Measurement), table.shards())
     return [row for rows in shards for row in rows if row.protocol == "interleaved"]
 
 
 def law_facts(law: MisalignmentLaw) -> dict[str, Any]:
     """A law as plain data; an open end of an interval is null."""
-    plain = asdict(replace(law, _fit=None))  # type: ignore[arg-type]
-    del plain["_fit"]
-    within = law.positions_within_interval(WITHIN)
-    plain["ci"] = {name: [_finite(end) for end in ends] for name, ends in law.ci.items()}
     low, high = law._fit.positions.min(), law._fit.positions.max() * 4
     places = [low * (high / low) ** (index / 24) for index in range(25)]
-    curve = [[place, float(law.predict(place)), *law.predict_interval(place)] for place in places]
-    return plain | {
+    curve = [(place, float(law.predict(place)), *law.predict_interval(place)) for place in places]
+    return {each.name: getattr(law, each.name) for each in fields(law) if each.repr} | {
+        "ci": {name: _finite(ends) for name, ends in law.ci.items()},
         "within": WITHIN,
-        "positions_within": _finite(law.positions_within(WITHIN)),
-        "positions_within_ci": [_finite(end) for end in within],
-        "curve": [[_finite(number) for number in point] for point in curve],
+        "positions_within": _finite([law.positions_within(WITHIN)])[0],
+        "positions_within_ci": _finite(law.positions_within_interval(WITHIN)),
+        "curve": [_finite(point) for point in curve],
     }
 
 
-def _finite(number: float) -> float | None:
-    return float(number) if math.isfinite(number) else None
+def _finite(numbers: Iterable[float]) -> list[float | None]:
+    return [float(number) if math.isfinite(number) else None for number in numbers]
 
 
 def saving(name: str, trials: Sequence[Trial], rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Positions that were trained, beside those that as many separate trainings would have needed."""
     done = [(trial, row) for trial, row in zip(trials, rows, strict=True) if not row["error"]]
-    own = {row["trial"]: (trial.labelled("stage1").manifest() or {})["own_positions"] for trial, row in done}
+    own = {row["trial"]: (trial.run.labelled(STAGE1).manifest() or {})["own_positions"] for trial, row in done}
     groups: dict[str, list[dict[str, Any]]] = {}
     for trial, row in done:
-        groups.setdefault(trial.labelled("trunk").url, []).append(row)
+        groups.setdefault(trial.run.labelled(TRUNK).url, []).append(row)
     # A trunk is as long as the last branch that begins on it, also where it failed behind that.
     trunks = sum(max(row["num_positions"] - own[row["trial"]] for row in group) for group in groups.values())
     trained, separate = trunks + sum(own.values()), sum(row["num_positions"] for _, row in done)
@@ -525,8 +504,3 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
 
 def _no_formula(value: Any) -> Any:
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +25,9 @@ from salad_ray.config import Config, ConfigError
 from salad_ray.configfile import dump_config, load_config, parse_config, replaced
 from salad_ray.flow import merged, steps
 from salad_ray.runs import open_run
+from salad_ray.scaling.number import Number, total, weakest
 from salad_ray.scaling.plan import Plan, StageCost, fit_training, make_plan, plan_grids
-from salad_ray.scaling.rates import RATES, Rates, comparable, load_rates, measured_rates, weakest
+from salad_ray.scaling.rates import RATES, Rates, comparable, load_rates, measured_rates
 from salad_ray.sequences.plan import plan_shard_name
 from salad_ray.tables import Features, PlanRow, Utterance, to_arrow, write_json
 
@@ -171,8 +173,11 @@ def test_what_comes_from_an_assumption_is_called_one(paper: Plan) -> None:
         "share of words heard", "text LLM", "adapter", "checkpoints", "models",
     }  # fmt: skip
     assert cost(paper, "stage1").source == "assumption"
-    assert cost(paper, "ingest", "heldout").amount_source == "derived"
-    assert cost(paper, "encode", "natural").amount_source == "assumption"
+    rates = load_rates()
+    known = {kind: rate.model_copy(update={"source": "measured in x"}) for kind, rate in rates.stages.items()}
+    told = plan_of(of_paper(), rates.model_copy(update={"stages": known}))
+    assert cost(told, "ingest", "heldout").source == "measured in x"  # as many passages as the config says
+    assert cost(told, "encode", "natural").source == "assumption"  # its hours are the corpora's
 
 
 @pytest.mark.parametrize(
@@ -185,6 +190,24 @@ def test_what_comes_from_an_assumption_is_called_one(paper: Plan) -> None:
 )
 def test_the_weakest_source_counts(of: list[str], name: str) -> None:
     assert weakest(of) == name
+
+
+def test_a_number_shows_its_formula_and_keeps_its_weakest_source() -> None:
+    hours, share = Number(1500, "hours"), Number(0.25, "# (share)", "assumption")
+    left = 2 * (hours - hours * share) / (hours / 4)
+    assert (float(left), left.how) == (6, "2 × (hours − hours × 0.25 (share)) / (hours / 4)")
+    assert (left.source, (hours / 7).source) == ("assumption", "derived")
+    up = total([hours, 1 - share, Number(1 / 3)]).rounded("⌈⌉", math.ceil)
+    assert (float(up), up.how) == (1502, "⌈hours + 1 − 0.25 (share) + 0.3333⌉")
+    assert (up.source, (up * 1000).how) == ("assumption", f"{up.how} × 1,000")
+
+
+def test_the_derivation_shows_the_formulas_that_it_reckons(paper: Plan) -> None:
+    shown = {line.name: line.how for line in (*paper.lines, *paper.storage)}
+    assert shown["training speech"] == "natural speech − held-out recordings"
+    assert shown["held-out recordings"] == "natural speech × 0.001 (ingest.heldout_share)"
+    assert shown["steps of Stage I"] == "⌈24,000,000,000 (distill.num_positions) / positions of a step⌉"
+    assert shown["checkpoints"] == "2 (trainings) × (text LLM + adapter) × 3 (checkpoints) × 12"
 
 
 @pytest.mark.parametrize(
@@ -233,7 +256,7 @@ def test_prices_and_rates_come_from_the_users_file(tmp_path: Path, paper: Plan) 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda rates: rates["prices"].pop("gpu_hour"), r"'prices.gpu_hour' is missing; take it over from"),
+        (lambda rates: rates["prices"].pop("gpu_hour"), r"'prices.gpu_hour' is missing; see .*rates\.yaml"),
         (lambda rates: rates["prices"].update(gpu_hour=-3), r"'prices.gpu_hour' is -3: .*greater than or equal to 0"),
         (lambda rates: rates["training"].update(mfu=40), r"'training.mfu' is 40: .*less than or equal to 1"),
         (lambda rates: rates["speech"].update(words_per_sec=0), r"'speech.words_per_sec' is 0: .*greater than 0"),
@@ -244,7 +267,10 @@ def test_prices_and_rates_come_from_the_users_file(tmp_path: Path, paper: Plan) 
             "did you mean 'stages.pack.start'",
         ),
         (lambda rates: rates["prices"].update(gpu_huor=1), r"'prices.gpu_huor'; did you mean 'prices.gpu_hour'"),
-        (lambda rates: rates["stages"].update({"encode mimmi": rates["stages"]["pack"]}), "did you mean 'encode mimi'"),
+        (
+            lambda rates: rates["stages"].update({"encode mimmi": rates["stages"]["pack"]}),
+            "did you mean 'stages.encode mimi'",
+        ),
         (lambda rates: rates["cluster"].update(gpu="RTX 9000"), r"'cluster.gpu' is 'RTX 9000'"),
         (lambda rates: rates["models"].update({"Qwen/Qwen2.5-3B": {}}), r"models.Qwen/Qwen2.5-3B' is no config"),
         *(
@@ -258,7 +284,7 @@ def test_prices_and_rates_come_from_the_users_file(tmp_path: Path, paper: Plan) 
                 {"model_type": "qwen2", "num_attention_heads": 0},
             )
         ),
-        (lambda rates: rates.update(sources={"mfuu": "me"}), r"'sources.mfuu'; did you mean 'mfu'"),
+        (lambda rates: rates.update(sources={"mfuu": "me"}), r"'sources.mfuu'; did you mean 'sources.mfu'"),
         (lambda rates: rates["stages"].pop("encode mimi"), "no 'encode mimi'; take it over"),
         (lambda rates: rates["corpora"].pop("libriheavy"), "how many hours 'libriheavy' has"),
         (lambda rates: rates["web"].clear(), "how many passages 'fineweb-edu' has"),
@@ -275,10 +301,10 @@ def test_what_is_wrong_with_the_rates_is_named(
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, r"no such file; copy .*rates\.yaml"),
-        (b"- 1\n- 2\n", r"holds a list, but rates are a mapping of keys to values; copy"),
-        (b"", r"holds nothing, but"),
-        (b"\x00\xff\xfe\x81PK", r"not valid YAML"),
+        (None, r"no such file of rates; see .*rates\.yaml, .* copied and edited"),
+        (b"- 1\n- 2\n", r"holds a list, but a file of rates is a mapping of keys to values; see"),
+        (b"", r"'cluster' is missing; see .*rates\.yaml"),
+        (b"\x00\xff\xfe\x81PK", r"cannot be read as a file of rates .*; see"),
         (b"prices: [", r"not valid YAML"),
     ],
 )
@@ -289,7 +315,7 @@ def test_what_is_no_file_of_rates_is_named(content: bytes | None, words: str, tm
     with pytest.raises(ConfigError, match=words) as caught:
         load_rates(str(own))
     assert str(caught.value).startswith(str(own))
-    with pytest.raises(ConfigError, match=r"cannot be read as a file of rates .*; copy"):
+    with pytest.raises(ConfigError, match=r"cannot be read as a file of rates .*; see"):
         load_rates(str(tmp_path))
 
 
@@ -351,6 +377,36 @@ def test_without_actors_times_the_assumed_work_is_left_and_said(measured: Config
     assert found.unit is not None
     assert found.start == pytest.approx(1 - 8 * found.unit)
     assert found.source == "assumption"
+
+
+def finish(run: Config, stage: str, set_name: str, more: list[str]) -> int:
+    """Let two actors have taken a minute for each table of a step; returns their number."""
+    [step] = [step for step in merged(steps(run)) if (step.stage, step.set) == (stage, set_name)]
+    keep_run(run.run_dir, run.model_dump(mode="json"), [*step.writes, *more])
+    for label in step.writes:
+        pace = {"shards": {}, "num_actors": 2, "busy_secs": 120.0, "seconds": 60.0}
+        write_json(f"{hand_table(run.run_dir, label).url}/manifest.json", pace)
+    return len(step.tables)
+
+
+def test_a_run_planned_again_takes_as_long_to_ask_its_items(tmp_path: Path) -> None:
+    conditions = {"evaluate": {"num_shots": 1, "conditions": ["clean", "noise"]}}
+    run = parse_config(small_world_config(tmp_path) | conditions)
+    systems = finish(run, "evaluate", "benchmark", ["benchmark/items"])
+    write_json(f"{hand_table(run.run_dir, 'benchmark/items').url}/manifest.json", {"num_rows": 24})
+    assert cost(plan_of(run, rates_of(run)), "evaluate", "benchmark").secs == pytest.approx(systems * 60)
+
+
+def test_of_recordings_those_that_are_held_out_are_measured(tmp_path: Path) -> None:
+    corpora = {"ingest": {"corpora": ["x"], "num_shards": 4}, "stage2": None, "pack": {"num_lanes": 2}}
+    run = parse_config(small_world_config(tmp_path) | corpora)
+    systems = finish(run, "measure", "natural", ["natural/features"])
+    features = hand_table(run.run_dir, "natural/features")
+    for split in ("train", "test"):
+        spoken = make_features("one two", secs_per_word=900.0, pause_secs=0.0, split=split)
+        features.write(split, to_arrow(Features, [spoken]))
+    write_json(f"{features.url}/manifest.json", {"shards": {}})
+    assert rates_of(run).stages["measure"].unit == pytest.approx(120 * systems / (0.5 * systems))
 
 
 def test_words_tokens_and_fill_are_measured_of_the_same_speech(measured: Config) -> None:
