@@ -399,7 +399,10 @@ def measured_row(trial: Trial) -> dict[str, Any]:
         row["synthetic_hours"] = metrics["selection"]["hours"]
     for found in metrics.get("accuracy", []):
         if found["system"] == system and found["metric"] == "acc" and found["heard"] is None:
-            row[f"{found['benchmark']} {found['modality']}"] = found["accuracy"]
+            condition = (
+                "" if found["condition"] == "clean" else f" {found['condition']}"
+            )  # floors and noise have theirs
+            row[f"{found['benchmark']} {found['modality']}{condition}"] = found["accuracy"]
     return row | {"train_seconds": facts["train_seconds"], "run": trial.run.places.name}
 
 

@@ -20,9 +20,9 @@ from salad_ray.configfile import parse_config, replaced
 from salad_ray.distill.budget import decay_start
 from salad_ray.distill.trainer import worker_resources
 from salad_ray.model.speech_lm import SpeechLM
-from salad_ray.runs import Places, kept_runs, open_places, open_run
-from salad_ray.scaling.sweep import concurrency, grid_trials, laws
-from salad_ray.tables import Table
+from salad_ray.runs import Places, Run, kept_runs, open_places, open_run
+from salad_ray.scaling.sweep import Trial, concurrency, grid_trials, laws, measured_row
+from salad_ray.tables import Table, write_json
 
 BUDGETS = (4, 8)
 SWEEPS = {
@@ -364,3 +364,23 @@ def test_laws_are_told_for_each_combination_or_why_there_is_none() -> None:
 
 def test_budgets_are_sorted_and_told_once() -> None:
     assert SweepConfig(grid={"a": (1,)}, num_steps=(8, 4, 8)).budgets == (4, 8)
+
+
+def test_floors_have_columns_of_their_own_beside_what_was_heard(tmp_path: Path) -> None:
+    places = Places(str(tmp_path), "sweep/trial", {})
+    found = {"system": "stage1", "metric": "acc", "heard": None, "benchmark": "world"}
+    accuracy = [
+        found | {"modality": modality, "condition": condition, "accuracy": value}
+        for modality, condition, value in (
+            ("speech", "clean", 0.9), ("speech", "silence", 0.2), ("speech", "swapped", 0.3), ("text", "choices", 0.1)
+        )
+    ]  # fmt: skip
+    names = ("misalignment", "forgetting", "distillation", "misalignment_whole", "forgetting_whole")
+    facts = {key: 0.0 for name in names for key in (name, f"{name}_standard_error")}
+    facts |= {"num_positions": 1, "train_seconds": 1.0, "by_domain": {}}
+    write_json(f"{places.report_url}/metrics.json", {"stage1": facts, "accuracy": accuracy})
+    config = parse_config({"run_dir": str(tmp_path)})
+    row = measured_row(Trial("trial", {}, config, resolved=Run(config, places)))
+    assert (row["world speech"], row["world speech silence"], row["world speech swapped"]) == (0.9, 0.2, 0.3)
+    assert row["world text choices"] == 0.1
+    assert "world text" not in row
