@@ -142,7 +142,7 @@ class Amounts:
 
     def _passages(self, name: str, corpora: Sequence[WebTextConfig]) -> Number:
         """Passages of web text or of text alone; returns the words of one."""
-        found = self._corpora("web", corpora, "passages") if corpora else self._key(f"world.num_{name}")
+        found = self._corpora(names.WEB, corpora, "passages") if corpora else self._key(f"world.num_{name}")
         self._add(WRITTEN[name], found, "passages")
         return self.rates["words_per_passage"] if corpora else world_words()
 

@@ -85,7 +85,7 @@ class Trial:
     @property
     def folder(self) -> str:
         """Where its report and its log are."""
-        return self.run.places.report_url.removesuffix("/report")
+        return self.run.places.folder
 
     @property
     def lengths(self) -> str:
