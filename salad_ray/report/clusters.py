@@ -83,8 +83,8 @@ def clusters(runs: Sequence[RunFacts]) -> Section:
             *listed("Clusters, the most misunderstood first", run.clusters, _COLUMNS, num_text_columns=3),
             Paragraph(f"Passages of {run.title}" if run.title else "Passages", "h3"),
             Paragraph(
-                f"The first utterances of each cluster as they come, not chosen{more}. On paper only what is unfolded is "
-                "printed, without players.",
+                f"The first utterances of each cluster as they come, not chosen{more}. On paper only what is unfolded "
+                "is printed, without players.",
                 "soft",
             ),
             *(_passages(cluster, rank < NUM_UNFOLDED) for rank, cluster in enumerate(run.clusters)),
