@@ -75,9 +75,7 @@ def clusters(runs: Sequence[RunFacts]) -> Section:
         if not run.clusters:
             blocks.append(Paragraph(_NOT_CLUSTERED, "empty"))
             continue
-        left_out = f"; {run.num_clips_left_out} more were left out to keep the page small" * bool(
-            run.num_clips_left_out
-        )
+        more = f"; {run.num_clips_left_out} more were left out to keep the page small" if run.num_clips_left_out else ""
         selection = run.metrics.get("selection")
         blocks += [
             Paragraph(_drawn(selection) if selection else _NOT_SELECTED),
@@ -85,8 +83,8 @@ def clusters(runs: Sequence[RunFacts]) -> Section:
             *listed("Clusters, the most misunderstood first", run.clusters, _COLUMNS, num_text_columns=3),
             Paragraph(f"Passages of {run.title}" if run.title else "Passages", "h3"),
             Paragraph(
-                f"The first utterances of each cluster as they come, not chosen{left_out}. On paper only what is "
-                "unfolded is printed, without players.",
+                f"The first utterances of each cluster as they come, not chosen{more}. On paper only what is unfolded "
+                "is printed, without players.",
                 "soft",
             ),
             *(_passages(cluster, rank < NUM_UNFOLDED) for rank, cluster in enumerate(run.clusters)),

@@ -48,7 +48,8 @@ def _rows_tables(result: dict[str, Any]) -> list[Table]:
     sides = {"heard M": "heard_misalignment", "unheard M": "unheard_misalignment"}
     quantities = {"M": "misalignment", "F": "forgetting", "M whole": "misalignment_whole"}
     columns: Columns = {
-        **{key: of(key, lambda value: "" if value is None else str(value)) for key in (*result["grid"], "seed")},
+        **{key: of(key) for key in result["grid"]},
+        "seed": lambda row: str(row.get("seed", "")),
         **{name: of(key, lambda value: "" if value is None else words.number(value)) for name, key in measured.items()},
         **{name: partial(words.with_error, quantity=key) for name, key in quantities.items()},
         **{name: of(key, words.number) for name, key in sides.items()},
@@ -60,21 +61,12 @@ def _rows_tables(result: dict[str, Any]) -> list[Table]:
 def _laws_tables(result: dict[str, Any]) -> list[Table]:
     within = next((law["within"] for law in result["laws"] if not law["problem"]), 0.05)
 
-    def interval(quantity: str, show: Callable[[Any], str]) -> Callable[[Row], str]:
-        def cell(law: Row) -> str:
-            if law["problem"]:
-                return "–"
-            ends = law["ci"][quantity] if quantity in law["ci"] else law[f"{quantity}_ci"]
-            return f"{show(law[quantity])} ({' to '.join('∞' if end is None else show(end) for end in ends)})"
-
-        return cell
-
     columns: Columns = {
         ", ".join(result["grid"]): lambda law: _label(law["values"]) + ": no law" * bool(law["problem"]),
-        "E": interval("irreducible", words.number),
+        "E": partial(_with_ends, quantity="irreducible"),
         "E over passages": lambda law: " to ".join(map(words.number, law.get("ci_over_passages") or ())) or "–",
-        "β": interval("exponent", lambda value: words.number(value, 2)),
-        f"D within {100 * within:g} % of E": interval("positions_within", words.short),
+        "β": partial(_with_ends, quantity="exponent", show=partial(words.number, digits=2)),
+        f"D within {100 * within:g} % of E": partial(_with_ends, quantity="positions_within", show=words.short),
         "p (E = 0)": of("irreducible_p_value", words.number),
     }
     notes = [
@@ -82,6 +74,14 @@ def _laws_tables(result: dict[str, Any]) -> list[Table]:
         "scatter; over passages, a bootstrap of what M was measured on. p tests E = 0, a pure power law."
     ]
     return listed(f"M(D) = E + B · D^−β, sweep {result['name']}", result["laws"], columns, 1, notes)
+
+
+def _with_ends(law: Row, quantity: str, show: Callable[[Any], str] = words.number) -> str:
+    """A parameter of a law with its interval, whose ends may be open."""
+    if law["problem"]:
+        return "–"
+    ends = law["ci"][quantity] if quantity in law["ci"] else law[f"{quantity}_ci"]
+    return f"{show(law[quantity])} ({' to '.join('∞' if end is None else show(end) for end in ends)})"
 
 
 def _sentences(result: dict[str, Any]) -> list[str]:
