@@ -210,7 +210,7 @@ def outcomes(folder: str) -> dict[Case, Outcome]:
         port = free.getsockname()[1]
     workers = [start_worker(folder, rank, port) for rank in range(NUM_WORKERS)]
     try:
-        output = [worker.communicate(timeout=120)[0] for worker in workers]
+        output = [worker.communicate(timeout=900)[0] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
