@@ -6,6 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := .venv/installed-$(EXTRA)
 MOSHI := .venv/installed-moshi
 HARNESS := .venv/harness
+TRANSFORMERS4 := .venv/transformers4
 # These use Ray in their own process, and share it and the run that some of them need.
 RAY_TESTS := $(addprefix tests/,distill/test_trainer.py scaling/test_plan.py scaling/test_sweep.py stages test_flow.py \
 	test_jobs.py test_reliability.py)
@@ -27,7 +28,7 @@ define INSTALL
 	$(PIP) install --quiet $(1)
 endef
 
-.PHONY: install moshi harness quickstart test test-all check bench gpu-wheels lock clean
+.PHONY: install moshi harness transformers4 quickstart test test-all check bench gpu-wheels lock clean
 
 install: $(INSTALLED)
 
@@ -56,6 +57,13 @@ harness: $(INSTALLED)
 	@test -d $(HARNESS) || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		--target $(HARNESS) -r locks/harness.txt
 	PYTHONPATH=$(HARNESS) $(BIN)/pytest tests/evaluation/test_harness_parity.py
+
+# Transformers 4, apart, which must read what is exported: tests/model/test_older.py.
+transformers4: $(TRANSFORMERS4)
+
+$(TRANSFORMERS4): locks/transformers4.txt | $(INSTALLED)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ -r $<
+	@touch $@
 
 quickstart: $(INSTALLED)
 	$(BIN)/salad run configs/quickstart.yaml

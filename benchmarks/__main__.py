@@ -30,6 +30,9 @@ class Benchmark:
 
 BENCHMARKS = {
     "packing": Benchmark(0.5, "Packing at LibriHeavy-like lengths", "fill ≥ 99 %"),
+    "spoken": Benchmark(
+        1, "Real text as it is read, beside what eSpeak NG alone makes of it", "no sign dropped or misread"
+    ),
     "alignment": Benchmark(2, "Word alignment at known joins of recordings", "errors within a frame of 80 ms"),
     "loss": Benchmark(2, "distillation_loss beside dense PyTorch and Liger", "memory ≤ 1/8 of dense; time ≤ both"),
     "training": Benchmark(4, "Training loop beside a bare PyTorch loop", "ours/bare ≥ 0.95"),

@@ -131,7 +131,7 @@ def speak_and_measure(config: Config) -> None:
     ]
     run = pipeline.resolve(config)
     finish(run, "measure", run.table("probe", "measurements_stage1"), to_arrow(Measurement, measured), {})
-    facts = {"totals": {"training hours": NATURAL_HOURS}}
+    facts = {"totals": {"training_hours": NATURAL_HOURS}}
     finish(run, "encode", run.table("natural", "features"), to_arrow(Measurement, []), facts)
 
 

@@ -7,17 +7,17 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, NoReturn
 
 import typer
-from pydantic import BaseModel
 from rich.table import Table as Grid
 
 from salad_ray import pipeline
-from salad_ray.config import Config, ConfigError, SweepConfig, section_of
+from salad_ray.config import Config, ConfigError, SweepConfig, all_fields, section_of
 from salad_ray.configfile import dump_config, load_config
 from salad_ray.console import console, say, user_error
 from salad_ray.credentials import redact, refuse_secret_arguments
@@ -41,6 +41,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value …]", help="Overrides, such as distill.alpha=0.5.")
 ]
 
+RunDir = Annotated[str, typer.Argument(metavar="RUN_DIR", help="Folder or URL of a run.")]
 RunName = Annotated[str | None, typer.Option("--run", help="One of the runs in RUN_DIR; the newest by default.")]
 
 
@@ -86,21 +87,16 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
         yield key, value
 
 
-def describe(model: type[BaseModel], prefix: str) -> Iterator[str]:
-    """One line for each key of a section: name, default, meaning."""
-    for name, field in model.model_fields.items():
-        section = section_of(field.annotation)
-        if section is not None:
-            yield from describe(section, f"{prefix}.{name}")
-        else:
-            meaning = f"  {' '.join(field.description.split())}" if field.description else ""
-            yield f"[bold]{prefix}.{name}[/bold]={field.default}{meaning}"
-
-
-def section_named(name: str) -> type[BaseModel]:
-    section = section_of(Config.model_fields[name].annotation)
+def describe(annotation: Any, prefix: str) -> str:
+    """A paragraph for each key of a section (the type of a field): name, default, meaning."""
+    section, lines = section_of(annotation), []
     assert section is not None
-    return section
+    for key, field in all_fields(section, f"{prefix}."):
+        if section_of(field.annotation) is None:
+            meaning = f"  {' '.join(field.description.split())}" if field.description else ""
+            default = "unset" if field.default is None else field.default
+            lines.append(f"[bold]{key}[/bold]{' (required)' if field.is_required() else f'={default}'}{meaning}")
+    return "\n\n".join(lines)
 
 
 @app.command()
@@ -119,10 +115,7 @@ def run(
 
 
 @app.command()
-def status(
-    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="Folder or URL of a run.")],
-    name: RunName = None,
-) -> None:
+def status(run_dir: RunDir, name: RunName = None) -> None:
     """Show how far a run is and where its tables lie, and which other runs share the folder."""
     run = open_run(run_dir, name)
     grid = Grid("stage", "set", "table", "state", "rows", "rejects", "time", "place", title=run_dir)
@@ -158,7 +151,7 @@ def _asker(yes: bool) -> pipeline.Ask:
     return ask
 
 
-@app.command(epilog="\n\n".join(describe(SweepConfig, "sweeps.NAME")))
+@app.command(epilog=describe(SweepConfig, "sweeps.NAME"))
 def sweep(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -193,7 +186,7 @@ def plan(
 
 @app.command()
 def cuts(
-    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="Folder or URL of a run.")],
+    run_dir: RunDir,
     target: Annotated[str, typer.Argument(metavar="OUT.jsonl.gz", help="The manifest to write.")],
     set_name: Annotated[str, typer.Option("--set", help="natural, heldout, …")] = NATURAL,
     name: RunName = None,
@@ -225,7 +218,7 @@ def analyze(
     metric: Annotated[str, typer.Option(help="acc or acc_norm.")] = "acc",
 ) -> None:
     """Say how far misalignment and forgetting explain accuracy over many runs (R², partial R²)."""
-    from salad_ray.evaluation.analysis import analyse, analysis_grid, analysis_json, read_table, runs_table
+    from salad_ray.evaluation.analysis import analyse, analysis_grid, read_table, runs_table
 
     is_table = len(runs) == 1 and runs[0].endswith(".csv")
     analysis = analyse(read_table(runs[0]) if is_table else runs_table(runs, metric))
@@ -233,12 +226,12 @@ def analyze(
     for warning in analysis.warnings:
         say(warning)
     if out is not None:
-        write_json(out, analysis_json(analysis))
+        write_json(out, asdict(analysis))
 
 
 @app.command()
 def export(
-    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="Folder or URL of a run.")],
+    run_dir: RunDir,
     target: Annotated[str, typer.Argument(metavar="FOLDER", help="Where the model goes.")],
     system: Annotated[str | None, typer.Option(help="stage1, stage2 or control; the last one by default.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; as trained by default.")] = None,
@@ -287,7 +280,7 @@ def add_stage(name: str, summary: str, sections: tuple[str, ...]) -> None:
         resolved = load(config, overrides)
         pipeline.make(resolved, name, resolved.set, redo, _asker(yes))
 
-    keys = "\n\n".join(line for section in sections for line in describe(section_named(section), section))
+    keys = "\n\n".join(describe(Config.model_fields[section].annotation, section) for section in sections)
     app.command(name=name, help=summary, epilog=keys)(command)
 
 

@@ -10,12 +10,25 @@ from __future__ import annotations
 import json
 import re
 import typing
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
 
-from salad_ray.names import ACTIVE, NATURAL, TEXT
+from salad_ray.names import ACTIVE, NATURAL, TEXT, WEB
 
 SetName = Literal["web", "text", "natural", "heldout", "probe", "active", "benchmark"]
 
@@ -39,25 +52,65 @@ class Section(BaseModel):
         extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
     )
 
+    def problems(self) -> Iterator[str]:
+        """What contradicts itself, in a sentence with the remedy."""
+        return iter(())
 
-def _require_even_heads(name: str, hidden_size: int, num_heads: int) -> None:
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for problem in self.problems():
+            raise ValueError(problem)
+        return self
+
+
+RESOLVE = "resolve"
+"""In the context of a validation: relative paths are of this process's folder, and made absolute. Workers on this
+machine may start in another folder."""
+
+
+def _resolved(path: str, info: ValidationInfo) -> str:
+    if not path or not (info.context or {}).get(RESOLVE):
+        return path
+    return path.rstrip("/") if "://" in path else str(Path(path).resolve())  # a store takes a//b for another name
+
+
+def _resolved_if_there(name: str, info: ValidationInfo) -> str:
+    resolved = _resolved(name, info)
+    place = Path(name).parent if "*" in name else Path(name)  # `*` is in the last part
+    return resolved if resolved != name and place.exists() else name
+
+
+LocalPath = Annotated[str, AfterValidator(_resolved)]
+"""A file or folder, or a URL."""
+HubPath = Annotated[str, AfterValidator(_resolved_if_there)]
+"""The same, or a hub id where nothing of this name is here."""
+
+
+def _ascending(ends: tuple[float, float]) -> tuple[float, float]:
+    if ends[0] > ends[1]:
+        raise ValueError("must be [least, most]")
+    return ends
+
+
+Range = Annotated[tuple[float, float], AfterValidator(_ascending)]
+PositiveRange = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_ascending)]
+CountRange = Annotated[tuple[PositiveInt, PositiveInt], AfterValidator(_ascending)]
+
+
+def _both_given(section: str, what: str, **given: float | None) -> Iterator[str]:
+    both = [f"{section}.{key}={value:g}" for key, value in given.items() if value is not None]
+    if len(both) > 1:
+        yield f"{' and '.join(both)} both say {what}; give one of them"
+
+
+def _uneven_heads(name: str, hidden_size: int, num_heads: int) -> Iterator[str]:
     if hidden_size % (2 * num_heads):
-        raise ValueError(
-            f"{name}.hidden_size={hidden_size} must be an even multiple of {name}.num_heads={num_heads}; change one"
-        )
+        yield f"{name}.hidden_size={hidden_size} must be an even multiple of {name}.num_heads={num_heads}; change one"
 
 
-def _require_spans(section: str, text_words: tuple[int, int], speech_words: tuple[int, int]) -> None:
-    for name, (low, high) in (("text_words", text_words), ("speech_words", speech_words)):
-        if low < 1 or high < low:
-            raise ValueError(
-                f"{section}.{name}=[{low}, {high}] must be [shortest, longest] with 1 ≤ shortest ≤ longest"
-            )
-
-
-def _require_order(name: str, low: float, high: float) -> None:
+def _not_below(name: str, low: float, high: float) -> Iterator[str]:
     if low >= high:
-        raise ValueError(f"min_{name}={low:g} must be below max_{name}={high:g}")
+        yield f"min_{name}={low:g} must be below max_{name}={high:g}"
 
 
 PICKED_PER_SHARD = 256
@@ -72,11 +125,11 @@ POSITIONS_PER_WORD = 6
 
 class RayConfig(Section):
     address: str | None = None
-    """Cluster to join (`auto`, `ray://…`); none starts a local one."""
+    """Cluster to join (`auto`, `ray://…`); unset: a local one is started."""
     num_cpus: int | None = Field(None, ge=1)
-    """CPUs of a local Ray; none takes what the machine has."""
+    """CPUs of a local Ray; unset: what the machine has."""
     max_actors: int | None = Field(None, ge=1)
-    """Most actors of a stage; none takes what the cluster has room for now. On an autoscaled cluster, say how many."""
+    """Most actors of a stage; unset: what the cluster has room for now. On an autoscaled cluster, say how many."""
 
 
 class WorldConfig(Section):
@@ -93,8 +146,20 @@ class WorldConfig(Section):
     one of the web's or of the held-out ones, or shares 13 words in a row with a question."""
     num_questions: int = Field(240, ge=0)
     """Questions about documents of all domains, for `evaluate`; asked where the text LM is the world's own."""
+    domains: tuple[str, ...] = Field(("animals", "cooking", "stars", "chemistry", "law", "music"), min_length=1)
+    """What documents and questions are about. Each domain has words of its own: fewer are heard sooner."""
     unheard: tuple[str, ...] = ("law", "music")
     """Domains that appear as text but never as natural speech."""
+
+    def problems(self) -> Iterator[str]:
+        if unknown := set(self.unheard) - set(self.domains):
+            yield f"world.unheard={sorted(unknown)} are not among world.domains={list(self.domains)}"
+        if not self.heard:
+            yield "world.unheard names every domain; leave one of world.domains to be heard"
+
+    @property
+    def heard(self) -> tuple[str, ...]:
+        return tuple(domain for domain in self.domains if domain not in self.unheard)
 
 
 def _path_only(value: Any) -> Any:
@@ -110,7 +175,7 @@ def _with_tuples(given: dict[str, Any]) -> dict[str, Any]:
 
 def path_name(path: str) -> str:
     """The last part of a path without the ends that manifests have."""
-    return re.sub(r"\.jsonl(\.gz)?$", "", path.rstrip("/").rsplit("/", 1)[-1])
+    return re.sub(r"\.jsonl(\.gz|\.zst|\.bz2|\.xz)?$", "", path.rstrip("/").rsplit("/", 1)[-1])
 
 
 class QualityConfig(Section):
@@ -126,11 +191,9 @@ class QualityConfig(Section):
     """More text than anyone can say; fast readers reach 25."""
     min_chars_per_sec: float = Field(1.0, ge=0)
 
-    @model_validator(mode="after")
-    def _ordered(self) -> QualityConfig:
-        _require_order("duration_secs", self.min_duration_secs, self.max_duration_secs)
-        _require_order("chars_per_sec", self.min_chars_per_sec, self.max_chars_per_sec)
-        return self
+    def problems(self) -> Iterator[str]:
+        yield from _not_below("duration_secs", self.min_duration_secs, self.max_duration_secs)
+        yield from _not_below("chars_per_sec", self.min_chars_per_sec, self.max_chars_per_sec)
 
 
 class RecordedQualityConfig(QualityConfig):
@@ -141,19 +204,19 @@ class RecordedQualityConfig(QualityConfig):
 class CorpusConfig(Section):
     """One corpus of recorded speech; a plain string in `ingest.corpora` stands for its path."""
 
-    path: str
+    path: LocalPath
     """A folder (`transcripts.tsv`, Emilia's tars, Kaldi's tables), or a Lhotse cut manifest; local or a URL; `*` in the
     last part stands for several manifests."""
     format: Literal["auto", "folder", "lhotse", "kaldi", "emilia"] = "auto"
     """`auto` looks at what lies at the path. LibriHeavy's full manifest is a Lhotse manifest."""
     name: str | None = None
-    """Prefix of its ids; none takes the last part of the path."""
-    root: str | None = None
-    """Folder that the manifest's audio paths are relative to, and must stay in; none is the manifest's own folder."""
+    """Prefix of its ids; unset: the last part of the path."""
+    root: LocalPath | None = None
+    """Folder that the manifest's audio paths are relative to, and must stay in; unset: the manifest's own folder."""
     license: str | None = None
-    """Of rows that state none; none takes the corpus' own, where it is known."""
+    """Of rows that state none; unset: the corpus' own, where it is known."""
     attribution: str | None = None
-    """Whom the model card is to name; none takes what is known of the corpus."""
+    """Whom the model card is to name; unset: what is known of the corpus."""
     text: Literal["book", "recogniser"] = "book"
     """Which of LibriHeavy's two texts: the book's, cased and punctuated, or the recogniser's upper case."""
     allow_outside: bool = False
@@ -163,11 +226,11 @@ class CorpusConfig(Section):
 class WebTextConfig(Section):
     """One corpus of web text; a plain string in `ingest.web` stands for its path."""
 
-    path: str
-    """A Parquet or jsonl(.gz) file, a folder of them, a URL (`*` in the last part), or a hub id of a data set such as
-    HuggingFaceFW/fineweb-edu, if need be with a folder or pattern behind it: …/sample/10BT/*.parquet."""
+    path: HubPath
+    """A Parquet or jsonl(.gz, …) file, a folder of them, a URL (`*` in the last part), or a hub id of a data set
+    such as HuggingFaceFW/fineweb-edu, if need be with a folder or pattern behind it: …/sample/10BT/*.parquet."""
     name: str | None = None
-    """Prefix of its ids; none takes the last part of the path."""
+    """Prefix of its ids; unset: the last part of the path."""
     format: Literal["auto", "parquet", "jsonl"] = "auto"
     revision: str | None = None
     """Of a hub id."""
@@ -181,7 +244,7 @@ class WebTextConfig(Section):
     score_column: str = "score"
     """Only `text_column` must be there; a filter below needs its column."""
     languages: tuple[str, ...] = ()
-    """Languages to keep, as two-letter codes; none keeps all."""
+    """Languages to keep, as two-letter codes; unset: all."""
     min_language_score: float | None = None
     min_score: float | None = None
     """Least quality score, such as FineWeb-Edu's educational one."""
@@ -200,10 +263,10 @@ class PassageConfig(Section):
     """MiniLM reads no more. Counted with the tokenizer of a sentence-transformers model, else estimated from above."""
     min_words: int = Field(8, ge=1)
     max_words: int | None = Field(None, ge=2)
-    """Longest passage; none takes what pack.context holds if all of it were spoken, six positions a word."""
+    """Longest passage; unset: what pack.context holds if all of it were spoken, six positions a word."""
     num_heldout: int = Field(400, ge=1)
     """Passages of documents kept aside (ingest.heldout_share) that are spoken and measured as set=heldout."""
-    benchmarks: tuple[str, ...] = ()
+    benchmarks: tuple[LocalPath, ...] = ()
     """Files (jsonl, csv) of benchmark items; passages that share a run of words with one are rejected."""
     ngram: int = Field(13, ge=5)
     """Words of such a run."""
@@ -219,7 +282,7 @@ class IngestConfig(Section):
     passage that the web text has too is left out, as it may be measured."""
     passages: PassageConfig = PassageConfig()
     languages: tuple[str, ...] = ()
-    """Languages of recordings to keep, as two-letter codes; none keeps all. Web text has filters of its own."""
+    """Languages of recordings to keep, as two-letter codes; unset: all. Web text has filters of its own."""
     heldout_share: float = Field(0.1, ge=0, lt=1)
     """Share of the sources (by hash) marked `split=test`."""
     split_by: Literal["source", "speaker"] = "source"
@@ -233,39 +296,32 @@ class IngestConfig(Section):
     """Largest file inside an archive; a larger one is refused unread."""
     quality: RecordedQualityConfig = RecordedQualityConfig()
 
-    @model_validator(mode="after")
-    def _distinct(self) -> IngestConfig:
-        self._require_names("ingest.corpora", self.corpora)
-        self._require_names("ingest.web", self.web)
-        self._require_names("ingest.text", self.text)
-        return self
-
-    @staticmethod
-    def _require_names(key: str, corpora: tuple[CorpusConfig, ...] | tuple[WebTextConfig, ...]) -> None:
-        for corpus in corpora:
-            if "*" in corpus.path and corpus.name is None:
-                raise ValueError(
-                    f"{key}: {corpus.path} stands for several files, and ids begin with the corpus' name; "
-                    "give it one: {path: …, name: …}"
+    def problems(self) -> Iterator[str]:
+        for key in ("corpora", WEB, TEXT):
+            corpora: tuple[CorpusConfig | WebTextConfig, ...] = getattr(self, key)
+            for corpus in corpora:
+                if "*" in corpus.path and corpus.name is None:
+                    yield (
+                        f"ingest.{key}: {corpus.path} stands for several files, and ids begin with the corpus' name; "
+                        "give it one: {path: …, name: …}"
+                    )
+            names = [corpus.name or path_name(corpus.path) for corpus in corpora]
+            for twice in sorted({name for name in names if names.count(name) > 1}):
+                yield (
+                    f"ingest.{key}: two of them are called '{twice}', and ids begin with the name; give one of them "
+                    f"another: {{path: …, name: {twice}-2}}"
                 )
-        names = [corpus.name or path_name(corpus.path) for corpus in corpora]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(
-                f"{key}: two of them are called '{twice[0]}', and ids begin with the name; give one of them "
-                f"another: {{path: …, name: {twice[0]}-2}}"
-            )
 
 
 class AlignConfig(Section):
     aligner: Literal["pocketsphinx", "ctc", "none"] = "pocketsphinx"
     """`ctc` is any CTC recogniser of transformers; `none` leaves word times out: whole utterances of a recording then
     alternate between speech and text."""
-    path: str | None = None
+    path: HubPath | None = None
     """Hub id or folder of the CTC model, for example facebook/wav2vec2-base-960h."""
     revision: str | None = None
     min_score: float | None = None
-    """Least score of the worst stretch of an utterance; none takes the aligner's own (−4.3 for pocketsphinx, whose
+    """Least score of the worst stretch of an utterance; unset: the aligner's own (−4.3 for pocketsphinx, whose
     frames are scored against their best phone; CTC_MIN_SCORE for a CTC model, nats a frame)."""
     batch_secs: float = operational(120.0, gt=0)
     """Audio per batch of the CTC model, padding included."""
@@ -274,11 +330,9 @@ class AlignConfig(Section):
     num_gpus: float = operational(0.0, ge=0)
     """GPUs of each CTC actor."""
 
-    @model_validator(mode="after")
-    def _ctc_has_weights(self) -> AlignConfig:
+    def problems(self) -> Iterator[str]:
         if self.aligner == "ctc" and self.path is None:
-            raise ValueError("align.aligner=ctc needs align.path, for example facebook/wav2vec2-base-960h")
-        return self
+            yield "align.aligner=ctc needs align.path, for example facebook/wav2vec2-base-960h"
 
 
 class SpeechGates(QualityConfig):
@@ -316,8 +370,8 @@ EVALUATION_VOICES = {"espeak": ("en-us+m3", "en-gb+f4"), "kokoro": ("af_nicole",
 
 class SynthesizeConfig(Section):
     synthesizer: Literal["espeak", "kokoro"] = "espeak"
-    path: str | None = None
-    """Weights of Kokoro, a hub id or a folder; none is hexgrad/Kokoro-82M."""
+    path: HubPath | None = None
+    """Weights of Kokoro, a hub id or a folder; unset: hexgrad/Kokoro-82M."""
     revision: str | None = None
     voices: tuple[str, ...] = Field(ESPEAK_VOICES, min_length=1)
     """Voices of training speech, drawn per passage; of Kokoro all English ones but the two below."""
@@ -327,8 +381,8 @@ class SynthesizeConfig(Section):
     batch_size: int = operational(32, ge=1)
     """Passages that are spoken at once: the unit of resume within a shard."""
     gates: SpeechGates = SpeechGates()
-    recogniser: str | None = None
-    """CTC model (hub id or folder) that listens to every passage; none does without."""
+    recogniser: HubPath | None = None
+    """CTC model (hub id or folder) that listens to every passage; unset: none does."""
     recogniser_revision: str | None = None
     max_word_error_rate: float = Field(0.3, gt=0)
     """Of the recogniser's transcript against the text; more is rejected."""
@@ -345,21 +399,19 @@ class SynthesizeConfig(Section):
         own = {"voices": KOKORO_VOICES, "evaluation_voices": EVALUATION_VOICES["kokoro"]} if is_kokoro else {}
         return own | _with_tuples(given)
 
-    @model_validator(mode="after")
-    def _disjoint(self) -> SynthesizeConfig:
+    def problems(self) -> Iterator[str]:
         strangers = [voice for voice in (*self.voices, *self.evaluation_voices) if not re.match("[a-z]{2}_", voice)]
         if self.synthesizer == "kokoro" and strangers:
-            raise ValueError(
+            yield (
                 f"synthesize.voices and evaluation_voices: '{strangers[0]}' is no voice of Kokoro's, whose names are "
                 "like af_heart and bm_george"
             )
         shared = sorted(set(self.voices) & set(self.evaluation_voices))
         if shared:
-            raise ValueError(
+            yield (
                 f"synthesize.voices and synthesize.evaluation_voices share {', '.join(shared)}; "
                 "a voice heard in training cannot be used for evaluation, so take it out of one of them"
             )
-        return self
 
 
 Effect = Literal["noise", "reverberation", "speed", "codec", "telephone"]
@@ -370,41 +422,29 @@ class AugmentConfig(Section):
 
     share: float = Field(0.0, ge=0, le=1)
     """Share of the training utterances that are changed; 0 switches augmentation off."""
-    effects: tuple[Effect, ...] = (
-        "noise",
-        "reverberation",
-        "speed",
-        "codec",
-        "telephone",
-    )
-    num_effects: tuple[int, int] = (1, 2)
+    effects: tuple[Effect, ...] = typing.get_args(Effect)
+    num_effects: CountRange = (1, 2)
     """Fewest and most different effects of a changed utterance."""
-    snr_db: tuple[float, float] = (5.0, 30.0)
+    snr_db: Range = (5.0, 30.0)
     """Level of the speech above the noise."""
-    reverberation_secs: tuple[float, float] = (0.1, 0.6)
+    reverberation_secs: PositiveRange = (0.1, 0.6)
     """Time in which the room's echo falls by 60 dB."""
-    speed: tuple[float, float] = (0.9, 1.1)
+    speed: PositiveRange = (0.9, 1.1)
     """Factors of tempo and pitch together, as of a tape."""
 
-    @model_validator(mode="after")
-    def _ordered(self) -> AugmentConfig:
-        for name in ("num_effects", "snr_db", "reverberation_secs", "speed"):
-            low, high = getattr(self, name)
-            if low > high or (name != "snr_db" and low <= 0):
-                raise ValueError(f"encode.augment.{name}=[{low:g}, {high:g}] must be [least, most], above 0")
+    def problems(self) -> Iterator[str]:
         if not self.effects or self.num_effects[1] > len(set(self.effects)):
-            raise ValueError(
+            yield (
                 f"encode.augment.num_effects={list(self.num_effects)} asks for more than the "
                 f"{len(set(self.effects))} effects named in encode.augment.effects"
             )
-        return self
 
 
 class EncodeConfig(Section):
     encoder: Literal["log_mel", "mimi"] = "log_mel"
     backend: Literal["transformers", "moshi"] = "transformers"
     """Whose code runs Mimi; moshi's is installed by `make moshi`."""
-    path: str | None = None
+    path: HubPath | None = None
     """Weights of Mimi, a hub id or folder; for moshi a .safetensors file, a folder with one, or a hub id such as
     kyutai/moshiko-pytorch-bf16."""
     revision: str | None = None
@@ -418,17 +458,15 @@ class EncodeConfig(Section):
     num_gpus: float = operational(0.0, ge=0)
     """GPUs of each encoding actor."""
 
-    @model_validator(mode="after")
-    def _mimi_has_weights(self) -> EncodeConfig:
+    def problems(self) -> Iterator[str]:
         if self.encoder == "mimi" and self.path is None:
-            raise ValueError("encode.encoder=mimi needs encode.path, for example kyutai/mimi")
-        return self
+            yield "encode.encoder=mimi needs encode.path, for example kyutai/mimi"
 
 
 class EmbedConfig(Section):
     embedder: Literal["tfidf", "sentence_transformers"] = "tfidf"
     """`tfidf` is TF-IDF and truncated SVD, fitted on a sample of the passages; nothing to download."""
-    path: str | None = None
+    path: HubPath | None = None
     """Hub id or folder of a sentence-transformers model, such as sentence-transformers/all-MiniLM-L6-v2."""
     revision: str | None = None
     dim: int = Field(64, ge=2)
@@ -439,14 +477,12 @@ class EmbedConfig(Section):
     num_gpus: float = operational(0.0, ge=0)
     """GPUs of each embedding actor."""
 
-    @model_validator(mode="after")
-    def _has_weights(self) -> EmbedConfig:
+    def problems(self) -> Iterator[str]:
         if self.embedder == "sentence_transformers" and self.path is None:
-            raise ValueError(
+            yield (
                 "embed.embedder=sentence_transformers needs embed.path, for example "
                 "sentence-transformers/all-MiniLM-L6-v2"
             )
-        return self
 
 
 class ClusterConfig(Section):
@@ -484,22 +520,17 @@ class SelectConfig(Section):
     shrink: bool = False
     """Draw noisy M(c) towards their mean (empirical Bayes) before they are raised to γ."""
 
-    @model_validator(mode="after")
-    def _one_budget(self) -> SelectConfig:
-        if self.budget_hours is not None and self.budget_percent is not None:
-            raise ValueError(
-                f"select.budget_hours={self.budget_hours:g} and select.budget_percent={self.budget_percent:g} both say "
-                "how much to synthesise; give one of them"
-            )
-        return self
+    def problems(self) -> Iterator[str]:
+        given = {"budget_hours": self.budget_hours, "budget_percent": self.budget_percent}
+        yield from _both_given("select", "how much to synthesise", **given)
 
 
 class PackConfig(Section):
     context: int = Field(2048, ge=16)
     """Positions (text tokens and speech frames) of a training row."""
-    text_words: tuple[int, int] = (5, 30)
+    text_words: CountRange = (5, 30)
     """Shortest and longest text span, in words (uniform; ours, the paper does not say)."""
-    speech_words: tuple[int, int] = (5, 15)
+    speech_words: CountRange = (5, 15)
     """Shortest and longest speech span, in words (ours)."""
     whole_share: float = Field(0.0, ge=0, le=1)
     """Share of the samples in which everything but a last text span (1 word to the longest of `text_words`) is speech
@@ -511,11 +542,6 @@ class PackConfig(Section):
     text_share: float = Field(0.0, ge=0, lt=1)
     """Share of Stage I's samples that are text alone (ingest.text, world.num_text), against forgetting; the paper has
     a third."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> PackConfig:
-        _require_spans("pack", self.text_words, self.speech_words)
-        return self
 
 
 class TinyLMConfig(Section):
@@ -529,10 +555,8 @@ class TinyLMConfig(Section):
     batch_size: int = Field(16, ge=1)
     learning_rate: float = Field(3e-3, gt=0)
 
-    @model_validator(mode="after")
-    def _heads_divide(self) -> TinyLMConfig:
-        _require_even_heads("model.tiny_lm", self.hidden_size, self.num_heads)
-        return self
+    def problems(self) -> Iterator[str]:
+        yield from _uneven_heads("model.tiny_lm", self.hidden_size, self.num_heads)
 
 
 class AdapterConfig(Section):
@@ -542,24 +566,25 @@ class AdapterConfig(Section):
     num_layers: int = Field(12, ge=1)
     num_heads: int = Field(16, ge=1)
     num_kv_heads: int | None = Field(None, ge=1)
-    """Heads of keys and values, which others share; none has as many as `num_heads`."""
+    """Heads of keys and values, which others share; unset: as many as `num_heads`."""
     ffn_size: int = Field(1856, ge=1)
     stride: int = Field(1, ge=1)
     """Frames side by side at one position (ours; 1 is the paper's): 2 makes Mimi's 12.5 Hz 6.25 Hz. They are counted
     from the start of a speech span."""
 
-    @model_validator(mode="after")
-    def _heads_divide(self) -> AdapterConfig:
-        _require_even_heads("model.adapter", self.hidden_size, self.num_heads)
+    def problems(self) -> Iterator[str]:
+        yield from _uneven_heads("model.adapter", self.hidden_size, self.num_heads)
         if self.num_heads % (self.num_kv_heads or self.num_heads):
-            raise ValueError(
-                f"model.adapter.num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
-            )
-        return self
+            yield f"model.adapter.num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
+
+
+def _resolved_teacher(name: str, info: ValidationInfo) -> str:
+    """A folder that happens to be called `world` is `./world`."""
+    return name if name == "world" else _resolved_if_there(name, info)
 
 
 class ModelConfig(Section):
-    teacher: str = "world"
+    teacher: Annotated[str, AfterValidator(_resolved_teacher)] = "world"
     """Text LLM: a hub id, a folder, or `world` (the tiny LM trained on the embedded corpus)."""
     revision: str | None = None
     attention: Literal["sdpa", "eager", "flash_attention_2", "varlen"] = operational("sdpa")
@@ -584,8 +609,8 @@ class DistillConfig(Section):
     """Peak learning rate of the LLM."""
     adapter_learning_rate: float = Field(3e-4, gt=0)
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """AdamW for all weights, as the paper; or Muon for the matrices inside the decoder layers of LLM and adapter, and
-    AdamW for the rest (ours)."""
+    """AdamW for all weights, as the paper; or Muon for the matrices of the adapter and inside the LLM's decoder layers,
+    and AdamW for the rest (ours)."""
     muon_learning_rate: float = Field(0.007, gt=0)
     """Peak learning rate of the matrices in the LLM's layers under Muon: the spectral norm of an update, about."""
     adapter_muon_learning_rate: float = Field(0.02, gt=0)
@@ -618,7 +643,7 @@ class DistillConfig(Section):
     """Run the decoder layers of student and teacher through torch.compile, which needs a C compiler. With ZeRO-3 some
     of them stay as they are, as its hooks are compiled anew too often."""
     loss_chunk_size: int | None = operational(None, ge=1)
-    """Positions whose logits exist at once; none chooses a sixteenth."""
+    """Positions whose logits exist at once; unset: a sixteenth."""
     checkpoint_every: int = operational(500, ge=1)
     """Steps between checkpoints."""
     keep_checkpoints: int = operational(2, ge=1)
@@ -629,20 +654,17 @@ class DistillConfig(Section):
     mlflow_experiment: str | None = operational(None)
 
     @property
+    def least_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
     def most_workers(self) -> int:
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
-    @model_validator(mode="after")
-    def _consistent(self) -> DistillConfig:
-        least = self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
-        if not 1 <= least <= self.most_workers:
-            raise ValueError(f"distill.num_workers={self.num_workers} must be at least 1, or [least, most]")
-        if self.num_steps is not None and self.num_positions is not None:
-            raise ValueError(
-                f"distill.num_steps={self.num_steps} and distill.num_positions={self.num_positions:g} both say when to "
-                "stop; give one of them"
-            )
-        return self
+    def problems(self) -> Iterator[str]:
+        if not 1 <= self.least_workers <= self.most_workers:
+            yield f"distill.num_workers={self.num_workers} must be at least 1, or [least, most]"
+        yield from _both_given("distill", "when to stop", num_steps=self.num_steps, num_positions=self.num_positions)
 
 
 class SharesConfig(Section):
@@ -653,15 +675,13 @@ class SharesConfig(Section):
     text: float = Field(0.0, ge=0, lt=1)
     """Text alone."""
 
-    @model_validator(mode="after")
-    def _together_one(self) -> SharesConfig:
+    def problems(self) -> Iterator[str]:
         total = self.natural + self.active + self.text
         if abs(total - 1) > SHARES_TOLERANCE:
-            raise ValueError(
+            yield (
                 f"stage2.shares: natural={self.natural:g}, active={self.active:g} and text={self.text:g} make "
                 f"{total:g}, and must make 1"
             )
-        return self
 
 
 class Stage2Config(Section):
@@ -672,9 +692,9 @@ class Stage2Config(Section):
     num_steps: int | None = Field(None, ge=1)
     """Optimizer steps; give either this or num_positions."""
     num_positions: float | None = Field(None, gt=0)
-    """Non-padding student positions; none of both is 8 % of Stage I's steps, the paper's 1.9 B of 24 B."""
+    """Non-padding student positions; if neither is set, 8 % of Stage I's steps, the paper's 1.9 B of 24 B."""
     shares: SharesConfig | None = None
-    """Shares of the samples, such as {natural: 0.4, active: 0.4, text: 0.2}; none takes the paper's third of each, or
+    """Shares of the samples, such as {natural: 0.4, active: 0.4, text: 0.2}; unset: the paper's third of each, or
     half natural and half active where there is no text (ingest.text, world.num_text). The control has the same share of
     text, and the rest is natural speech."""
     decay_share: float = Field(0.5, ge=0, le=1)
@@ -692,14 +712,8 @@ class Stage2Config(Section):
             )
         return data
 
-    @model_validator(mode="after")
-    def _one_end(self) -> Stage2Config:
-        if self.num_steps is not None and self.num_positions is not None:
-            raise ValueError(
-                f"stage2.num_steps={self.num_steps} and stage2.num_positions={self.num_positions:g} both say when to "
-                "stop; give one of them"
-            )
-        return self
+    def problems(self) -> Iterator[str]:
+        yield from _both_given("stage2", "when to stop", num_steps=self.num_steps, num_positions=self.num_positions)
 
 
 class MeasureConfig(Section):
@@ -707,9 +721,9 @@ class MeasureConfig(Section):
     and of speech by turns, and `whole`, all but the last few words spoken."""
 
     batch_rows: int = operational(8, ge=1)
-    text_words: tuple[int, int] = (10, 30)
+    text_words: CountRange = (10, 30)
     """Shortest and longest text span of `interleaved`, in words (the paper's)."""
-    speech_words: tuple[int, int] = (5, 15)
+    speech_words: CountRange = (5, 15)
     """Shortest and longest speech span of `interleaved`, in words (the paper's)."""
     whole_tail_words: int = Field(4, ge=1)
     """Words at the end of a passage that `whole` leaves as text, and scores."""
@@ -718,11 +732,6 @@ class MeasureConfig(Section):
     distance_bins: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     """Bin edges, in text tokens after the last speech frame."""
     num_gpus: float = operational(0.0, ge=0)
-
-    @model_validator(mode="after")
-    def _ordered(self) -> MeasureConfig:
-        _require_spans("measure", self.text_words, self.speech_words)
-        return self
 
 
 class BenchmarkConfig(Section):
@@ -733,14 +742,14 @@ class BenchmarkConfig(Section):
         "openbookqa_letters", "arc_challenge_letters", "mmlu_spoken_letters", "voicebench_mmsu_letters",
     ]  # fmt: skip
     """With `_letters` the options are spoken too and their letters scored; without, the choices' texts are."""
-    path: str
+    path: HubPath
     """A file (jsonl, csv, parquet), a URL, or a hub id of a data set."""
     revision: str | None = None
     """Of a hub id."""
-    exemplars: str | None = None
-    """File that the exemplars are taken from, such as the training split; none takes other items of the same file."""
+    exemplars: HubPath | None = None
+    """File that the exemplars are taken from, such as the training split; unset: other items of the same file."""
     max_items: int | None = Field(None, ge=1)
-    """Most items, the first by the hash of their id; none takes all."""
+    """Most items, the first by the hash of their id; unset: all."""
 
 
 Condition = Literal["clean", "voice", "noise", "speed", "codec", "telephone"]
@@ -752,7 +761,10 @@ class EvaluateConfig(Section):
     benchmarks: tuple[BenchmarkConfig, ...] = ()
     """Without any, the world's own questions are asked, where the text LM is the world's."""
     num_shots: int = Field(5, ge=0)
-    """Exemplars in front of every item, as text."""
+    """Exemplars in front of every item."""
+    exemplars: Literal["text", "spoken"] = "text"
+    """How a system that hears an item is given its exemplars: to read; or to hear, answers apart, as it hears the item.
+    Exemplars to hear are other items that are asked, since their speech is there. The cascade and the text LLM read."""
     conditions: tuple[Condition, ...] = ("clean",)
     """How the items are heard: as spoken, in another evaluation voice, with noise 10 dB below the speech, a fifth
     faster, through a lossy codec, over a telephone line (8 kHz)."""
@@ -761,7 +773,7 @@ class EvaluateConfig(Section):
     alone), and, as a check, hearing another item. The first and the last each cost as much as a condition."""
     cascade: Literal["none", "pocketsphinx", "ctc", "whisper"] = "none"
     """The recogniser of the cascade, whose transcript the text LM reads."""
-    recogniser: str | None = None
+    recogniser: HubPath | None = None
     """Weights of the cascade's recogniser: hub id or folder, such as openai/whisper-large-v3."""
     recogniser_revision: str | None = None
     batch_positions: int = operational(8192, ge=1)
@@ -772,21 +784,26 @@ class EvaluateConfig(Section):
     @property
     def has_pool(self) -> bool:
         """Whether exemplars are taken from more than the items that are asked."""
-        return any(benchmark.exemplars or benchmark.max_items for benchmark in self.benchmarks)
+        return self.exemplars == "text" and any(
+            benchmark.exemplars or benchmark.max_items for benchmark in self.benchmarks
+        )
 
-    @model_validator(mode="after")
-    def _consistent(self) -> EvaluateConfig:
+    def problems(self) -> Iterator[str]:
         names = [benchmark.name for benchmark in self.benchmarks]
         if len(set(names)) < len(names):
-            raise ValueError("evaluate.benchmarks names a benchmark twice; each has one file")
+            yield "evaluate.benchmarks names a benchmark twice; each has one file"
+        if self.exemplars == "spoken" and (named := [each.name for each in self.benchmarks if each.exemplars]):
+            yield (
+                f"evaluate.exemplars=spoken hears items that are asked, so the exemplars of {named[0]} would not be "
+                "read; remove the file, or set evaluate.exemplars=text"
+            )
         if "clean" not in self.conditions or len(set(self.conditions)) < len(self.conditions):
-            raise ValueError("evaluate.conditions must hold 'clean', and each condition once")
+            yield "evaluate.conditions must hold 'clean', and each condition once"
         if len(set(self.floors)) < len(self.floors):
-            raise ValueError("evaluate.floors must hold each floor once")
+            yield "evaluate.floors must hold each floor once"
         if self.cascade in ("ctc", "whisper") and self.recogniser is None:
             example = "openai/whisper-large-v3" if self.cascade == "whisper" else "facebook/wav2vec2-base-960h"
-            raise ValueError(f"evaluate.cascade={self.cascade} needs evaluate.recogniser, for example {example}")
-        return self
+            yield f"evaluate.cascade={self.cascade} needs evaluate.recogniser, for example {example}"
 
 
 class SweepConfig(Section):
@@ -794,17 +811,17 @@ class SweepConfig(Section):
 
     grid: dict[str, tuple[Any, ...]] = Field(min_length=1)
     """Key → values, such as {distill.alpha: [0, 0.5, 1]}; all combinations are trained."""
-    num_steps: tuple[int, ...] = ()
+    num_steps: tuple[PositiveInt, ...] = ()
     """Budgets of Stage I, in steps: those of one combination share a trunk at constant rate, from which a short decay
     branches off at each. Without budgets every combination is a run of its own, up to Stage II if there is one."""
-    num_positions: tuple[float, ...] = ()
+    num_positions: tuple[PositiveFloat, ...] = ()
     """The same, in positions (D of the scaling law); give either this or num_steps."""
     seeds: tuple[int, ...] = Field((), max_length=100)
-    """Seeds of all combinations; none takes the config's own. Intervals then come from several trainings a point."""
+    """Seeds of all combinations; unset: the config's own. Intervals then come from several trainings a point."""
     evaluate: bool = False
     """Ask every run the benchmarks, too."""
     max_concurrent: int | None = Field(None, ge=1)
-    """Trainings at a time; none takes what the cluster has room for."""
+    """Trainings at a time; unset: what the cluster has room for."""
     max_failures: int = Field(1, ge=0)
     """Times that a training which failed is tried again."""
 
@@ -812,32 +829,26 @@ class SweepConfig(Section):
     def budgets(self) -> tuple[float, ...]:
         return tuple(sorted(set(self.num_steps or self.num_positions)))
 
-    @model_validator(mode="after")
-    def _consistent(self) -> SweepConfig:
+    def problems(self) -> Iterator[str]:
         if self.num_steps and self.num_positions:
-            raise ValueError("a sweep's num_steps and num_positions both give its budgets; give one of them")
-        if any(budget <= 0 for budget in self.budgets):
-            raise ValueError(f"a sweep's budgets must be above 0, but one is {min(self.budgets):g}")
+            yield "a sweep's num_steps and num_positions both give its budgets; give one of them"
         for key, values in self.grid.items():
             if not values:
-                raise ValueError(f"a sweep's grid names '{key}' without values")
+                yield f"a sweep's grid names '{key}' without values"
             if len({json.dumps(value) for value in values}) < len(values):
-                raise ValueError(f"a sweep's grid names a value of '{key}' twice")
+                yield f"a sweep's grid names a value of '{key}' twice"
         fixed = ("run_dir", "seed", "set", "strict")
         kept = [key for key in self.grid if key in fixed or key.startswith(("sweeps", "ray."))]
         if kept:
-            raise ValueError(f"a sweep's grid cannot vary '{kept[0]}'" + "; name seeds" * (kept[0] == "seed"))
+            yield f"a sweep's grid cannot vary '{kept[0]}'" + "; name seeds" * (kept[0] == "seed")
         later = ("stage2", "select.", "probe.", "cluster.", "embed.", "distill.num_steps", "distill.num_positions")
         idle = [key for key in self.grid if self.budgets and key.startswith(later)]
         if idle:
-            raise ValueError(
-                f"a sweep's budgets are Stage I's, which '{idle[0]}' does not change; leave one of them out"
-            )
-        return self
+            yield f"a sweep's budgets are Stage I's, which '{idle[0]}' does not change; leave one of them out"
 
 
 class Config(Section):
-    run_dir: str = ""
+    run_dir: LocalPath = ""
     """Where all tables go: a local path or a URL; if unset, `runs/X` for `configs/X.yaml`. Configs that share it share
     the tables that they would make alike."""
     seed: int = 0
@@ -913,65 +924,63 @@ class Config(Section):
         """Words of the longest passage."""
         return self.ingest.passages.max_words or max(self.pack.context // POSITIONS_PER_WORD, 2)
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Config:
+    def problems(self) -> Iterator[str]:
         odd = [name for name in self.sweeps if not re.fullmatch(r"[\w-]+", name)]
         if odd:
-            raise ValueError(f"sweeps.{odd[0]}: a sweep's name is a folder's; use letters, digits, - and _")
+            yield f"sweeps.{odd[0]}: a sweep's name is a folder's; use letters, digits, - and _"
         if (self.ingest.corpora or self.ingest.web) and self.ingest.heldout_share == 0:
-            raise ValueError("ingest.heldout_share=0 leaves nothing to measure on; 0.01 is enough for a large corpus")
+            yield "ingest.heldout_share=0 leaves nothing to measure on; 0.01 is enough for a large corpus"
         if self.model.attention == "varlen" and not (
             self.distill.use_gpu and self.distill.precision == "bf16" and self.measure.num_gpus
         ):
-            raise ValueError(
+            yield (
                 "model.attention=varlen runs on GPUs in 16 bit only; set distill.use_gpu=true, distill.precision=bf16 "
                 "and measure.num_gpus=1, or take model.attention=sdpa"
             )
         if self.has_web and self.ingest.passages.min_words > self.max_words:
-            raise ValueError(
+            yield (
                 f"no passage can have ingest.passages.min_words={self.ingest.passages.min_words} words or more and, as "
                 f"pack.context={self.pack.context} or ingest.passages.max_words has it, {self.max_words} or fewer"
             )
         # All values of encode.encoder are causal. One that is not must be refused with distill.word_ends here: its
         # frames would have heard the word that they are to predict.
         if self.cluster.sample_passages < self.cluster.num_clusters:
-            raise ValueError(
+            yield (
                 f"cluster.sample_passages={self.cluster.sample_passages} are fewer than "
                 f"cluster.num_clusters={self.cluster.num_clusters}; raise the former"
             )
         if "voice" in self.evaluate.conditions and len(self.synthesize.evaluation_voices) < 2:
-            raise ValueError("evaluate.conditions: 'voice' needs two voices in synthesize.evaluation_voices")
+            yield "evaluate.conditions: 'voice' needs two voices in synthesize.evaluation_voices"
         if TEXT in self.trained_sets and not self.has_text:
             key = f"pack.text_share={self.pack.text_share:g}" if self.pack.text_share else "stage2.shares.text"
             remedy = "name some in ingest.text"
             if not self.ingest.corpora and not self.ingest.web:
                 remedy += ", or set world.num_text to the number of the embedded world's documents to take"
-            raise ValueError(
+            yield (
                 f"{key} asks for samples of text alone, and there is no text for them; {remedy}, or let the share be 0"
             )
         if self.stage2 is not None and not self.has_web:
-            raise ValueError("stage2 needs web text to select from; name some in ingest.web")
+            yield "stage2 needs web text to select from; name some in ingest.web"
         workers = self.distill.num_workers
         if self.distill.most_workers > self.pack.num_lanes:
-            raise ValueError(
+            yield (
                 f"distill.num_workers={self.distill.most_workers} is more than pack.num_lanes={self.pack.num_lanes}, "
                 "and every worker needs a lane; change one of them"
             )
         if isinstance(workers, int) and self.pack.num_lanes % workers:
-            raise ValueError(
+            yield (
                 f"distill.num_workers={workers} must divide pack.num_lanes={self.pack.num_lanes}; change one of them"
             )
         rows = self.pack.num_lanes // self.distill.most_workers * self.pack.rows_per_lane
         if isinstance(workers, int) and rows % self.distill.micro_batch_rows:
-            raise ValueError(
+            yield (
                 f"distill.micro_batch_rows={self.distill.micro_batch_rows} must divide the {rows} rows that a worker "
                 "gets per step (pack.num_lanes / distill.num_workers × pack.rows_per_lane)"
             )
         if self.ingest.num_shards % self.pack.num_lanes:
-            raise ValueError(
+            yield (
                 f"ingest.num_shards={self.ingest.num_shards} must be a multiple of pack.num_lanes={self.pack.num_lanes}"
             )
-        return self
 
 
 def _without_zeros(shares: dict[str, float]) -> dict[str, float]:
@@ -979,7 +988,7 @@ def _without_zeros(shares: dict[str, float]) -> dict[str, float]:
     return {name: share / sum(shares.values()) for name, share in shares.items() if share}
 
 
-def identity(config: Config, *keys: str, without: typing.Sequence[str] = ()) -> dict[str, Any]:
+def identity(config: Config, *keys: str, without: Sequence[str] = ()) -> dict[str, Any]:
     """What of these (dotted) keys decides a stage's output: all but the operational ones and those in `without`, as
     plain data."""
     left_out = operational_keys(Config) | set(without)
@@ -1000,27 +1009,24 @@ def identity(config: Config, *keys: str, without: typing.Sequence[str] = ()) -> 
 
 
 @lru_cache
-def operational_keys(section: type[BaseModel], prefix: str = "") -> frozenset[str]:
+def operational_keys(section: type[BaseModel]) -> frozenset[str]:
     """Dotted keys of a section that are marked `operational`."""
-    found: set[str] = set()
-    for name, field in section.model_fields.items():
-        part = section_of(field.annotation)
-        if isinstance(field.json_schema_extra, dict) and OPERATIONAL in field.json_schema_extra:
-            found.add(prefix + name)
-        elif part is not None:
-            found |= operational_keys(part, f"{prefix}{name}.")
-    return frozenset(found)
+    marks = {key: field.json_schema_extra for key, field in all_fields(section)}
+    return frozenset(key for key, mark in marks.items() if isinstance(mark, dict) and OPERATIONAL in mark)
 
 
-def all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+def all_keys(section: type[BaseModel]) -> list[str]:
     """Every dotted key of a section, sections themselves included."""
-    keys: list[str] = []
+    return [key for key, _ in all_fields(section)]
+
+
+def all_fields(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every dotted key of a section with its field, sections themselves included."""
     for name, field in section.model_fields.items():
-        keys.append(prefix + name)
+        yield prefix + name, field
         part = section_of(field.annotation)
         if part is not None:
-            keys += all_keys(part, f"{prefix}{name}.")
-    return keys
+            yield from all_fields(part, f"{prefix}{name}.")
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:

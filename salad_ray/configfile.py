@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from salad_ray.config import Config, ConfigError, all_keys
+from salad_ray.config import RESOLVE, Config, ConfigError, all_keys
 from salad_ray.credentials import refuse_secret_arguments, refuse_secrets
 from salad_ray.store import open_file
 
@@ -31,56 +31,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     data = read_mapping(str(path), "config file", "configs/quickstart.yaml is the one to start from")
     for override in overrides:
         _apply_override(data, override)
-    data.setdefault("run_dir", f"runs/{Path(path).stem}")
-    return _absolute(parse_config(data, source=str(path)))
+    data["run_dir"] = data.get("run_dir") or f"runs/{Path(path).stem}"
+    return parse_config(data, source=str(path), resolve=True)
 
 
-def _absolute(config: Config) -> Config:
-    """Local paths made absolute: workers on this machine may start in another folder."""
+def parse_config(data: dict[str, Any], source: str = "config", resolve: bool = False) -> Config:
+    """Validate a nested dictionary; raises `ConfigError`.
 
-    def resolve(path: str) -> str:
-        return path.rstrip("/") if "://" in path else str(Path(path).resolve())  # a store takes a//b for another name
-
-    def if_there(name: str | None) -> str | None:
-        if not name:
-            return name
-        place = Path(name).parent if "*" in name else Path(name)  # `*` is in the last part
-        return resolve(name) if place.exists() else name  # otherwise it is a hub id
-
-    corpora = tuple(
-        corpus.model_copy(update={"path": resolve(corpus.path), "root": corpus.root and resolve(corpus.root)})
-        for corpus in config.ingest.corpora
-    )
-    web = tuple(corpus.model_copy(update={"path": if_there(corpus.path)}) for corpus in config.ingest.web)
-    text = tuple(corpus.model_copy(update={"path": if_there(corpus.path)}) for corpus in config.ingest.text)
-    benchmarks = tuple(resolve(path) for path in config.ingest.passages.benchmarks)
-    passages = config.ingest.passages.model_copy(update={"benchmarks": benchmarks})
-    changes = {"corpora": corpora, "web": web, "text": text, "passages": passages}
-    ingest = config.ingest.model_copy(update=changes)
-    synthesize = config.synthesize.model_copy(
-        update={"path": if_there(config.synthesize.path), "recogniser": if_there(config.synthesize.recogniser)}
-    )
-    embed = config.embed.model_copy(update={"path": if_there(config.embed.path)})
-    align = config.align.model_copy(update={"path": if_there(config.align.path)})
-    encode = config.encode.model_copy(update={"path": if_there(config.encode.path)})
-    model = config.model.model_copy(update={"teacher": if_there(config.model.teacher)})
-    asked = tuple(
-        benchmark.model_copy(update={"path": if_there(benchmark.path), "exemplars": if_there(benchmark.exemplars)})
-        for benchmark in config.evaluate.benchmarks
-    )
-    evaluate = config.evaluate.model_copy(
-        update={"benchmarks": asked, "recogniser": if_there(config.evaluate.recogniser)}
-    )
-    changes = {"ingest": ingest, "align": align, "synthesize": synthesize, "encode": encode, "embed": embed}
-    changes |= {"evaluate": evaluate}
-    return config.model_copy(update=changes | {"run_dir": resolve(config.run_dir), "model": model})
-
-
-def parse_config(data: dict[str, Any], source: str = "config") -> Config:
-    """Validate a nested dictionary; raises `ConfigError`."""
+    Args:
+        source: what it is called in errors.
+        resolve: make relative paths absolute.
+    """
     refuse_secrets(data, source)  # first: other errors name the value
     try:
-        return Config.model_validate_json(json.dumps(data), strict=True)
+        return Config.model_validate_json(json.dumps(data), strict=True, context={RESOLVE: resolve})
     except ValidationError as error:
         known, remedy = all_keys(Config), "see `salad run --help` for the keys"
         told = "; ".join(explain(item, known, remedy) for item in error.errors())
@@ -93,15 +57,18 @@ def replaced(config: Config, values: Mapping[str, Any], source: str = "config") 
     """The config with other values of some (dotted) keys; raises `ConfigError`."""
     data = config.model_dump(mode="json")
     for key, value in values.items():
-        *parents, last = key.split(".")
-        section = data
-        for parent in parents:
-            section[parent] = section.get(parent) or {}
-            section = section[parent]
-            if not isinstance(section, dict):
-                raise ConfigError(f"{source}: '{key}': '{parent}' is a value, not a section")
-        section[last] = value
+        _set(data, key, value, f"{source}: '{key}'")
     return parse_config(data, source)
+
+
+def _set(data: dict[str, Any], key: str, value: Any, where: str) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        data[parent] = {} if data.get(parent) is None else data[parent]
+        data = data[parent]
+        if not isinstance(data, dict):
+            raise ConfigError(f"{where}: '{parent}' is a value, not a section")
+    data[last] = value
 
 
 def dump_config(config: Config) -> str:
@@ -155,12 +122,8 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     key, separator, value = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"override '{override}' is not of the form key=value, for example distill.alpha=0.5")
-    *parents, last = key.split(".")
-    for parent in parents:
-        data = data.setdefault(parent, {})
-        if not isinstance(data, dict):
-            raise ConfigError(f"override of '{key}': '{parent}' is a value, not a section")
-    data[last] = _parse_yaml(value, f"override of '{key}'", "; quote the value")
+    where = f"override of '{key}'"
+    _set(data, key, _parse_yaml(value, where, "; quote the value"), where)
 
 
 def explain(error: Any, known: Sequence[str], remedy: str) -> str:
@@ -174,7 +137,8 @@ def explain(error: Any, known: Sequence[str], remedy: str) -> str:
     if error["type"] == "missing":
         return f"'{key}' is missing; {remedy}"
     if error["type"] == "value_error":
-        return str(error["ctx"]["error"])
+        told = str(error["ctx"]["error"])
+        return told if isinstance(error["input"], dict) else f"{key}={_shown(error['input'])} {told}"  # of one key
     message = error["msg"][0].lower() + error["msg"][1:]
     return f"'{key}' is {_shown(error['input'])}: {message}"
 

@@ -83,7 +83,7 @@ class Step:
     grows: bool = False
     """Its table may be lengthened later; what was made of the shorter one stays valid."""
     by_shard: bool = False
-    """Whether the stage's `work` makes it shard by shard, in actors."""
+    """Whether the stage's `work` makes it shard by shard, on all machines."""
     trains: bool = False
     """Whether the stage's `training` makes it, on the workers of a Train job. Else its `make` does, in its own way."""
     along: str = ""
@@ -124,25 +124,26 @@ def _first_sets(config: Config) -> list[str]:
 
 def _texts(config: Config) -> list[Step]:
     """What is read first: passages to be spoken, recordings, and the benchmarks' items."""
-    world = ("ingest.num_shards", "seed")
+    world = ("world.domains", "ingest.num_shards", "seed")
     found = []
     if config.has_benchmark:
         own = (EXEMPLARS,) if config.evaluate.has_pool else ()
-        keys = ("evaluate.benchmarks", "seed", *(() if config.evaluate.benchmarks else ("world.num_questions",)))
+        asked = () if config.evaluate.benchmarks else ("world.num_questions", "world.domains")
+        keys = ("evaluate.benchmarks", "seed", *asked)
         found.append(Step(INGEST, BENCHMARK, (ITEMS, *own), keys=keys))
         found.append(Step(INGEST, BENCHMARK, (PASSAGES,), (f"{BENCHMARK}/{ITEMS}",)))
     if config.ingest.web:
         keys = ("ingest.web", *CUT, "ingest.heldout_share")
-        found.append(Step(INGEST, WEB, (PASSAGES,), keys=keys))
+        found.append(Step(INGEST, WEB, (PASSAGES,), keys=keys, version=2))
     elif config.has_web or config.model.teacher == "world":
         found.append(Step(INGEST, WEB, (PASSAGES,), keys=("world.num_web", *world), by_shard=True, version=2))
     if TEXT in config.trained_sets:
         found.append(_text_alone(config))
     if config.ingest.corpora:
         read = (f"ingest.{name}" for name in ("corpora", "languages", "heldout_share", "split_by", "num_shards"))
-        found.append(Step(INGEST, NATURAL, (CATALOG,), keys=tuple(read)))
+        found.append(Step(INGEST, NATURAL, (CATALOG,), keys=tuple(read), version=2))
         checked = (f"{NATURAL}/{CATALOG}",)
-        found.append(Step(INGEST, NATURAL, (UTTERANCES,), checked, ("ingest.quality",), by_shard=True))
+        found.append(Step(INGEST, NATURAL, (UTTERANCES,), checked, ("ingest.quality",), by_shard=True, version=2))
     else:
         keys = ("world.num_natural", "world.unheard", *world)
         found.append(Step(INGEST, NATURAL, (PASSAGES,), keys=keys, by_shard=True, version=2))
@@ -159,9 +160,10 @@ def _text_alone(config: Config) -> Step:
     """Passages that are read in training and never heard; those that the web text has, too, are left out."""
     if config.ingest.text:
         web = (f"{WEB}/{PASSAGES}",) if config.ingest.web else ()
-        return Step(INGEST, TEXT, (PASSAGES,), web, ("ingest.text", *CUT))
+        return Step(INGEST, TEXT, (PASSAGES,), web, ("ingest.text", *CUT), version=2)
     asked = () if config.evaluate.benchmarks else ("world.num_questions",)
-    keys = ("world.num_text", "world.num_web", "ingest.num_shards", "seed", "ingest.passages.ngram", *asked)
+    drawn = ("world.domains", "world.num_text", "world.num_web")
+    keys = (*drawn, "ingest.num_shards", "seed", "ingest.passages.ngram", *asked)
     return Step(INGEST, TEXT, (PASSAGES,), keys=keys, by_shard=True)
 
 
@@ -180,11 +182,11 @@ def _speech(config: Config, sets: Collection[str]) -> list[Step]:
     found = []
     if aligned:
         heard = f"{NATURAL}/{UTTERANCES}"
-        found.append(Step(ALIGN, NATURAL, (ALIGNED,), (heard,), keys=("align",), by_shard=True, along=heard))
+        found.append(Step(ALIGN, NATURAL, (ALIGNED,), (heard,), keys=("align",), version=2, by_shard=True, along=heard))
     for name in spoken:
         text = f"{name}/{PASSAGES}"
         keys: tuple[str, ...] = ("synthesize", "seed")
-        found.append(Step(SYNTHESIZE, name, (UTTERANCES,), (text,), keys, by_shard=True, along=text))
+        found.append(Step(SYNTHESIZE, name, (UTTERANCES,), (text,), keys, version=2, by_shard=True, along=text))
     for name in sets:
         heard = f"{name}/{ALIGNED if aligned and name == NATURAL else UTTERANCES}"
         keys = ("encode", "seed") if config.encode.augment.share else ("encode",)
@@ -263,7 +265,8 @@ def _evaluate(config: Config, trained: Collection[str]) -> list[Step]:
         reads, table = (*read, *heard), scores_of(system)
         return Step(EVALUATE, BENCHMARK, (table,), reads, (*keys, *own), by_shard=True, system=system)
 
-    found = [asked(BASE), *(asked(system, f"{BENCHMARK}/{FEATURES}", system) for system in trained)]
+    hears = (f"{BENCHMARK}/{FEATURES}",)
+    found = [asked(BASE), *(asked(system, *hears, system, own=("evaluate.exemplars",)) for system in trained)]
     if config.evaluate.cascade != "none":
         found.append(asked(CASCADE, f"{BENCHMARK}/{UTTERANCES}", own=("evaluate.conditions", "evaluate.cascade")))
     return found

@@ -144,6 +144,7 @@ def write_index(run: Run) -> None:
         {
             "config": run.config.model_dump(mode="json"),
             "started_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "schema_version": SCHEMA_VERSION,
             "tables": before.get("tables", {}) | dict(run.places.keys),
             "reads": reads,
         },
@@ -156,17 +157,21 @@ def write_index(run: Run) -> None:
 def refuse_older(run_dir: str) -> None:
     """Raises `TableError` where an earlier version has written, whose tables lie elsewhere."""
     if file_exists(f"{run_dir}/config.yaml") and not file_exists(f"{run_dir}/runs/newest.json"):
-        raise TableError(
-            f"{run_dir} holds a run of an earlier version of salad_ray, whose tables this one does not find; choose "
-            "another run_dir, or delete that run"
-        )
+        raise _of_earlier_version(run_dir)
+
+
+def _of_earlier_version(run_dir: str) -> TableError:
+    return TableError(
+        f"{run_dir} holds a run of an earlier version of salad_ray, whose tables this one does not read; choose "
+        "another run_dir, or delete that run"
+    )
 
 
 def open_places(run_dir: str, name: str | None = None) -> tuple[Places, dict[str, Any]]:
     """A run that was kept, the newest by default, wherever it was moved since; and its config as plain data.
 
     Raises:
-        TableError: there is none.
+        TableError: there is none, or an earlier version has written it.
     """
     run_dir = run_dir if run_dir.endswith("://") else run_dir.rstrip("/")
     refuse_older(run_dir)
@@ -178,6 +183,8 @@ def open_places(run_dir: str, name: str | None = None) -> tuple[Places, dict[str
     if index is None:
         known = ", ".join(each.name for each in kept_runs(run_dir))
         raise TableError(f"{run_dir} has no run '{name}'; it has {known}")
+    if index.get("schema_version") != SCHEMA_VERSION:
+        raise _of_earlier_version(run_dir)
     return Places(run_dir, name, index["tables"]), index["config"]
 
 

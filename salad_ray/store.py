@@ -32,6 +32,7 @@ AWS_SETTINGS = (
 )
 """What other machines have to be told of a store, if it is set. Keys are no part of it: they have their own roles."""
 
+BROKEN_LINK = "a link that leads nowhere"
 _SCRATCH = "salad-scratch-"
 _HELD_BY_SECS = 60
 """A scratch folder is locked well within this time after it was made."""
@@ -69,6 +70,48 @@ def list_folder(url: str) -> dict[str, dict[str, Any]]:
         return {}
     entries = {entry["name"].rstrip("/"): entry for entry in found}
     return {name.rsplit("/", 1)[-1]: entry for name, entry in entries.items() if name != path.rstrip("/")}
+
+
+def find_files(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, dict[str, Any]]:
+    """Files at or below a path, or that match its `*`: name → what the file system knows of them.
+
+    On a local disk links are followed, for the hub's cache consists of them; a folder to which several lead is read
+    once. One that leads nowhere has the type `BROKEN_LINK`.
+    """
+    try:
+        if not is_local(fs):
+            found = fs.glob(path, detail=True) if "*" in path else fs.find(path, detail=True)
+            return {name: info for name, info in found.items() if info["type"] == "file"}
+        names = [name for one in (fs.glob(path) if "*" in path else [path]) for name in _local_files(one, "*" in path)]
+        return {name: _local_info(name) for name in names}
+    except FileNotFoundError:
+        return {}
+
+
+def _fail(error: OSError) -> None:
+    raise error
+
+
+def _local_files(path: str, is_match: bool) -> list[str]:
+    if is_match or not os.path.isdir(path):
+        return [path] if os.path.isfile(path) or (os.path.islink(path) and not os.path.exists(path)) else []
+    files, seen = [], set()
+    for folder, folders, names in os.walk(path, followlinks=True, onerror=_fail):
+        folders.sort()
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        files += [os.path.join(folder, name) for name in names]
+    return files
+
+
+def _local_info(path: str) -> dict[str, Any]:
+    try:
+        state = os.stat(path)
+    except FileNotFoundError:
+        return {"type": BROKEN_LINK, "size": 0}
+    return {"type": "file", "size": state.st_size, "mtime": state.st_mtime}
 
 
 def read_range(url: str, begin: int, end: int) -> bytes:

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +29,8 @@ from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 from salad_ray.store import as_name, filesystem, is_local, list_folder, remove_files, scratch_folder
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
+"""Of row types and of the manifests' totals: raised, it makes all tables anew."""
 SAMPLES, SAMPLE_BYTES = 16, 2**20
 """Of a file that is too large to be read whole for its hash."""
 READ_AT_ONCE = 32
@@ -44,6 +45,39 @@ class TableError(RuntimeError):
 
 class BadInput(ValueError):
     """One input that cannot be used; the message is the reason that goes into `rejects`."""
+
+
+class Totals(TypedDict, total=False):
+    """What the shards of a table add up to, besides its rows: `totals` of its manifest, of each stage its own. Hours
+    are of audio."""
+
+    hours: float
+    training_hours: float
+    """Of them, without what is held out."""
+    training_hours_by_domain: dict[str, float]
+    hours_by_corpus: dict[str, dict[str, float]]
+    """And by licence."""
+    num_kept_aside: int
+    """Passages that are kept from training, to be measured."""
+    num_chars_cut: dict[str, int]
+    """By the reason why they cannot be spoken."""
+    num_passages_by_cluster: dict[str, int]
+    num_chars_by_cluster: dict[str, int]
+    num_unsaid_signs: int
+    """Emoji, "♪" and the like, which stay in the text."""
+    num_tokens_cut: int
+    """Beyond the context."""
+    num_untimed: int
+    """Utterances without word times, which are not measured whole."""
+
+
+def add_totals(totals: dict[str, Any], own: Mapping[str, Any]) -> None:
+    """Add those of a part, label by label."""
+    for name, value in own.items():
+        if isinstance(value, Mapping):
+            add_totals(totals.setdefault(name, {}), value)
+        else:
+            totals[name] = totals.get(name, 0) + value
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,7 @@ class Head:
             return json.load(answer)
 
     def state(self, kind: str) -> list[dict[str, Any]]:
-        """Nodes or actors that are or were there, as Ray's state API lists them."""
+        """Nodes, actors or tasks that are or were there, as Ray's state API lists them."""
         rows: list[dict[str, Any]] = self.request(f"v0/{kind}?limit=10000&detail=1")["data"]["result"]["result"]
         return rows
 

@@ -20,9 +20,19 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real recordings, texts and a small text LM: `SALAD_DATA`, or `../shared/data` beside the checkout."""
-    folder = Path(os.environ.get("SALAD_DATA", ROOT.parent / "shared" / "data"))
+    return _folder_beside("data", "SALAD_DATA", "real data")
+
+
+@pytest.fixture(scope="session")
+def cases() -> Path:
+    """Inputs that were once read wrongly, in silence: `SALAD_CASES`, or `../shared/cases` beside the checkout."""
+    return _folder_beside("cases", "SALAD_CASES", "cases")
+
+
+def _folder_beside(name: str, variable: str, what: str) -> Path:
+    folder = Path(os.environ.get(variable, ROOT.parent / "shared" / name))
     if not folder.is_dir():
-        pytest.skip(f"no real data at {folder}; set SALAD_DATA to its folder")
+        pytest.skip(f"no {what} at {folder}; set {variable} to the folder")
     return folder
 
 

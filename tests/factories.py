@@ -24,7 +24,7 @@ from salad_ray import pipeline
 from salad_ray.config import Config
 from salad_ray.flow import steps_of, with_needs
 from salad_ray.runs import Places, Run, open_places
-from salad_ray.tables import Features, Reject, Table, Word, write_bytes, write_json
+from salad_ray.tables import SCHEMA_VERSION, Features, Reject, Table, Word, write_bytes, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINING_TEXT = (
@@ -182,7 +182,8 @@ def rejects_of(config: Config, set_name: str, *names: str) -> list[Reject]:
 def keep_run(run_dir: object, config: dict[str, Any], labels: Iterable[str]) -> Places:
     """The index of a run whose tables a test writes by hand (`hand_table`)."""
     keys = dict.fromkeys(labels, HAND)
-    write_json(f"{run_dir}/runs/{HAND}.json", {"config": config, "tables": keys, "reads": {}})
+    index = {"config": config, "schema_version": SCHEMA_VERSION, "tables": keys, "reads": {}}
+    write_json(f"{run_dir}/runs/{HAND}.json", index)
     write_json(f"{run_dir}/runs/newest.json", {"run": HAND})
     write_bytes(f"{run_dir}/config.yaml", yaml.safe_dump(config).encode())
     return Places(str(run_dir), HAND, keys)

@@ -87,11 +87,11 @@ def wait_until_gone(cluster: Head) -> None:
     wait_for(lambda: all(node["state"] == "DEAD" for node in nodes(cluster)), "the end of idle nodes")
 
 
-def pools_of(cluster: Head, kind: str) -> set[str]:
-    """Where actors of this class have run."""
+def pools_of(cluster: Head, kind: str, name: str) -> set[str]:
+    """Where actors of this class have run, or tasks of this name."""
     by_id = {node["node_id"]: pool_of(node) for node in nodes(cluster)}
-    actors = [actor for actor in cluster.state("actors") if actor["class_name"].startswith(kind)]
-    return {by_id[actor["node_id"]] for actor in actors if actor["node_id"]}  # some have waited in vain
+    rows = [row for row in cluster.state(kind) if name in row["class_name" if kind == "actors" else "name"]]
+    return {by_id[row["node_id"]] for row in rows if row["node_id"]}  # some have waited in vain
 
 
 @pytest.mark.slow
@@ -170,8 +170,8 @@ def test_training_lands_on_training_machines_alone_and_others_elsewhere(grown: H
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump(config))
     run_job(grown, "-c", FLOW, str(file))
-    assert pools_of(grown, "RayTrainWorker") == {"training"}
-    elsewhere = pools_of(grown, "MapWorker")
+    assert pools_of(grown, "actors", "RayTrainWorker") == {"training"}
+    elsewhere = pools_of(grown, "tasks", "write_shards")
     assert elsewhere
     assert elsewhere <= {"cpu", "gpu_spot"}
     begun = json.loads(Path(table_of(tmp_path / "run", "", "trunk").url, "begun.json").read_text())["written_at"]

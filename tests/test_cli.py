@@ -43,6 +43,14 @@ def test_the_help_of_a_stage_lists_its_keys(stage: str) -> None:
     assert {"encode": "encode.encoder=log_mel", "stage1": "distill.alpha=1.0"}[stage] in shown
 
 
+@pytest.mark.parametrize("command", ["sweep", "ingest", "encode", "stage2"])
+def test_the_help_says_what_is_required_and_what_is_unset(command: str) -> None:
+    shown = salad(command, "--help").stdout
+    assert "Undefined" not in shown
+    assert "=None" not in shown
+    assert {"sweep": "sweeps.NAME.grid (required)"}.get(command, "=unset") in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

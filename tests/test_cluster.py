@@ -646,6 +646,7 @@ def message(cluster: Head, own: Node) -> str:
     return row["state_message"] or ""
 
 
+@pytest.mark.slow
 def test_ray_hears_of_the_notice_that_a_spot_machine_gets(rays_head: Head, metadata: Metadata, tmp_path: Path) -> None:
     with node(rays_head, "--num-cpus=1") as own:
         machine = Machine(tmp_path, rays_head, own, metadata)

@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from salad_ray.config import Config, ConfigError, all_keys, identity
-from salad_ray.configfile import dump_config, load_config, parse_config
+from salad_ray.configfile import dump_config, load_config, parse_config, replaced
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
         ({"distill": {"alpha": 1.5}}, ["distill.alpha", "1.5", "less than or equal to 1"]),
         ({"distill": {"num_steps": True}}, ["distill.num_steps", "True", "integer"]),
         ({"distill": {"num_steps": 3, "num_positions": 1e6}}, ["num_steps=3", "num_positions=1e+06", "give one"]),
-        ({"pack": {"text_words": [9, 5]}}, ["pack.text_words=[9, 5]", "shortest"]),
+        ({"pack": {"text_words": [9, 5]}}, ["pack.text_words=[9, 5]", "[least, most]"]),
         ({"distill": {"num_workers": 3}}, ["num_workers=3", "num_lanes=8", "divide"]),
         ({"encode": {"encoder": "mini"}}, ["encode.encoder", "'mini'", "'log_mel' or 'mimi'"]),
         ({"encode": {"encoder": "mimi"}}, ["encode.path", "kyutai/mimi"]),
@@ -136,6 +137,58 @@ def test_a_pattern_of_web_text_is_made_absolute_where_its_folder_is_here(
             ingest = load_config("mine.yaml", [f"ingest.{key}=[{{path: '{path}', name: x}}]"]).ingest
             [corpus] = getattr(ingest, key)
             assert corpus.path == (found or path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((key, "{}") for key in ("align.path", "encode.path", "embed.path", "synthesize.path", "model.teacher")),
+        *((key, "{}") for key in ("synthesize.recogniser", "evaluate.recogniser")),
+        ("ingest.corpora", "[{{path: {}, root: {}}}]"),
+        ("ingest.web", "[{}]"),
+        ("ingest.text", "[{}]"),
+        ("ingest.passages.benchmarks", "[{}]"),
+        ("evaluate.benchmarks", "[{{name: piqa, path: {}, exemplars: {}}}]"),
+    ],
+)
+def test_paths_are_made_absolute_in_a_file_that_is_loaded_and_nowhere_else(
+    key: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "mine.yaml").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+
+    def known(name: str, config: Config) -> bool:
+        return yaml.safe_dump(config.model_dump(mode="json")).count(f" {name}\n") == value.count("{}")
+
+    loaded = load_config("mine.yaml", [f"{key}={value.format(*['here'] * 2)}"])
+    assert known(f"{tmp_path}/here", loaded)
+    assert replaced(loaded, {"seed": 1}) == loaded.model_copy(update={"seed": 1})
+    data: dict = {}
+    for part in reversed(key.split(".")):
+        data = {part: data or yaml.safe_load(value.format(*["here"] * 2))}
+    assert known("here", parse_config(data))
+    if not key.endswith(("corpora", "passages.benchmarks")):  # which are no hub ids
+        assert known("org/name", load_config("mine.yaml", [f"{key}={value.format(*['org/name'] * 2)}"]))
+
+
+def test_a_section_that_is_null_can_be_opened(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("stage2: null\n")
+    config = load_config(path, ["stage2.alpha=0.5"])
+    assert config.stage2 is not None
+    assert config.stage2.alpha == 0.5
+    path.write_text("distill: 0\n")
+    with pytest.raises(ConfigError, match="'distill' is a value, not a section"):
+        load_config(path, ["distill.alpha=0.5"])
+
+
+def test_a_folder_called_world_is_not_the_embedded_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "world").mkdir()
+    (tmp_path / "mine.yaml").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert load_config("mine.yaml").model.teacher == "world"
+    assert load_config("mine.yaml", ["model.teacher=./world"]).model.teacher == f"{tmp_path}/world"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)

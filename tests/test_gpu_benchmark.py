@@ -52,6 +52,7 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "benchmarks.gpu", *arguments]
 
 
+@pytest.mark.slow
 def test_every_section_runs_at_toy_shapes_without_ray(tmp_path: Path) -> None:
     """Nothing may fail, and every check is within its tolerance; `ray` is made impossible to import."""
     (tmp_path / "ray.py").write_text("raise RuntimeError('this benchmark may not need Ray')\n")
@@ -82,6 +83,7 @@ def test_every_section_runs_at_toy_shapes_without_ray(tmp_path: Path) -> None:
     assert "docs/gpu.md" in ended.stdout
 
 
+@pytest.mark.slow
 def test_a_section_that_misbehaves_stops_no_other(with_sections: None, tmp_path: Path) -> None:
     expected = {
         "fails": "failed", "overruns": "overran", "dies": "failed", "is_wrong": "failed", "has_a_bug": "failed",
@@ -412,6 +414,7 @@ def test_a_check_that_ends_in_an_error_does_not_end_the_others(monkeypatch: pyte
     assert len(rows) == 6 + 3
 
 
+@pytest.mark.slow
 def test_a_step_that_leaves_something_out_is_noticed(with_sections: None, tmp_path: Path) -> None:
     content = run_sections([Section("steps", "gpu_steps:rows", 300, "Steps")], tmp_path, tiny=True)
     rows = content["sections"]["steps"]["rows"]
@@ -436,7 +439,7 @@ def test_the_stand_in_for_the_kernel_takes_what_the_kernel_takes() -> None:
 
 def test_attention_without_grouped_heads_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch 2.11 has no `enable_gqa`."""
-    from salad_ray.model import speech_lm
+    from salad_ray.model import packed
 
     shape = shape_of(TINY)
     [batch] = make_batches(shape, num_rows=2, num_batches=1)
@@ -450,8 +453,8 @@ def test_attention_without_grouped_heads_is_the_same(monkeypatch: pytest.MonkeyP
             seen.append(args[0].shape[1] == args[1].shape[1])
             return varlen_on_cpu(*args, **settings)
 
-        monkeypatch.setattr(speech_lm, "varlen_attn", older)
-        monkeypatch.setattr(speech_lm, "_knows_gqa", lambda: False)
+        monkeypatch.setattr(packed, "varlen_attn", older)
+        monkeypatch.setattr(packed, "_knows_gqa", lambda: False)
         found = student.text_hidden(batch.teacher_ids, batch.teacher_position_ids)
     assert seen == [True] * shape.llm.num_hidden_layers
     torch.testing.assert_close(found, expected)

@@ -168,6 +168,7 @@ def stopped_in_training(cluster: Head, config: Path, name: str, job: str) -> str
     return log
 
 
+@pytest.mark.slow
 def test_a_training_that_is_stopped_continues_where_it_was(cluster: Head, config: Path) -> None:
     stopped_in_training(cluster, config, "training", "jobs/stage1.py")
 

@@ -25,8 +25,7 @@ ELSE = {
         "natural": "a value of the type `SetName`",
         "heldout": "a value of the type `SetName`",
         "text": "a column of a corpus, by default",
-        "pack": "a section of the config",
-        "measure": "a section of the config",
+        "select": "a section of the config",
         "stage2": "a section of the config",
     },
     "pipeline.py": {"report": "the folder of a report", "plan": "the folder of a plan of hours and costs"},
@@ -34,6 +33,7 @@ ELSE = {
     "distill/trainer.py": {"natural": "a field of `Job`", "teacher": "a key of what a checkpoint keeps"},
     "evaluation/analysis.py": {"report": "the folder of a report"},
     "evaluation/statistics.py": {"text": "a modality"},
+    "model/trial.py": {"embed": "a part of a setting's name", "embeddings": "a key of what was found"},
     "report/accuracy.py": {
         "benchmark": "the heading of a column",
         "items": "the heading of a column",
@@ -65,7 +65,6 @@ ELSE = {
     "stages/cluster.py": {
         "centroids": "an array in a file",
         "clusters": "a key of the cards' file",
-        "passages": "what a total of the manifest counts",
     },
     "stages/evaluate.py": {"text": "a modality"},
     "stages/ingest.py": {"items": "a fact of a source"},

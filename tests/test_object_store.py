@@ -645,6 +645,7 @@ def test_a_command_ends_with_one_sentence(server: Server, tmp_path: Path, monkey
     assert "\n" not in done.stderr.strip()
 
 
+@pytest.mark.slow
 def test_a_stage_writes_there_and_continues(server: Server, place: str, tmp_path: Path) -> None:
     """The shortest way through driver, Ray's actors and store: two stages, the second with a shard taken away."""
     path = small_config(tmp_path, place, world={"num_natural": 16}, ingest={"num_shards": 2})

@@ -33,7 +33,7 @@ from salad_ray.runs import (
     open_run,
     write_index,
 )
-from salad_ray.tables import Table, TableError, write_bytes, write_json
+from salad_ray.tables import SCHEMA_VERSION, Table, TableError, write_bytes, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 STEP = Step("encode", "natural", ("features",), ("natural/utterances",), ("encode",))
@@ -138,6 +138,18 @@ def test_a_run_of_an_earlier_version_is_refused_in_one_sentence(config: Config) 
     for use in (lambda: open_places(config.run_dir), lambda: pipeline.start(config, steps(config))):
         with pytest.raises(TableError, match=r"holds a run of an earlier version of salad_ray.*choose another run_dir"):
             use()
+
+
+def test_a_run_whose_manifests_have_another_form_is_refused_too(config: Config) -> None:
+    run = pipeline.resolve(config)
+    write_index(run)
+    index = json.loads(Path(run.places.index_url).read_text())
+    for earlier in ({"schema_version": SCHEMA_VERSION - 1}, {}):
+        write_json(run.places.index_url, {name: index[name] for name in index if name != "schema_version"} | earlier)
+        with pytest.raises(TableError, match=r"holds a run of an earlier version of salad_ray.*choose another run_dir"):
+            open_places(config.run_dir)
+    write_index(pipeline.start(config, steps(config)))  # making it anew is no fault
+    assert open_places(config.run_dir)[0] == run.places
 
 
 def test_what_is_no_run_is_said(config: Config, tmp_path: Path) -> None:

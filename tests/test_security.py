@@ -642,6 +642,7 @@ print("joined", ray.get(ray.remote(lambda: 1).remote()))
 CANARY = "canary0123456789"
 
 
+@pytest.mark.slow
 def test_ray_listens_on_loopback_asks_for_its_token_and_keeps_the_environments_secrets(tmp_path: Path) -> None:
     """A real stage on the Ray that it starts; then clients with another token, and with none."""
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(small_world_config(tmp_path)))

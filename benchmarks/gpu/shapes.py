@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 from benchmarks.gpu.worker import Context
 from salad_ray.config import AdapterConfig
 from salad_ray.distill.step import head_dim, training_flops
-from salad_ray.model import speech_lm
+from salad_ray.model import packed
 from salad_ray.model.adapter import Adapter
 from salad_ray.model.speech_lm import EncoderSpec, SpeechLM, SpeechLMConfig
 from salad_ray.sequences.batch import Batch, Sample, collate
@@ -119,7 +119,7 @@ def varlen_on_cpu(*inputs: Any, **settings: Any) -> Tensor:
 @contextmanager
 def varlen_anywhere(context: Context) -> Iterator[None]:
     """On a CPU the kernel is stood in for; what feeds it is real."""
-    stand_in = nullcontext() if context.on_gpu else patch.object(speech_lm, "varlen_attn", varlen_on_cpu)
+    stand_in = nullcontext() if context.on_gpu else patch.object(packed, "varlen_attn", varlen_on_cpu)
     with stand_in:
         yield
 

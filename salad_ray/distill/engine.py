@@ -126,7 +126,7 @@ def forward_backward(
     """
     head, word_end_weight = engine.module.head, weight_of_word_ends(settings)
     with ExitStack() as stack:
-        gathered = GatheredParameters([head], enabled=settings.zero_stage == 3)
+        gathered = GatheredParameters(head.parameters, enabled=settings.zero_stage == 3)
         gather_head = partial(stack.enter_context, gathered)
         loss = batch_loss(
             engine, head, teacher, batch, settings.alpha, settings.loss_chunk_size, gather_head, word_end_weight

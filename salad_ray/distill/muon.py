@@ -1,4 +1,4 @@
-"""Muon for the matrices inside the decoder layers, AdamW for all other weights, as one optimizer under ZeRO 1, 2 or 3.
+"""Muon for the matrices of the adapter and inside the LLM's layers, AdamW for all other weights; under ZeRO 1, 2 or 3.
 
 ZeRO hands the optimizer flat fp32 shards: of the weights, and of gradients that are summed over micro-batches, averaged
 over workers and clipped. Momentum is taken element by element, so it is a flat shard too, and checkpoints hold it as

@@ -5,16 +5,20 @@ Shape letters: B rows, T student positions, U teacher positions, L labels, E wor
 
 from __future__ import annotations
 
+import math
+import platform
 import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from salad_ray.config import DistillConfig
 from salad_ray.distill.losses import distillation_loss, loss_and_each_kl
-from salad_ray.model.speech_lm import hidden_states, lm_head
+from salad_ray.model.head import Head, lm_head
+from salad_ray.model.packed import hidden_states
 from salad_ray.sequences.batch import Batch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -22,6 +26,8 @@ BUCKET = 500_000_000
 """Most elements of gradients that ZeRO reduces at once, DeepSpeed's default."""
 # Dense bf16 peaks by the vendors' datasheets, FLOP/s.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "B200": 2250e12}
+
+_NUM_CHOSEN = ("num_experts_per_tok", "moe_topk", "top_k_experts", "moe_top_k", "moe_k")
 
 
 class BatchLoss(NamedTuple):
@@ -37,7 +43,7 @@ class BatchLoss(NamedTuple):
 
 def batch_loss(
     student: Callable[[Batch], Tensor],
-    student_head: Tensor,
+    student_head: Tensor | Head,
     teacher: nn.Module,
     batch: Batch,
     alpha: float,
@@ -55,7 +61,7 @@ def batch_loss(
 
     Args:
         student: batch → hidden states (B, T, D); a `SpeechLM` or the engine around it.
-        student_head: (V, D) weight of the student's output head.
+        student_head: the student's output head, or its weight (V, D).
         teacher: the frozen text LLM; sees batch.teacher_ids (B, U) only.
         gather_head: called before the head is used; under ZeRO-3 it makes `student_head` whole, and the caller keeps it
             so until the backward is done.
@@ -111,11 +117,56 @@ def learning_rate_factor(step: int, num_steps: int, warmup_steps: int, decay_ste
     return min(rising, falling, 1.0)
 
 
+def num_active_parameters(llm: PreTrainedModel) -> int:
+    """Parameters that take part in what is made of a position: of a mixture's experts, as many as its router chooses.
+
+    Experts lie in weights of three dimensions or in lists. Where a config does not say how many are chosen, all count.
+    """
+    chosen = _num_chosen(llm.config.get_text_config())
+    lists = {
+        f"{name}.": len(module)
+        for name, module in llm.named_modules()
+        if name.endswith("experts") and isinstance(module, nn.ModuleList)
+    }
+    active = 0.0
+    for name, weight in llm.named_parameters():
+        number = next((len_ for prefix, len_ in lists.items() if name.startswith(prefix)), 1)
+        if weight.ndim == 3 and "conv" not in name:
+            number = weight.shape[0]
+        active += weight.numel() * min(1.0, chosen / number)
+    return round(active)
+
+
+def num_chosen_experts(config: PretrainedConfig, weight: Tensor) -> int:
+    """How many of the experts in a weight a position goes through; 1 where it holds none."""
+    return int(min(_num_chosen(config), weight.shape[0])) if weight.ndim == 3 else 1
+
+
+def _num_chosen(config: PretrainedConfig) -> float:
+    return next((getattr(config, name) for name in _NUM_CHOSEN if getattr(config, name, None)), math.inf)
+
+
+def told_parameters(number: int, active: int) -> str:
+    """As users read it."""
+    return f"{number:,} parameters" + (f", {active:,} of them active" if active < number else "")
+
+
+def head_share(llm: PreTrainedModel, num_adapter: int) -> float:
+    """Share of a training's FLOP that the head takes: student and teacher, at the labels.
+
+    Labels are taken to be at a third of the positions, and the teacher's positions to be half of the student's.
+    """
+    head, embeddings = llm.get_output_embeddings().weight, llm.get_input_embeddings().weight
+    body = num_active_parameters(llm) - embeddings.numel() - (0 if head is embeddings else head.numel())
+    of_head = (6 + 2) * head.numel() / 3
+    return of_head / (of_head + 6 * (body + num_adapter) + 2 * body / 2)
+
+
 def training_flops(num_student: int, num_teacher: int, llm_config: object, batch: Batch) -> float:
     """Useful FLOP of one micro-batch: 6N per student position, 2N per teacher position, and causal attention.
 
-    No recompute and no padding is counted. A pair of positions that attend costs 4 · width FLOP a layer in the forward
-    (scores and values), three times that with the backward.
+    No recompute and no padding is counted, and of experts those that are active. A pair of positions that attend costs
+    4 · width FLOP a layer in the forward (scores and values), three times that with the backward.
     """
     width = llm_config.num_attention_heads * head_dim(llm_config)  # type: ignore[attr-defined]
     attention = 4 * width * llm_config.num_hidden_layers  # type: ignore[attr-defined]
@@ -127,6 +178,13 @@ def head_dim(llm_config: object) -> int:
     """Width of one attention head."""
     explicit = getattr(llm_config, "head_dim", None)
     return explicit or llm_config.hidden_size // llm_config.num_attention_heads  # type: ignore[attr-defined]
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bf16 by instructions of its own; without, that takes many times as long as fp32."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -1,10 +1,10 @@
 """The training job: Ray Train workers, each with a DeepSpeed engine around the student and a frozen teacher beside it.
 
 Step s trains on rows s·b … of every lane of the plan, whatever the number of workers. Its gradient is that of the mean
-loss over all labels of the step, over workers and accumulation. A step whose loss is not finite never updates the
-weights. A worker group that Ray Train starts again, after a failure or with another number of workers, and a rerun
-after the driver's death, all continue from the last whole checkpoint (`checkpoints.py`). Trainings that follow each
-other share a worker group, as it takes longer to start than a small training takes.
+loss over all labels of the step, over workers and accumulation. A step whose loss or gradient is not finite never
+updates the weights. A worker group that Ray Train starts again, after a failure or with another number of workers, and
+a rerun after the driver's death, all continue from the last whole checkpoint (`checkpoints.py`). Trainings that follow
+each other share a worker group, as it takes longer to start than a small training takes.
 """
 
 from __future__ import annotations
@@ -46,11 +46,16 @@ from salad_ray.distill.checkpoints import (
 )
 from salad_ray.distill.engine import compile_layers, destroy, forward_backward, make_engine
 from salad_ray.distill.logger import Logger
+from salad_ray.distill.start import faults, start_divergences
 from salad_ray.distill.step import (
     DTYPES,
+    has_fast_bfloat16,
+    head_share,
     label_weight,
     learning_rate_factor,
+    num_active_parameters,
     peak_flops,
+    told_parameters,
     training_flops,
     weight_of_word_ends,
 )
@@ -66,6 +71,10 @@ from salad_ray.tables import Table, TableError, delete_file, local_folder, put_f
 
 MENDABLE = (ConfigError, ModelError, TableError)
 """What a user has to mend before another try can succeed."""
+MAX_SKIPPED = 2
+"""Updates left out one after the other at which training stops: one may be a freak row, two are the training."""
+TOLD_HEAD_SHARE = 0.1
+"""Of the work, from which on it is said that the vocabulary takes it."""
 GAUGES = ("step", "loss", "kl", "word_end_kl", "text_kl", "positions_per_sec", "waiting_share", "memory_gib", "mfu")
 """Of a row of the curve, what Ray's dashboard and Prometheus show, as `salad_train_…`."""
 SUMS = (
@@ -151,7 +160,8 @@ def train(jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
         `seconds`; the start of the workers counts to the first. Those before one that failed are told, too.
 
     Raises:
-        TrainingStopped: the loss became infinite or NaN, or an input is missing or damaged.
+        TrainingStopped: the loss or, in two steps in a row, a gradient became infinite or NaN, the student does not
+            begin as its teacher, or an input is missing or damaged.
         TrainingFailedError: the workers failed too often.
     """
     settings, started = jobs[0].settings, time.monotonic()
@@ -286,6 +296,9 @@ def _distil(job: Job) -> dict[str, Any]:
 class Distiller:
     """One worker: engine, teacher, data, and the loop over steps."""
 
+    skipped_in_a_row = 0
+    """Updates that the engine has just left out, one after the other."""
+
     def __init__(self, job: Job) -> None:
         self.job, self.config, self.settings = job, job.config, job.settings
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -333,11 +346,10 @@ class Distiller:
         destroy(self.engine)
 
     def _load_teacher(self, path: str) -> torch.nn.Module:
-        teacher = load_text_lm(path, self.job.teacher["revision"], self.dtype, self.config.model.attention)
-        self.num_teacher = teacher.num_parameters()
+        model, context = self.config.model, self.config.pack.context
+        teacher = load_text_lm(path, self.job.teacher["revision"], self.dtype, model.attention, context)
+        self.num_teacher = num_active_parameters(teacher)
         self.teacher_weights = weights_fingerprint(teacher)
-        if self.settings.compile:
-            compile_layers(teacher)
         return teacher.requires_grad_(False).eval().to(self.device)
 
     def _make_student(self, path: str) -> SpeechLM:
@@ -350,14 +362,19 @@ class Distiller:
             self.config.seed,
             self.dtype,
             model.attention,
+            self.config.pack.context,
         )
         student.config = replace(student.config, teacher=self.job.teacher["path"])  # and not a copy, soon gone
         return student
 
     def _make_engine(self, student: SpeechLM) -> Any:
         """The student under DeepSpeed; its optimizer steps parameters of two groups, adapter and LLM."""
-        self.num_student = sum(parameter.numel() for parameter in student.parameters())
+        num_adapter = sum(parameter.numel() for parameter in student.adapter.parameters())
+        self.num_student, self.vocabulary = self.num_teacher + num_adapter, len(student.head)
+        self.head_share = head_share(student.llm, num_adapter)
         self._verify_start(student)
+        if self.settings.compile:
+            compile_layers(self.teacher)
         return make_engine(student, self.settings, self.reader.num_micro_batches, self.device)
 
     def _open_reader(self, path: str) -> LaneReader:
@@ -377,24 +394,32 @@ class Distiller:
         )
 
     def _verify_start(self, student: SpeechLM) -> None:
-        """Before step 0 the student is its teacher, weight for weight, and both are what the run was planned with."""
+        """Before step 0 the student is its teacher, in weights and in what it says in train mode, and both are what the
+        run was planned with.
+        """
         student_weights = weights_fingerprint(student.llm)
         self._require_everywhere(
             student_weights == self.teacher_weights,
             f"the student's weights ({student_weights}) are not its teacher's ({self.teacher_weights}) before step 0",
         )
+        divergences = start_divergences(student.to(self.device), self.teacher)
+        wrong = faults(divergences, self.dtype)
+        self._require_everywhere(not wrong, "; ".join(wrong) or "another worker's student is not its teacher")
         tokenizer = tokenizer_hash(student.tokenizer)
         self._require_everywhere(
             tokenizer == self.job.teacher["tokenizer_hash"],
             f"the tokenizer at {self.job.teacher['path']} is not the one that the plan was made with",
         )
-        self.loaded = {
+        self.loaded: dict[str, Any] = {
             "teacher": {name: self.job.teacher[name] for name in ("path", "revision")},
             "teacher_weights": self.teacher_weights,
             "student_weights": student_weights,
+            "kl_before_step_0": divergences,
+            "trial": self.teacher.trial,
             "tokenizer_hash": tokenizer,
             "llm_tensors": len(student.llm.state_dict()),
-            "llm_parameters": self.num_teacher,
+            "llm_parameters": sum(parameter.numel() for parameter in self.teacher.parameters()),
+            "llm_active_parameters": self.num_teacher,
             "adapter_parameters": sum(parameter.numel() for parameter in student.adapter.parameters()),
             "encoder": asdict(self.job.encoder),
         }
@@ -407,10 +432,21 @@ class Distiller:
         write_json(url, {"starts": [*(read_json(url) or {"starts": []})["starts"], note]})
         loaded = self.loaded
         say(
-            f"{self.job.name}: student = teacher before step 0: {loaded['llm_tensors']} tensors, "
-            f"{loaded['llm_parameters']:,} parameters, weights {loaded['student_weights']}; "
+            f"{self.job.name}: student = teacher before step 0: KL {loaded['kl_before_step_0']['student']:.1g} nats in "
+            f"train mode; {loaded['llm_tensors']} tensors, "
+            f"{told_parameters(loaded['llm_parameters'], self.num_teacher)}, weights {loaded['student_weights']}; "
             f"adapter {loaded['adapter_parameters']:,} parameters; {self.world_size} workers"
         )
+        if self.head_share >= TOLD_HEAD_SHARE:
+            say(
+                f"{self.job.name}: the vocabulary of {self.vocabulary:,} tokens takes about {self.head_share:.0%} of "
+                "the FLOP"
+            )
+        if self.dtype == torch.bfloat16 and self.device.type == "cpu" and not has_fast_bfloat16():
+            say(
+                f"{self.job.name}: this CPU has no bf16 instructions, so that distill.precision=bf16 can take ten "
+                "times as long as fp32; set distill.precision=fp32 unless memory forbids it"
+            )
         if resumed["resumed_from"]:
             say(f"{self.job.name}: continuing after step {resumed['step']}, from {resumed['resumed_from']}")
         elif self.begun_from:
@@ -437,7 +473,9 @@ class Distiller:
             if index == len(batches) - 1:
                 sums = self._sum_over_workers(sums)
                 self._require_finite(sums)
+            skipped = self.engine.skipped_steps
             self.engine.step()
+        self._require_updates(self.engine.skipped_steps > skipped)
         self.progress.sums = [a + b for a, b in zip(self.progress.sums, sums.tolist(), strict=True)]
         self.progress.step += 1
         for name in ("num_positions", "num_text_positions"):
@@ -473,6 +511,18 @@ class Distiller:
                 f"the loss of step {self.progress.step + 1} is not finite; the weights were not updated. Lower "
                 "distill.learning_rate and distill.adapter_learning_rate (or Muon's, distill.muon_learning_rate and "
                 f"distill.adapter_muon_learning_rate), or look at this step's rows in {self.job.natural[0].label}"
+            )
+
+    def _require_updates(self, skipped: bool) -> None:
+        """The engine leaves an update out where a gradient is not finite, in all workers alike, and says nothing."""
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if self.skipped_in_a_row >= MAX_SKIPPED:
+            step = self.progress.step + 1
+            raise TrainingStopped(
+                f"the gradients of steps {step + 1 - MAX_SKIPPED} to {step} are not finite, although their losses are; "
+                "the weights were not updated. Set distill.precision=fp32, lower "
+                "distill.learning_rate and distill.adapter_learning_rate, or look at these steps' rows in "
+                f"{self.job.natural[0].label}"
             )
 
     def _after_step(self) -> None:

@@ -9,11 +9,11 @@ with one row per model: `run`, `system`, `misalignment` and `forgetting` (nats p
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -218,18 +218,22 @@ def analyse(rows: Sequence[Mapping[str, Any]], resamples: int = 2000, seed: int 
         columns[f"log_{_WHOLE}"] = np.log([float(row[_WHOLE]) for row in usable])
         questions = _QUESTIONS
     labels = [str(row.get("group") or row.get("run") or place) for place, row in enumerate(usable)]
-    groups = np.unique(labels, return_inverse=True)[1]
-    weights = _draws(groups, resamples, seed) if groups.max() + 1 >= MIN_ROWS else None
-    vif = _vif(columns["log_misalignment"], columns["forgetting"])
+    names, groups = np.unique(labels, return_inverse=True)
+    weights = None
+    if len(names) >= MIN_ROWS:  # (resamples, rows) how often each row is drawn
+        shares = np.full(len(names), 1 / len(names))
+        weights = np.random.default_rng(seed).multinomial(len(names), shares, resamples)[:, groups].astype(float)
+    unshared = 1.0 - float(np.corrcoef(columns["log_misalignment"], columns["forgetting"])[0, 1]) ** 2
+    vif = 1.0 / unshared if unshared > 1e-12 else None
     effects = [_effect(columns, weights, *question) for question in questions]
     return Analysis(
         effects=effects,
         num_rows=len(usable),
-        num_groups=int(groups.max()) + 1,
+        num_groups=len(names),
         resamples=resamples,
         vif=vif,
         left_out=left_out,
-        warnings=_warnings(usable, int(groups.max()) + 1, vif, effects),
+        warnings=_warnings(usable, len(names), vif, effects),
         points=[
             {name: row.get(name) for name in ("run", "system", "group", *VALUES, _WHOLE) if name in row}
             for row in usable
@@ -254,18 +258,6 @@ def _listed(texts: Sequence[str], most: int = 10) -> str:
     return "; ".join([*texts[:most], *([f"and {len(texts) - most} more"] if len(texts) > most else [])])
 
 
-def _draws(groups: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """How often each row is drawn, (R, N)."""
-    number = int(groups.max()) + 1
-    drawn = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), size=resamples)
-    return drawn[:, groups].astype(np.float64)
-
-
-def _vif(m: np.ndarray, f: np.ndarray) -> float | None:
-    unshared = 1.0 - float(np.corrcoef(m, f)[0, 1]) ** 2
-    return 1.0 / unshared if unshared > 1e-12 else None
-
-
 def _effect(
     columns: Mapping[str, np.ndarray],
     weights: np.ndarray | None,
@@ -274,20 +266,20 @@ def _effect(
     given: str | None,
     paper: float | None,
 ) -> Effect:
-    x, y, once = columns[predictor], columns[outcome], np.ones((1, len(columns[outcome])))
-    if given is None:
-        value = _float(leave_one_out_r2(x, y, once)[0])
-        slope: float | None = _slope(y, x)
-        limits = _limits(leave_one_out_r2(x, y, weights)) if weights is not None else None
-    else:
-        z = columns[given]
-        correlation = _float(partial_correlation(x, y, z, once)[0])
-        value = None if correlation is None else correlation**2
-        slope = None if correlation is None else _slope(y, x, z)
-        limits = _limits(partial_correlation(x, y, z, weights)) if weights is not None else None
-        limits = _squared(*limits) if limits else None
-    low, high = limits if limits and value is not None else (None, None)
-    return Effect(outcome, predictor, given, value, low, high, slope, paper)
+    x, y, held = columns[predictor], columns[outcome], [columns[given]] if given else []
+    told = partial(partial_correlation if given else leave_one_out_r2, x, y, *held)
+    value = float(told(np.ones((1, len(y))))[0])
+    limits = None if weights is None else _limits(told(weights))
+    if not np.isfinite(value):
+        slope = None if given else _slope(y, x)
+        return Effect(outcome, predictor, given, None, None, None, slope, paper)
+    low, high = limits or (None, None)
+    if given:
+        value = value**2
+    if given and limits:
+        low, high = sorted(end**2 for end in limits)
+        low = 0.0 if limits[0] < 0 < limits[1] else low
+    return Effect(outcome, predictor, given, value, low, high, _slope(y, x, *held), paper)
 
 
 def leave_one_out_r2(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -340,10 +332,6 @@ def _slope(y: np.ndarray, *predictors: np.ndarray) -> float:
     return float(np.linalg.lstsq(design, y, rcond=None)[0][0])
 
 
-def _float(value: np.floating[Any]) -> float | None:
-    return float(value) if np.isfinite(value) else None
-
-
 def _limits(values: np.ndarray) -> tuple[float, float] | None:
     """The middle 95 %; a resample without spread tells nothing, and where that is one in ten no interval is given."""
     known = values[np.isfinite(values)]
@@ -351,11 +339,6 @@ def _limits(values: np.ndarray) -> tuple[float, float] | None:
         return None
     low, high = np.quantile(known, (0.025, 0.975))
     return float(low), float(high)
-
-
-def _squared(low: float, high: float) -> tuple[float, float]:
-    ends = sorted((low * low, high * high))
-    return (0.0 if low < 0 < high else ends[0]), ends[1]
 
 
 def _warnings(
@@ -423,8 +406,3 @@ def analysis_grid(analysis: Analysis) -> Grid:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
-
-
-def analysis_json(analysis: Analysis) -> dict[str, Any]:
-    """The analysis as plain data for a JSON file."""
-    return dataclasses.asdict(analysis)

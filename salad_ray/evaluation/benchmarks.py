@@ -21,17 +21,17 @@ from __future__ import annotations
 import csv
 import heapq
 import io
-import json
 import re
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import Any, Literal, NamedTuple
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
-from huggingface_hub.errors import HfHubHTTPError
 
 from salad_ray.config import ConfigError
 from salad_ray.names import INGEST
@@ -39,7 +39,7 @@ from salad_ray.speech.audio import naming
 from salad_ray.speech.readers import inside
 from salad_ray.store import filesystem, is_of_storage, open_file
 from salad_ray.tables import BadInput, Item, Reject, stable_hash
-from salad_ray.text.documents import MAX_FILE_BYTES, read_whole
+from salad_ray.text.documents import MAX_FILE_BYTES, UNREACHABLE, column_values, hub_url, json_record, read_whole
 from salad_ray.text.world import world_questions
 
 PARQUET_ROWS = 16
@@ -74,9 +74,6 @@ _LETTERED = re.compile(r"\s*\(?([A-J])[.):]\s+(\S.*)")
 _FIRST_OPTION = re.compile(r"^\s*\(?A[.):]\s", re.MULTILINE)
 _ANSWER = "\nAnswer:"
 _ROW = re.compile(r"(.+\.parquet)#row=(\d+)")
-# A hub cannot be reached: an error of its HTTP client, whichever that is, which HfHubHTTPError derives from.
-_UNREACHABLE: tuple[Any, ...] = (OSError, *HfHubHTTPError.__bases__)
-
 Record = dict[str, Any]
 
 
@@ -113,7 +110,8 @@ def find_files(benchmark: str, path: str, revision: str | None = None) -> list[s
     """Paths or URLs of the files that `read_items` reads, sorted; arguments and errors as there."""
     if benchmark not in BENCHMARKS:
         raise ConfigError(f"benchmark '{benchmark}' is unknown; name one of {', '.join(BENCHMARKS)}")
-    url = _resolve(path, revision)
+    is_file = _kind(path) is not None and path.count("/") < 2  # no data set is called a/b.jsonl
+    url = hub_url(f"./{path}" if is_file else path, revision)
     try:
         fs, root = filesystem(url)
         files = fs.glob(root) if "*" in root else fs.find(root)
@@ -121,7 +119,7 @@ def find_files(benchmark: str, path: str, revision: str | None = None) -> list[s
         files = []
     except (ImportError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be opened ({error}); set a file, folder, URL or hub id") from None
-    except _UNREACHABLE as error:
+    except UNREACHABLE as error:
         here = "nothing is there, and as a data set of the hub it" if "://" not in path else "it"
         raise ConfigError(
             f"{path}: {here} cannot be listed ({type(error).__name__}: {error}); set path to a local copy"
@@ -131,7 +129,13 @@ def find_files(benchmark: str, path: str, revision: str | None = None) -> list[s
     known = sorted(file for file in files if _kind(file) is not None)
     if not known:
         ends = ", ".join(end for ends in ENDS.values() for end in ends)
-        raise ConfigError(f"{path}: none of its files ends in {ends}; set path to the items of {benchmark}")
+        is_script = any(file.endswith(".py") for file in files)
+        remedy = (
+            "it holds a script: set revision to refs/convert/parquet"
+            if is_script
+            else f"set path to the items of {benchmark}"
+        )
+        raise ConfigError(f"{path}: none of its files ends in {ends}; {remedy}")
     if "*" not in root and _kind(root) is None:  # a folder or data set, not a file
         known = _evaluation_files(benchmark, known, path, root)
     return [file if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(file)) for file in known]
@@ -248,28 +252,25 @@ def read_recording(audio: str) -> bytes:
 
 def _recording_of_row(url: str, row: int) -> bytes | None:
     try:
-        group, place = _row_group(url, row)
-        return _recordings(url, group)[place].get("bytes")
+        starts = _group_starts(url)
+        group = bisect_right(starts, row) - 1
+        if group == len(starts) - 1:
+            raise IndexError(f"the file has {starts[-1]} rows")
+        return _recordings(url, group)[row - starts[group]].get("bytes")
     except (OSError, ValueError, LookupError, AttributeError, pa.ArrowException) as error:
         if is_of_storage(error):
             raise
         raise BadInput(f"its recording {url}#row={row} cannot be read ({type(error).__name__}: {error})") from None
 
 
-def _row_group(url: str, row: int) -> tuple[int, int]:
-    sizes = _group_sizes(url)
-    for group, size in enumerate(sizes):
-        if row < size:
-            return group, row
-        row -= size
-    raise IndexError(f"the file has {sum(sizes)} rows")
-
-
 @lru_cache(maxsize=64)
-def _group_sizes(url: str) -> list[int]:
+def _group_starts(url: str) -> list[int]:
+    """The first row of each row group, and the number of rows."""
     with open_file(url) as file:
         metadata = pq.ParquetFile(file).metadata
-        return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        return [
+            *accumulate((metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)), initial=0)
+        ]
 
 
 @lru_cache(maxsize=1)  # items are asked for in order: a row group is read once, and one is in memory
@@ -279,28 +280,8 @@ def _recordings(url: str, group: int) -> list[Record]:
     return [value or {} for value in rows["audio"].to_pylist()]
 
 
-def _resolve(path: str, revision: str | None) -> str:
-    """The path as a URL: a hub id, which is no local path, becomes hf://datasets/<id>@<revision>/…"""
-    if "://" in path:
-        found = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)((?:/.*)?)", path)
-    else:
-        fs, local = filesystem(path)
-        is_file = _kind(path) is not None and path.count("/") < 2  # no data set is called a/b.jsonl
-        is_local = is_file or fs.exists(local) or bool(fs.glob(local))
-        found = None if is_local else re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)((?:/.*)?)", path)
-    if found is not None:
-        return f"hf://datasets/{found[1]}" + (f"@{revision.replace('/', '%2F')}" if revision else "") + found[2]
-    if revision is not None:
-        raise ConfigError(f"{path} is no hub id, so it has no revision '{revision}'; drop it")
-    return path
-
-
-def _kind(file: str) -> Literal["parquet", "jsonl", "csv"] | None:
-    if file.endswith(ENDS["parquet"]):
-        return "parquet"
-    if file.endswith(ENDS["jsonl"]):
-        return "jsonl"
-    return "csv" if file.endswith(ENDS["csv"]) else None
+def _kind(file: str) -> str | None:
+    return next((kind for kind, ends in ENDS.items() if file.endswith(ends)), None)
 
 
 def _evaluation_files(benchmark: str, files: list[str], path: str, root: str) -> list[str]:
@@ -376,22 +357,14 @@ def _records(benchmark: str, url: str) -> Iterator[tuple[int, Record | BadInput]
 def _read(url: str) -> bytes:
     try:
         return read_whole(url)
-    except _UNREACHABLE as error:
+    except UNREACHABLE as error:
         raise ConfigError(f"{url} cannot be read ({type(error).__name__}: {error}); check path") from None
 
 
 def _json_records(data: bytes) -> Iterator[tuple[int, Record | BadInput]]:
     for row, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         if line.strip():
-            yield row, _json_record(line)
-
-
-def _json_record(line: bytes) -> Record | BadInput:
-    try:
-        record = json.loads(line.decode("utf-8", "surrogateescape"))
-    except (ValueError, RecursionError) as error:
-        return BadInput(f"not JSON ({error})")
-    return record if isinstance(record, dict) else BadInput(f"a JSON {type(record).__name__}, not an object")
+            yield row, json_record(line)
 
 
 def _labelled(records: Iterator[tuple[int, Record | BadInput]], url: str) -> Iterator[tuple[int, Record | BadInput]]:
@@ -443,8 +416,8 @@ def _parquet_records(url: str) -> Iterator[tuple[int, Record | BadInput]]:
             names = parquet.schema_arrow.names
             has_bytes = "audio" in names and pa.types.is_struct(parquet.schema_arrow.field("audio").type)
             table = _bounded(parquet, names if not has_bytes else [name for name in names if name != "audio"])
-            columns = {name: _values(table[name]) for name in table.column_names}
-    except (pa.ArrowException, *_UNREACHABLE) as error:
+            columns = {name: column_values(table[name].combine_chunks()) for name in table.column_names}
+    except (pa.ArrowException, *UNREACHABLE) as error:
         raise ConfigError(f"{url} cannot be read as Parquet ({error}); fetch it again") from None
     for row, values in enumerate(zip(*columns.values(), strict=True)):
         record: Record = dict(zip(columns, values, strict=True))
@@ -463,14 +436,6 @@ def _bounded(
         if size > most:
             raise pa.ArrowInvalid(f"its rows are more than {most:,} bytes")
     return pa.Table.from_batches(batches, parquet.schema_arrow.empty_table().select(columns).schema)
-
-
-def _values(column: pa.ChunkedArray) -> list[Any]:
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:  # not UTF-8: becomes surrogates, which `_item` refuses
-        values = column.cast(pa.large_binary()).to_pylist()
-        return [None if value is None else value.decode("utf-8", "surrogateescape") for value in values]
 
 
 def _recording(audio: Any, url: str) -> str | None:
@@ -577,7 +542,7 @@ def _science(record: Record, asks: bool) -> _Parts:
     holder = question if isinstance(question, dict) else record
     stem = _text(holder, "stem") if isinstance(question, dict) else _text(record, "question", "question_stem")
     texts, labels = _labelled_choices(holder.get("choices"))
-    key = _text(record, "answerKey").strip()
+    key = _name(record, "answerKey") or _text(record, "answerKey").strip()
     if labels.count(key) != 1:
         raise BadInput(f"its answerKey '{key}' is not one of {', '.join(labels)}")
     before, after = ("Question: ", _ANSWER) if asks else ("", "")
@@ -585,13 +550,11 @@ def _science(record: Record, asks: bool) -> _Parts:
 
 
 def _labelled_choices(choices: Any) -> tuple[list[str], list[str]]:
-    if isinstance(choices, dict):
-        columns = (choices.get("text"), choices.get("label"))
-    elif isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices):
-        columns = ([choice.get("text") for choice in choices], [choice.get("label") for choice in choices])
-    else:
+    if isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices):
+        choices = {"text": [each.get("text") for each in choices], "label": [each.get("label") for each in choices]}
+    if not isinstance(choices, dict):
         raise BadInput("it has no choices with 'text' and 'label'")
-    texts, labels = _texts(columns[0], "choices"), _texts(columns[1], "labels of the choices")
+    texts, labels = _texts(choices.get("text"), "choices"), _texts(choices.get("label"), "labels of the choices")
     if len(texts) != len(labels):
         raise BadInput(f"it has {len(texts)} choices but {len(labels)} labels")
     return texts, [label.strip() for label in labels]
@@ -643,7 +606,7 @@ def _mmlu(record: Record) -> _Parts:
         spoken=_text(record, "question").strip(),
         after=_ANSWER,
         choices=choices,
-        answer=_answer(record, ("answer",), len(choices), letters=True),
+        answer=_answer(record, ("answer",), len(choices), letters=True, texts=choices),
         domain=_text(record, "subject").strip(),
         name=_name(record, "id"),
     )
@@ -692,9 +655,10 @@ def _text(record: Mapping[str, Any], *names: str) -> str:
 def _texts(values: Any, what: str) -> list[str]:
     if not isinstance(values, list):
         raise BadInput(f"it has no list of {what}")
-    if not all(isinstance(value, str) for value in values):
+    texts = [str(value) if type(value) is int else value for value in values]
+    if not all(isinstance(text, str) for text in texts):
         raise BadInput(f"one of its {what} is not text")
-    return values
+    return texts
 
 
 def _name(record: Record, *names: str) -> str:
@@ -703,8 +667,16 @@ def _name(record: Record, *names: str) -> str:
     return next((str(v).strip() for v in values if isinstance(v, str | int) and not isinstance(v, bool)), "")
 
 
-def _answer(record: Record, names: Sequence[str], num: int, *, first: int = 0, letters: bool = False) -> int:
-    """The index that the first of these fields tells, as a number from `first` on or, if so asked, as a letter."""
+def _answer(
+    record: Record,
+    names: Sequence[str],
+    num: int,
+    *,
+    first: int = 0,
+    letters: bool = False,
+    texts: Sequence[str] = (),
+) -> int:
+    """The index that the first of these fields tells: a number from `first` on or, if asked, a letter or one text."""
     name = next((name for name in names if record.get(name) is not None), None)
     if name is None:
         raise BadInput(f"it has no '{names[0]}'")
@@ -713,6 +685,8 @@ def _answer(record: Record, names: Sequence[str], num: int, *, first: int = 0, l
     index = int(text) - first if re.fullmatch(r"[0-9]{1,3}", text) else -1
     if letters and len(text) == 1 and text in _LETTERS:
         index = _LETTERS.index(text)
+    if index < 0 and list(texts).count(text) == 1:
+        index = list(texts).index(text)
     if not 0 <= index < num:
         known = f"{first} to {num - 1 + first}" + (f" or A to {_LETTERS[num - 1]}" if letters and num else "")
         raise BadInput(f"its '{name}' is {value!r}, not {known}")

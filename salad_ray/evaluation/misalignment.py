@@ -18,7 +18,9 @@ from scipy import stats
 from torch import nn
 
 from salad_ray.distill.losses import divergence
-from salad_ray.model.speech_lm import SpeechLM, hidden_states, lm_head
+from salad_ray.model.head import lm_head
+from salad_ray.model.packed import hidden_states
+from salad_ray.model.speech_lm import SpeechLM
 from salad_ray.sequences.batch import Batch
 from salad_ray.tables import Measurement
 

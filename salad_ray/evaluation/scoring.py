@@ -18,18 +18,27 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from salad_ray.evaluation.benchmarks import exemplar_of
+from salad_ray.model.head import Head, lm_head
 from salad_ray.model.loading import ModelError
-from salad_ray.model.speech_lm import SpeechLM, lm_head
+from salad_ray.model.packed import window
+from salad_ray.model.speech_lm import SpeechLM
 from salad_ray.sequences.batch import stacked
 from salad_ray.sequences.interleave import Tokens, prefix_ids, tokenize
+from salad_ray.sequences.packing import padded_batches
 from salad_ray.tables import BadInput, Item
+
+Heard = tuple[Item, NDArray[np.floating]]
+"""An item, and the frames (num_frames, C) of what is spoken of it."""
 
 EXEMPLAR_END = "\n\n"
 MIN_FILL = 0.75
@@ -44,7 +53,8 @@ class Query:
     before, after: token ids in front of the speech and behind it; of a text query all of the prompt is `before`.
     frames: (S, C) of the encoder, or none.
     choices: token ids of each choice, at least one.
-    num_shots: exemplars that are left in `before`.
+    num_shots: exemplars that are left.
+    shots: what is in front of `before` where exemplars are heard: of each the token ids, and the frames (S, C) behind.
     """
 
     before: list[int]
@@ -52,15 +62,27 @@ class Query:
     after: list[int]
     choices: list[list[int]]
     num_shots: int
+    shots: tuple[tuple[list[int], NDArray[np.floating]], ...] = ()
 
     @property
-    def num_frames(self) -> int:
-        return 0 if self.frames is None else len(self.frames)
+    def prompt(self) -> list[int]:
+        """Token ids, 0 where speech is."""
+        parts = [*self.shots, (self.before, () if self.frames is None else self.frames)]
+        return [id for ids, frames in parts for id in (*ids, *[0] * len(frames))] + self.after
+
+    @property
+    def speech(self) -> Iterator[tuple[int, NDArray[np.floating]]]:
+        """Each span of speech in the prompt, with the position of its first frame."""
+        position = 0
+        for ids, frames in (*self.shots, (self.before, self.frames)):
+            if frames is not None:
+                yield position + len(ids), frames
+                position += len(ids) + len(frames)
 
     @property
     def num_prompt(self) -> int:
         """Positions of the prompt."""
-        return len(self.before) + self.num_frames + len(self.after)
+        return len(self.prompt)
 
     @property
     def num_positions(self) -> int:
@@ -94,7 +116,7 @@ def text_query(tokenizer: PreTrainedTokenizerBase, exemplars: Sequence[str], ite
 
 def speech_query(
     tokenizer: PreTrainedTokenizerBase,
-    exemplars: Sequence[str],
+    exemplars: Sequence[str] | Sequence[Heard],
     item: Item,
     frames: NDArray[np.floating],
     context: int,
@@ -103,6 +125,7 @@ def speech_query(
     """An item to hear: as `text_query`, with the same ids for the choices, and frames for `item.spoken`.
 
     Args:
+        exemplars: as texts, or as items with their frames, which are then heard like the item, and their answers read.
         frames: (num_frames, C) of the encoder. Nobody knows where the words of a question end, so they are grouped from
             the question's start.
         stride: of the adapter, frames side by side at a position.
@@ -112,14 +135,21 @@ def speech_query(
     """
     if len(frames) == 0:
         raise BadInput("there are no speech frames")
-    heard = stacked(frames, stride)
 
-    def make(kept: Sequence[str]) -> Query:
-        text, tokens, choices = _encode(tokenizer, kept, item)
-        end = len(text) - len(item.after)
-        first, last = _heard(text, tokens, end - len(item.spoken), end)
-        ids = tokens.ids.tolist()
-        return Query(prefix_ids(tokenizer) + ids[:first], heard, ids[last:], choices, len(kept))
+    def make(kept: Sequence[str] | Sequence[Heard]) -> Query:
+        texts = [each if isinstance(each, str) else exemplar_of(each[0]) for each in kept]
+        text, tokens, choices = _encode(tokenizer, texts, item)
+        starts = accumulate((len(each) + len(EXEMPLAR_END) for each in texts), initial=0)
+        ids, front, read = tokens.ids.tolist(), prefix_ids(tokenizer), 0
+        spans = []
+        for start, each in zip(starts, (*kept, (item, frames)), strict=True):
+            if not isinstance(each, str):
+                start += len(each[0].before)
+                first, last = _heard(text, tokens, start, start + len(each[0].spoken))
+                spans.append((front + ids[read:first], stacked(each[1], stride)))
+                front, read = [], last
+        *shots, (before, heard) = spans
+        return Query(before, heard, ids[read:], choices, len(kept), tuple(shots))
 
     return _longest_fitting(make, exemplars, context)
 
@@ -129,15 +159,7 @@ def batches(queries: Sequence[Query], max_positions: int) -> Iterator[list[int]]
 
     No row is shorter than `MIN_FILL` of the longest: few queries of many lengths would be padding for the most part.
     """
-    batch: list[int] = []
-    for index in sorted(range(len(queries)), key=lambda index: -queries[index].width):
-        longest = queries[batch[0]].width if batch else 0
-        if (len(batch) + 1) * longest > max_positions or queries[index].width < MIN_FILL * longest:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
+    return padded_batches([query.width for query in queries], max_positions, MIN_FILL)
 
 
 @torch.no_grad()
@@ -155,11 +177,11 @@ def score(model: SpeechLM | PreTrainedModel, queries: Sequence[Query]) -> list[l
     llm = model.llm if isinstance(model, SpeechLM) else model
     _require_reach(llm, max(query.num_positions for query in queries))
     rows = [_lay_out(query) for query in queries]
-    width = max(len(row.ids) for row in rows)
     ids, positions, branches = (
-        _grid([getattr(row, name) for row in rows], width, fill).to(llm.device)
+        _padded([getattr(row, name) for row in rows], fill).to(llm.device)
         for name, fill in (("ids", 0), ("positions", 0), ("branches", -1))
     )
+    width = ids.shape[1]
     embeddings = _put_speech(model, queries, llm.get_input_embeddings()(ids))
     hidden = llm.get_decoder()(
         inputs_embeds=embeddings,
@@ -197,7 +219,7 @@ def _only_largest(values: NDArray[np.float64]) -> int | None:
     return int(largest[0]) if len(largest) == 1 else None
 
 
-def _longest_fitting(make: Callable[[Sequence[str]], Query], exemplars: Sequence[str], context: int) -> Query:
+def _longest_fitting(make: Callable[[Any], Query], exemplars: Sequence[Any], context: int) -> Query:
     for dropped in range(len(exemplars) + 1):
         query = make(exemplars[dropped:])
         if query.num_positions <= context:
@@ -259,9 +281,9 @@ class _Row:
 
 def _lay_out(query: Query) -> _Row:
     """The prompt, then the choices, each without its last token."""
-    prompt = query.before + [0] * query.num_frames + query.after
-    num = len(prompt)
-    ids, positions, branches, sources = [*prompt], [*range(num)], [0] * num, []
+    ids = query.prompt
+    num = len(ids)
+    positions, branches, sources = [*range(num)], [0] * num, []
     for branch, choice in enumerate(query.choices, 1):
         sources += [num - 1, *range(len(ids), len(ids) + len(choice) - 1)]
         ids += choice[:-1]
@@ -271,12 +293,9 @@ def _lay_out(query: Query) -> _Row:
     return _Row(*(np.array(values, dtype=np.int64) for values in (ids, positions, branches, sources, labels)))
 
 
-def _grid(rows: Sequence[NDArray[np.int64]], width: int, fill: int) -> Tensor:
-    """(B, T), padded on the right."""
-    grid = np.full((len(rows), width), fill, dtype=np.int64)
-    for values, row in zip(grid, rows, strict=True):
-        values[: len(row)] = row
-    return torch.from_numpy(grid)
+def _padded(rows: Sequence[NDArray[Any]], fill: int = 0) -> Tensor:
+    """(len(rows), longest, …), padded on the right."""
+    return pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True, padding_value=fill)
 
 
 def _tree_mask(branches: Tensor, dtype: torch.dtype) -> Tensor:
@@ -289,17 +308,14 @@ def _tree_mask(branches: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _put_speech(model: SpeechLM | PreTrainedModel, queries: Sequence[Query], embeddings: Tensor) -> Tensor:
     """The embeddings (B, T, D) with the adapter's output where the frames of the queries are."""
-    heard = [(b, query.frames, len(query.before)) for b, query in enumerate(queries) if query.frames is not None]
+    heard = [(b, frames, start) for b, query in enumerate(queries) for start, frames in query.speech]
     if not heard:
         return embeddings
     if not isinstance(model, SpeechLM):
         raise ModelError(f"{model.name_or_path}: is a text LLM and cannot hear; score text, or load a SpeechLM")
-    longest, width = max(len(frames) for _, frames, _ in heard), embeddings.shape[1]
-    mask = torch.zeros(len(heard), longest, dtype=torch.bool)
-    padded = torch.zeros(len(heard), longest, heard[0][1].shape[1])
-    for span, (_, frames, _) in enumerate(heard):
-        mask[span, : len(frames)] = True
-        padded[span, : len(frames)] = torch.from_numpy(np.asarray(frames, dtype=np.float32))
+    width = embeddings.shape[1]
+    padded = _padded([np.asarray(frames, dtype=np.float32) for _, frames, _ in heard])
+    mask = _padded([np.ones(len(frames), dtype=bool) for _, frames, _ in heard])
     index = torch.cat([torch.arange(len(frames)) + b * width + start for b, frames, start in heard])
     weight = model.adapter.input.weight
     speech = model.adapter(padded.to(weight.device, weight.dtype), mask.to(weight.device))
@@ -307,24 +323,17 @@ def _put_speech(model: SpeechLM | PreTrainedModel, queries: Sequence[Query], emb
     return mixed.view_as(embeddings)
 
 
-def _log_probabilities(hidden: Tensor, head: Tensor, sources: Tensor, labels: Tensor) -> NDArray[np.float64]:
+def _log_probabilities(hidden: Tensor, head: Head, sources: Tensor, labels: Tensor) -> NDArray[np.float64]:
     """(L,) log-probability of each label at its source, a flat position of hidden (B · T, D); in fp32."""
     places, of_label = torch.unique(sources, return_inverse=True)  # (P,), (L,)
     values = torch.empty(len(labels), dtype=torch.float32)
     size = max(CHUNK_LOGITS // len(head), 1)
     for start in range(0, len(places), size):
         chosen = (of_label >= start) & (of_label < start + size)
-        logits = _logits(hidden[places[start : start + size].to(hidden.device)], head)
+        logits = head.logits(hidden[places[start : start + size].to(hidden.device)])
         rows, own = (of_label[chosen] - start).to(head.device), labels[chosen].to(head.device)
         values[chosen] = (logits[rows, own] - logits.logsumexp(-1)[rows]).cpu()
     return values.double().numpy()
-
-
-def _logits(hidden: Tensor, head: Tensor) -> Tensor:
-    """(n, V) in fp32, on CUDA without an fp32 copy of the head."""
-    if hidden.is_cuda and hidden.dtype != torch.float32:
-        return torch.mm(hidden, head.T, out_dtype=torch.float32)
-    return hidden.float() @ head.float().T
 
 
 def _sum_by_choice(values: NDArray[np.float64], queries: Sequence[Query]) -> list[list[float]]:
@@ -342,9 +351,13 @@ def _require_reach(llm: PreTrainedModel, longest: int) -> None:
             f"with attention='{_MASKED_ATTENTION[0]}'"
         )
     config = llm.config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
-    window = getattr(config, "sliding_window", None) if "sliding_attention" in kinds else None
-    limits = {"a sliding window": window, "room": getattr(config, "max_position_embeddings", None)}
+    rope = getattr(config, "rope_parameters", None) or {}
+    turned = rope.get("rope_type") in ("dynamic", "longrope")  # all rows of a batch, by the farthest position
+    limits = {
+        "a sliding window": window(config),
+        "room": getattr(config, "max_position_embeddings", None),
+        "an original context": rope.get("original_max_position_embeddings") if turned else None,
+    }
     for what, limit in limits.items():
         if limit is not None and longest > limit:
             raise ModelError(

@@ -18,11 +18,11 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, product
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest, norm
+from scipy.stats import binomtest
 
 from salad_ray.config import FLOORS, ConfigError
 from salad_ray.flow import TRAINED
@@ -39,9 +39,6 @@ _ORDER = {
 }
 _PRIOR = np.array([0.5, 1.0, 0.5])
 """Items added to those where the first system loses, neither does, and it wins."""
-
-_NOTHING: Mapping[str, Any] = dict.fromkeys(("first", "second", "difference", "ci_low", "ci_high"))
-"""Stands for a comparison that was not made."""
 
 Answers = dict[str, tuple[int, int | None]]
 """Of one system and benchmark: the right answer and the prediction, by item."""
@@ -151,12 +148,8 @@ def _prediction(score: Score, metric: str) -> int | None:
 
 def wilson(num_right: int, num_items: int, level: float = 0.95) -> tuple[float, float]:
     """Wilson's interval of a share."""
-    z = float(norm.ppf((1 + level) / 2))
-    share, weight = num_right / num_items, z * z / num_items
-    middle = share + weight / 2
-    reach = z * math.sqrt(share * (1 - share) / num_items + weight / (4 * num_items))
-    low, high = (middle - reach) / (1 + weight), (middle + reach) / (1 + weight)
-    return (0.0 if num_right == 0 else low), (1.0 if num_right == num_items else high)
+    low, high = binomtest(num_right, num_items).proportion_ci(level, method="wilson")
+    return float(low), float(high)
 
 
 def hearing_margins(
@@ -186,64 +179,54 @@ def hearing_margins(
         ConfigError: an item whose right answer is not the same on both sides.
     """
     rows = []
-    by_system: dict[str, list[Score]] = defaultdict(list)
-    for score in scores:
-        by_system[score.system].append(score)
-    for system in sorted(by_system, key=_place):
-        for side, part in _parts(by_system[system], heard):
-            silent = _under(part, "speech", "silence")
-            if not silent:
-                continue
-            clean = _under(part, "speech", "clean")
-            [(_, base)] = [own for own in _parts(by_system[BASE], heard) if own[0] == side] or [(side, [])]
-            purpose = f"margin {system} {side}"
-            swapped = _under(part, "speech", "swapped")
-            choices = _under(part, "text", "choices") or _under(base, "text", "choices")
-            pairs = {
-                "gap": (_under(base, "text", "clean"), clean),
-                "swapped": (clean, swapped),
-                "silence": (clean, silent),
+    systems = sorted({score.system for score in scores}, key=_place)
+    for system, (side, part) in product(systems, _parts(scores, heard)):
+        own, base = ([score for score in part if score.system == name] for name in (system, BASE))
+        clean, silent, swapped = (_under(own, "speech", condition) for condition in ("clean", "silence", "swapped"))
+        if not silent:
+            continue
+        choices = _under(own, "text", "choices") or _under(base, "text", "choices")
+        pairs = {"silence": (clean, silent), "swapped": (clean, swapped), "gap": (_under(base, "text", "clean"), clean)}
+        tables = {
+            name: _paired_rows(*pair, resamples, seed, f"margin {system} {side}", (metric,))
+            for name, pair in pairs.items()
+        }
+        for row in tables["silence"]:
+            over, gap = (_of_same(row, tables[name]) for name in ("swapped", "gap"))
+            names = row["benchmarks"]
+            answers = [score for score in silent if score.benchmark in names]
+            floor: tuple[float | None, float | None] = (None, None)
+            if len(names) == 1:
+                floor = wilson(sum(_is_right(score, metric) for score in answers), len(answers), 0.99)
+            lowest = [low for low in (row["ci_low"], over["ci_low"]) if low is not None]
+            facts = {
+                "system": system,
+                "heard": side,
+                "margin_swapped": over["difference"],
+                "swapped": over["second"],
+                "swapped_ci_low": over["ci_low"],
+                "swapped_ci_high": over["ci_high"],
+                "deaf": None if row["ci_low"] is None else min(lowest) <= 0,
+                "silence_ci99_low": floor[0],
+                "silence_ci99_high": floor[1],
+                "choices": _by_benchmark(choices, names, lambda score: _is_right(score, metric)),
+                "chance": _by_benchmark(answers, names, lambda score: 1 / len(score.log_likelihoods)),
+                "reading": gap["first"],
+                "gap": gap["difference"],
             }
-            tables = {
-                name: {row["benchmark"]: row for row in _paired_rows(*pair, resamples, seed, purpose, (metric,))}
-                for name, pair in pairs.items()
-            }
-            for name, row in tables["silence"].items():
-                others = (tables["gap"].get(name), tables["swapped"].get(name) if swapped else None)
-                rows.append(_margin_row(system, side, row, *others, silent, choices))
+            rows.append(facts | _named(row, "accuracy", "silence", "margin"))
     return rows
+
+
+def _of_same(row: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The row of another comparison that is over the same benchmarks, else one that says nothing."""
+    name, names = row["benchmark"], row["benchmarks"]
+    same = (each for each in others if each["benchmark"] == name and each["benchmarks"] == names)
+    return next(same, dict.fromkeys(("first", "second", "difference", "ci_low", "ci_high")))
 
 
 def _under(scores: Iterable[Score], modality: str, condition: str) -> list[Score]:
     return [score for score in scores if (score.modality, score.condition) == (modality, condition)]
-
-
-def _margin_row(
-    system: str,
-    heard: bool | None,
-    row: Mapping[str, Any],
-    gap: Mapping[str, Any] | None,
-    swapped: Mapping[str, Any] | None,
-    silent: Sequence[Score],
-    choices: Sequence[Score],
-) -> dict[str, Any]:
-    names, metric = row["benchmarks"], row["metric"]
-    facts = {"system": system, "benchmark": row["benchmark"], "heard": heard, "metric": metric}
-    numbers = {"accuracy": row["first"], "silence": row["second"], "margin": row["difference"]}
-    over = _NOTHING if swapped is None or swapped["benchmarks"] != names else swapped
-    numbers |= {"margin_swapped": over["difference"]}
-    numbers |= {"swapped_ci_low": over["ci_low"], "swapped_ci_high": over["ci_high"], "swapped": over["second"]}
-    lowest = [low for low in (row["ci_low"], over["ci_low"]) if low is not None]
-    numbers |= {"deaf": None if row["ci_low"] is None else min(lowest) <= 0}
-    own = [score for score in silent if score.benchmark in names]
-    low, high = None, None
-    if len(names) == 1:
-        low, high = wilson(sum(_is_right(score, metric) for score in own), len(own), 0.99)
-    numbers |= {"silence_ci99_low": low, "silence_ci99_high": high}
-    numbers |= {"choices": _by_benchmark(choices, names, lambda score: _is_right(score, metric))}
-    numbers |= {"chance": _by_benchmark(own, names, lambda score: 1 / len(score.log_likelihoods))}
-    reading = _NOTHING if gap is None or gap["benchmarks"] != names else gap
-    return facts | numbers | {"reading": reading["first"], "gap": reading["difference"]} | _rest(row)
 
 
 def _is_right(score: Score, metric: str) -> bool:
@@ -282,6 +265,7 @@ def gap_table(
         ConfigError: an item whose right answer is not the same on both sides.
     """
     clean = [score for score in scores if score.condition == "clean"]
+    top = [score for score in clean if (score.system, score.modality) == topline]
     rows = []
     systems = sorted({score.system for score in clean}, key=_place)
     for modality in modalities:
@@ -289,11 +273,9 @@ def gap_table(
             own = [score for score in clean if (score.system, score.modality) == (system, modality)]
             if not own or (system, modality) == topline:
                 continue
-            top = [score for score in clean if (score.system, score.modality) == topline]
-            for row in _paired_rows(top, own, resamples, seed, f"gap {system} {modality}"):
-                facts = {"system": system, "modality": modality, "benchmark": row["benchmark"], "metric": row["metric"]}
-                numbers = {"topline": row["first"], "accuracy": row["second"], "gap": row["difference"]}
-                rows.append(facts | numbers | _rest(row))
+            facts = {"system": system, "modality": modality}
+            found = _paired_rows(top, own, resamples, seed, f"gap {system} {modality}")
+            rows += [facts | _named(row, "topline", "accuracy", "gap") for row in found]
     return rows
 
 
@@ -316,12 +298,8 @@ def compare(
         found = {(score.system, score.modality, score.condition) for score in side}
         if len(found) > 1:
             raise ValueError(f"each side must be one system, modality and condition, not {sorted(found)}")
-    return [
-        {"benchmark": row["benchmark"], "metric": row["metric"]}
-        | {"accuracy_a": row["first"], "accuracy_b": row["second"], "difference": row["difference"]}
-        | _rest(row)
-        for row in _paired_rows(scores_a, scores_b, resamples, seed, "compare")
-    ]
+    rows = _paired_rows(scores_a, scores_b, resamples, seed, "compare")
+    return [_named(row, "accuracy_a", "accuracy_b", "difference") for row in rows]
 
 
 def robustness_table(scores: Sequence[Score], resamples: int = 10_000, seed: int = 0) -> list[dict[str, Any]]:
@@ -337,15 +315,17 @@ def robustness_table(scores: Sequence[Score], resamples: int = 10_000, seed: int
         clean = [score for score in own if score.condition == "clean"]
         for condition in sorted({score.condition for score in own} - {"clean", *FLOORS}):
             other = [score for score in own if score.condition == condition]
-            for row in _paired_rows(clean, other, resamples, seed, f"robustness {system} {condition}"):
-                facts = {"system": system, "benchmark": row["benchmark"], "condition": condition}
-                numbers = {"clean": row["first"], "accuracy": row["second"], "loss": row["difference"]}
-                rows.append(facts | {"metric": row["metric"]} | numbers | _rest(row))
+            found = _paired_rows(clean, other, resamples, seed, f"robustness {system} {condition}")
+            rows += [
+                {"system": system, "condition": condition} | _named(row, "clean", "accuracy", "loss") for row in found
+            ]
     return rows
 
 
-def _rest(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: row[name] for name in ("ci_low", "ci_high", "p_value", "num_items", "num_unpaired", "benchmarks")}
+def _named(row: Mapping[str, Any], *numbers: str) -> dict[str, Any]:
+    """A row of a comparison, with other names of what was compared and of the difference."""
+    names = dict(zip(("first", "second", "difference"), numbers, strict=True))
+    return {names.get(name, name): value for name, value in row.items()}
 
 
 def _paired_rows(

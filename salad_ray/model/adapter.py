@@ -55,6 +55,18 @@ def checkpoint_layers(module: nn.Module, enabled: bool = True) -> int:
     return len(layers)
 
 
+def llama_config(config: AdapterConfig) -> LlamaConfig:
+    """The config of the adapter's decoder layers."""
+    return LlamaConfig(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.ffn_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads or config.num_heads,
+        attn_implementation="sdpa",
+    )
+
+
 class Adapter(ExactBuffers):
     """Linear n·C→A, causal decoder layers, norm, Linear A→D; 122 M parameters at the default shape.
 
@@ -70,14 +82,7 @@ class Adapter(ExactBuffers):
         self, config: AdapterConfig, encoder_dim: int, model_dim: int, output_rms: float = 1.0, seed: int = 0
     ) -> None:
         super().__init__()
-        llama = LlamaConfig(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.ffn_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads or config.num_heads,
-            attn_implementation="sdpa",
-        )
+        llama = llama_config(config)
         with torch.random.fork_rng(devices=[]):  # torch's own initialisation draws from the global state
             self.input = nn.Linear(config.stride * encoder_dim, config.hidden_size)
             self.layers = nn.ModuleList(LlamaDecoderLayer(llama, index) for index in range(config.num_layers))

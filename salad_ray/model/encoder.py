@@ -34,6 +34,7 @@ from salad_ray.model.loading import (
     require_whole,
     weights_fingerprint,
 )
+from salad_ray.sequences.packing import padded_batches
 
 if TYPE_CHECKING:
     from transformers import MimiEncoderModel
@@ -260,22 +261,10 @@ def encode_in_batches(encoder: Encoder, audios: Sequence[np.ndarray], batch_secs
         One float32 (S, C) for each utterance.
     """
     features: list[np.ndarray] = [np.empty(0, np.float32)] * len(audios)
-    for batch in _batches([len(audio) for audio in audios], batch_secs * encoder.sampling_rate):
+    for batch in padded_batches([len(audio) for audio in audios], batch_secs * encoder.sampling_rate):
         for index, frames in zip(batch, encoder.encode([audios[index] for index in batch]), strict=True):
             features[index] = frames
     return features
-
-
-def _batches(lengths: Sequence[int], max_samples: float) -> Iterator[list[int]]:
-    """Indices from the longest to the shortest, grouped so that size × longest ≤ max_samples."""
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > max_samples:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
 
 
 def _pad_to_frames(audios: Sequence[np.ndarray], frame_size: int) -> tuple[Tensor, list[int]]:

@@ -28,7 +28,7 @@ from salad_ray.model.speech_lm import EncoderSpec, SpeechLM
 from salad_ray.names import STAGE1
 from salad_ray.sequences.batch import stacked
 from salad_ray.sequences.interleave import prefix_ids, tokenize
-from salad_ray.speech.audio import check_samples, load_audio
+from salad_ray.speech.audio import check_samples, load_audio, mono
 from salad_ray.tables import BadInput, local_folder, read_json
 
 SPEECH = "{speech}"
@@ -45,8 +45,8 @@ def load_listener(
 
     Args:
         path: folder or URL that `SpeechLM.save_pretrained` or `export` wrote.
-        encoder_path: where the encoder's weights are on this machine; none looks where training found them.
-        backend: whose code runs Mimi, "transformers" or "moshi"; none takes that of training.
+        encoder_path: where the encoder's weights are on this machine; unset: where training found them.
+        backend: whose code runs Mimi, "transformers" or "moshi"; unset: that of training.
         device: none takes the GPU if there is one.
 
     Raises:
@@ -126,7 +126,10 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[list[in
     if not found or SPEECH in after:
         raise ConfigError(f"the prompt '{prompt}' must hold {SPEECH} once, where the recording is to be heard")
     [head] = tokenize([before.rstrip(" ")], tokenizer)
-    return prefix_ids(tokenizer) + head.ids.tolist(), _continuation(tokenizer, after.rstrip(" "))
+    prefix, ids = prefix_ids(tokenizer), head.ids.tolist()
+    if ids[: len(prefix)] == prefix:  # a prompt that says `<s>` by itself
+        prefix = []
+    return prefix + ids, _continuation(tokenizer, after.rstrip(" "))
 
 
 def _continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -177,7 +180,7 @@ def _next_logits(model: SpeechLM, embeddings: Tensor, cache: DynamicCache) -> Te
     outputs = model.llm.get_decoder()(
         inputs_embeds=embeddings, attention_mask=None, position_ids=positions, past_key_values=cache, use_cache=True
     )
-    return (outputs.last_hidden_state[0, -1] @ model.head.T).float().cpu()
+    return model.head.logits(outputs.last_hidden_state[0, -1:])[0].cpu()
 
 
 def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
@@ -229,8 +232,8 @@ def _resampled(samples: np.ndarray, sampling_rate: int | None, wanted_rate: int)
         raise BadInput(f"samples of type {samples.dtype} must be floats in [−1, 1] or signed integers")
     if not samples.size:
         raise BadInput("no samples")
-    mono = samples.astype(np.float32).reshape(len(samples), -1).mean(axis=1, dtype=np.float32)
-    return mono if sampling_rate == wanted_rate else soxr.resample(mono, sampling_rate, wanted_rate)
+    audio = mono(samples.astype(np.float32).reshape(len(samples), -1))
+    return audio if sampling_rate == wanted_rate else soxr.resample(audio, sampling_rate, wanted_rate)
 
 
 def _require_room(model: SpeechLM, encoder: Encoder, num_samples: int, num_prompt: int, max_tokens: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,7 +15,9 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
 from torch import Tensor, nn
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 if TYPE_CHECKING:
@@ -104,6 +107,13 @@ def require_whole(path: str, info: Mapping[str, Any]) -> None:
         raise ModelError(f"{path}: its weights do not fit its config: {'; '.join(found)}")
 
 
+def require_finite(path: str, model: nn.Module) -> None:
+    """Refuse weights that hold NaN or infinity; raises `ModelError`."""
+    bad = [name for name, weight in model.named_parameters() if not torch.isfinite(weight.detach().abs().amax())]
+    if bad:
+        raise ModelError(f"{path}: {len(bad)} of its weights hold values that are not finite: {_listed(sorted(bad))}")
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without transformers' progress bars and reports: what matters of them is raised."""
@@ -148,18 +158,77 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode(), digest_size=8).hexdigest()
 
 
+HARD_TEXTS = (
+    "Hello world, don't we'll I'M HERE: 12345 67 (\"quoted\") and so on.",
+    "  two  spaces\n\n\tand tabs \n",
+    "naïve café cafe\u0301 你好\uff0c世界 Привет مرحبا — “OK”… 😀",
+    "x=1;\ny += 2.50 # $3,000.75 3rd 1812³ don’t CamelCase http://a.b/c?d=1",
+    "a",
+)
+"""Where tokenizers differ: digits, contractions, spaces, composed letters, other scripts."""
+
+
 def load_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerBase:
-    """The fast tokenizer of a text LLM; raises `ModelError` when there is none."""
+    """The fast tokenizer of a text LLM, which makes the ids that its tokenizer.json says.
+
+    Transformers takes the class from other files, and some classes put a splitting of their own in the place of the
+    file's. Where ids differ, the file is loaded as it is.
+
+    Raises:
+        ModelError: there is none, its ids cannot be had, or its files contradict each other about BOS.
+    """
     require_readable(path, "Qwen/Qwen2.5-3B")
-    try:
-        with quiet():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                path, revision=revision, trust_remote_code=False, use_fast=True
-            )
-    except UNUSABLE as error:
-        raise ModelError(f"{path}: its tokenizer cannot be loaded ({reason(error)})") from None
+    tokenizer = _tokenizer(transformers.AutoTokenizer, path, revision, use_fast=True)
     if not tokenizer.is_fast:
         raise ModelError(f"{path}: its tokenizer gives no character offsets; add a fast tokenizer (tokenizer.json)")
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where there are no files
         raise ModelError(f"{path}: holds no tokenizer; save one there with tokenizer.save_pretrained")
+    own = _tokenizer_of_file(path, revision)
+    if own is None:
+        return tokenizer
+    if _behaviour(tokenizer.backend_tokenizer) != _behaviour(own):
+        tokenizer = _tokenizer(transformers.PreTrainedTokenizerFast, path, revision)
+    ids = [(text, tokenizer(text, verbose=False)["input_ids"], own.encode(text).ids) for text in HARD_TEXTS]
+    differ = [text for text, found, wanted in ids if found != wanted]
+    if differ:
+        raise ModelError(
+            f"{path}: its tokenizer, loaded as {type(tokenizer).__name__}, makes other ids of {differ[0]!r} than its "
+            "tokenizer.json; save both anew with tokenizer.save_pretrained"
+        )
+    if _promises_bos(path, revision) and tokenizer.bos_token_id not in (None, *tokenizer("a")["input_ids"]):
+        raise ModelError(
+            f"{path}: its tokenizer_config.json says add_bos_token, but its tokenizer.json adds no BOS; correct one of "
+            "them"
+        )
     return tokenizer
+
+
+def _tokenizer(kind: Any, path: str, revision: str | None, **settings: Any) -> Any:
+    try:
+        with quiet():
+            return kind.from_pretrained(path, revision=revision, trust_remote_code=False, **settings)
+    except UNUSABLE as error:
+        raise ModelError(f"{path}: its tokenizer cannot be loaded ({reason(error)})") from None
+
+
+def _promises_bos(path: str, revision: str | None) -> bool:
+    """Whether tokenizer_config.json says so; transformers forgets it."""
+    file = cached_file(path, "tokenizer_config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    return file is not None and json.loads(Path(file).read_text(encoding="utf-8")).get("add_bos_token") is True
+
+
+def _tokenizer_of_file(path: str, revision: str | None) -> Tokenizer | None:
+    """What tokenizer.json itself says, without truncation and padding; none where there is no such file."""
+    file = cached_file(path, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        return None
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _behaviour(tokenizer: Tokenizer) -> tuple[object, ...]:
+    """How a tokenizer reads texts: its steps before the model, and the ids of hard texts, special tokens included."""
+    content = json.loads(tokenizer.to_str())
+    return content["normalizer"], content["pre_tokenizer"], [tokenizer.encode(text).ids for text in HARD_TEXTS]

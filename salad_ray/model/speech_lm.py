@@ -8,47 +8,51 @@ V vocabulary.
 
 from __future__ import annotations
 
-import inspect
 import json
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
-    AttentionInterface,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from salad_ray.config import AdapterConfig, DistillConfig
 from salad_ray.model.adapter import Adapter, ExactBuffers, checkpoint_layers
-from salad_ray.model.loading import ModelError as ModelError  # also had from here, as part of loading a speech LM
+from salad_ray.model.head import Head
+from salad_ray.model.head import lm_head as lm_head  # also had from here, as are others: all that a speech LM is
 from salad_ray.model.loading import (
+    UNUSABLE,
     load_pretrained,
-    load_tokenizer,
     quiet,
     reason,
+    require_finite,
     require_readable,
     require_whole,
 )
+from salad_ray.model.loading import ModelError as ModelError
+from salad_ray.model.loading import load_tokenizer as load_tokenizer
 from salad_ray.model.loading import weights_fingerprint as weights_fingerprint
+from salad_ray.model.multimodal import is_multimodal, load_text_part
+from salad_ray.model.older import write_older_keys
+from salad_ray.model.packed import hidden_states as hidden_states
+from salad_ray.model.trial import try_out, without_dropout
 from salad_ray.sequences.batch import Batch
 
 FORMAT = "salad_ray.speech_lm/1"
-# Settings with which known architectures bend their logits away from hidden · headᵀ.
-_LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "logit_softcap")
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ class SpeechLMConfig:
     teacher_revision: str | None
     encoder: EncoderSpec
     adapter: AdapterConfig
+    context: int | None = None
+    """Positions of the rows that it was trained on, for which its LLM was tried out."""
 
     @property
     def frame_rate(self) -> float:
@@ -89,8 +95,8 @@ class SpeechLM(ExactBuffers):
         self.llm, self.adapter = llm, adapter
 
     @property
-    def head(self) -> Tensor:
-        """(V, D) weight of the output layer."""
+    def head(self) -> Head:
+        """The output layer."""
         return lm_head(self.llm)
 
     def forward(self, batch: Batch) -> Tensor:
@@ -127,18 +133,19 @@ class SpeechLM(ExactBuffers):
         seed: int,
         dtype: torch.dtype | str = torch.float32,
         attention: str = "sdpa",
+        context: int | None = None,
     ) -> SpeechLM:
         """A student before its first step, in train mode: the teacher's weights and a fresh adapter.
 
         Raises:
             ModelError: as `load_text_lm` and `load_tokenizer`.
         """
-        llm = load_text_lm(path, revision, dtype, attention)
+        llm = load_text_lm(path, revision, dtype, attention, context)
         tokenizer = load_tokenizer(path, revision)
         _require_embeddings(path, llm, tokenizer)
         weight = llm.get_input_embeddings().weight
         module = Adapter(adapter, encoder.dim, weight.shape[1], _embedding_rms(llm), seed)
-        config = SpeechLMConfig(path, revision, encoder, adapter)
+        config = SpeechLMConfig(path, revision, encoder, adapter, context)
         return cls(config, llm, module.to(weight.dtype), tokenizer).train()
 
     @classmethod
@@ -152,7 +159,7 @@ class SpeechLM(ExactBuffers):
         """
         folder = Path(folder)
         config = _read_config(folder)
-        llm = load_text_lm(str(folder / "llm"), None, dtype or "auto", attention)
+        llm = load_text_lm(str(folder / "llm"), None, dtype or "auto", attention, config.context)
         tokenizer = load_tokenizer(str(folder / "llm"), None)
         _require_embeddings(str(folder), llm, tokenizer)
         adapter = Adapter(config.adapter, config.encoder.dim, llm.get_input_embeddings().weight.shape[1])
@@ -174,129 +181,71 @@ class SpeechLM(ExactBuffers):
         _require_replaceable(folder)
         weights = dict(self.state_dict() if state_dict is None else state_dict)
         content = {"format": FORMAT} | asdict(self.config) | {"adapter": self.config.adapter.model_dump()}
-        with _replacing(folder) as new, quiet():
+        # A file may have a head of its own though its config says tied; transformers 5 minds the file, 4 the config.
+        self.llm.config.tie_word_embeddings = self.head.weight is self.llm.get_input_embeddings().weight
+        with replacing(folder) as new, quiet():
             self.llm.save_pretrained(new / "llm", state_dict=_part(weights, "llm."))
             self.tokenizer.save_pretrained(new / "llm")
+            write_older_keys(new / "llm")
             save_file(_part(weights, "adapter."), new / "adapter.safetensors")
             (new / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def hidden_states(llm: PreTrainedModel, inputs: Tensor, position_ids: Tensor) -> Tensor:
-    """Last hidden states (B, T, D) of a causal LM over packed rows; `lm_head(llm)` turns them into logits.
-
-    A segment begins wherever position_ids do not count on, and sees nothing of the segments before it. Transformers
-    does so only without attention mask and without cache, and its flash attention only for a single row; that and
-    "varlen" are told the bounds of the segments instead.
-
-    Args:
-        inputs: token ids (B, T) or embeddings (B, T, D).
-        position_ids: (B, T), restarting from 0 at every segment.
-    """
-    embeddings = inputs if inputs.is_floating_point() else llm.get_input_embeddings()(inputs)
-    bounds = _segment_bounds(position_ids) if _takes_bounds(llm.config._attn_implementation) else {}
-    outputs = llm.get_decoder()(
-        inputs_embeds=embeddings, attention_mask=None, position_ids=position_ids, use_cache=False, **bounds
-    )
-    return outputs.last_hidden_state
-
-
-def lm_head(llm: PreTrainedModel) -> Tensor:
-    """(V, D) weight of a causal LM's output layer."""
-    return llm.get_output_embeddings().weight
-
-
-def _takes_bounds(attention: str) -> bool:
-    return attention.startswith("flash_attention") or attention == "varlen"
-
-
-def _segment_bounds(position_ids: Tensor) -> dict[str, Any]:
-    """Cumulative lengths of the segments of all rows, laid end to end, and the longest segment."""
-    starts = F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True)
-    bounds = F.pad(starts.flatten().nonzero().flatten(), (0, 1), value=starts.numel()).int()
-    longest = int(bounds.diff().max())
-    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
-
-
-def varlen_attn(*states: Any, **settings: Any) -> Any:
-    """The kernel inside torch, imported when it is called: with it comes the compiler, which takes seconds."""
-    from torch.nn.attention.varlen import varlen_attn as kernel
-
-    return kernel(*states, **settings)
-
-
-@lru_cache
-def _knows_gqa() -> bool:
-    """Whether the kernel repeats keys and values by itself; in torch 2.11 it does not."""
-    from torch.nn.attention.varlen import varlen_attn as kernel
-
-    return "enable_gqa" in inspect.signature(kernel).parameters
-
-
-def _varlen_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    cu_seq_lens_q: Tensor,
-    max_length_q: int,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Block-diagonal causal attention by the flash kernel inside torch: no T × T mask, no other package; CUDA, 16 bit.
-
-    query (B, heads, T, head_dim), key and value (B, kv_heads, T, head_dim) → (B, T, heads, head_dim).
-    """
-    settings: dict[str, Any] = {"enable_gqa": True}
-    if not _knows_gqa():
-        settings, groups = {}, query.shape[1] // key.shape[1]
-        key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
-    query_flat, key_flat, value_flat = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
-    output: Any = varlen_attn(
-        query_flat,
-        key_flat,
-        value_flat,
-        cu_seq_lens_q,
-        cu_seq_lens_q,
-        max_length_q,
-        max_length_q,
-        scale=scaling,
-        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-        **settings,
-    )
-    return output.unflatten(0, (query.shape[0], query.shape[2])), None
-
-
-AttentionInterface.register("varlen", _varlen_attention)
-
-
 def load_text_lm(
-    path: str, revision: str | None, dtype: torch.dtype | str = torch.float32, attention: str = "sdpa"
+    path: str,
+    revision: str | None,
+    dtype: torch.dtype | str = torch.float32,
+    attention: str = "sdpa",
+    context: int | None = None,
 ) -> PreTrainedModel:
-    """A text LLM in eval mode, every weight accounted for; safetensors only, no remote code.
+    """A text LLM in eval mode, every weight accounted for, tried out (trial.py); safetensors only, no remote code.
+
+    Of a multimodal LLM it is the text model alone (multimodal.py). It has no dropout in train mode either: a student
+    must begin as its teacher. What the trial found is its `trial`.
 
     Args:
         path: folder or hub id.
         dtype: a torch dtype or its name; "auto" keeps that of the files.
-        attention: "sdpa", "eager", "flash_attention_2", or "varlen" (CUDA, 16 bit: no mask, no other package).
+        attention: "sdpa" (for models that have none: eager), "eager", "flash_attention_2", or "varlen" (CUDA, 16 bit:
+            no mask, no other package).
+        context: positions of the rows that it is to read; unset: 2,048.
 
     Raises:
-        ModelError: it cannot be read or had; weights are missing, too many or of other shapes; its logits are not
-            hidden · headᵀ; or it cannot keep packed segments apart.
+        ModelError: it cannot be read or had; weights are missing, too many, of other shapes or not finite; it is
+            multimodal, and its text model is not to be had alone; or what failed when it was tried out.
     """
     require_readable(path, "Qwen/Qwen2.5-3B")
-    settings = {"dtype": dtype, "attn_implementation": attention}
-    llm, info = load_pretrained(AutoModelForCausalLM, path, revision, "a text LLM", **settings)
-    require_whole(path, info)
-    _require_packable(path, llm)
-    _require_plain_logits(path, llm)
+    config = _config(path, revision)
+    text = config.get_text_config()
+    if attention == "sdpa" and not getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None), "_supports_sdpa", True):
+        attention = "eager"
+    if is_multimodal(config):
+        llm = load_text_part(path, revision, config, dtype, attention)
+    else:
+        settings = {"config": config, "dtype": dtype, "attn_implementation": attention}
+        llm, info = load_pretrained(AutoModelForCausalLM, path, revision, "a text LLM", **settings)
+        require_whole(path, info)
+    require_finite(path, llm)
+    try:
+        llm.trial = try_out(llm, context)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
     return llm.eval()
 
 
+def _config(path: str, revision: str | None) -> PretrainedConfig:
+    """Of the model, with nothing random in training; raises `ModelError`."""
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+        without_dropout(config.get_text_config())
+    except UNUSABLE as error:
+        raise ModelError(f"{path}: cannot be loaded as a text LLM ({reason(error)})") from None
+    return config
+
+
 def parameter_groups(model: SpeechLM, settings: DistillConfig) -> list[dict[str, Any]]:
-    """Optimizer groups of LLM and adapter: with and without weight decay, and under Muon the matrices of the layers.
+    """Optimizer groups of LLM and adapter: with and without weight decay, and under Muon their matrices.
 
     Norms and biases do not decay, nor do embeddings and head: decay would wear away the tokens that speech never shows.
 
@@ -306,8 +255,8 @@ def parameter_groups(model: SpeechLM, settings: DistillConfig) -> list[dict[str,
     Raises:
         ModelError: Muon is set, and the LLM keeps its layers elsewhere.
     """
-    tables = {id(model.llm.get_input_embeddings().weight), id(model.head)}
-    matrices = _layer_matrices(model) if settings.optimizer == "muon" else set()
+    tables = {id(model.llm.get_input_embeddings().weight), id(model.head.weight)}
+    matrices = _matrices(model) if settings.optimizer == "muon" else set()
     groups: list[dict[str, Any]] = []
     for module, prefix in ((model.llm, ""), (model.adapter, "adapter_")):
         rate, muon_rate = f"{prefix}learning_rate", f"{prefix}muon_learning_rate"
@@ -325,12 +274,12 @@ def parameter_groups(model: SpeechLM, settings: DistillConfig) -> list[dict[str,
     return [group | {"lr": getattr(settings, group["rate"])} for group in groups if group["params"]]
 
 
-def _layer_matrices(model: SpeechLM) -> set[int]:
-    """Ids of the two-dimensional weights inside the decoder layers of LLM and adapter."""
+def _matrices(model: SpeechLM) -> set[int]:
+    """Ids of the two-dimensional weights of the adapter, and of those inside the decoder layers of the LLM."""
     layers = getattr(model.llm.get_decoder(), "layers", None)
     if layers is None:
         raise ModelError(f"the layers of {type(model.llm).__name__} are not known to Muon; set distill.optimizer=adamw")
-    inside = (parameter for each in (layers, model.adapter.layers) for parameter in each.parameters())
+    inside = (parameter for each in (layers, model.adapter) for parameter in each.parameters())
     return {id(parameter) for parameter in inside if parameter.ndim == 2}
 
 
@@ -341,40 +290,6 @@ def _embedding_rms(llm: PreTrainedModel) -> float:
     ids = torch.linspace(0, num_ids - 1, min(num_ids, 4096), device=embed.weight.device).long()
     with torch.no_grad():  # through the module, since some scale what they look up
         return embed(ids).float().square().mean().sqrt().item()
-
-
-def _require_packable(path: str, llm: PreTrainedModel) -> None:
-    """Refuse decoders known to mix the segments of a packed row."""
-    decoder = llm.get_decoder()
-    kinds = set(getattr(decoder.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if kinds or llm._is_stateful or "position_ids" not in inspect.signature(decoder.forward).parameters:
-        what = f"layers of type {', '.join(sorted(kinds))}" if kinds else f"a decoder of type {type(decoder).__name__}"
-        raise ModelError(f"{path}: has {what}, which cannot keep packed samples apart; use a plain attention model")
-
-
-def _require_plain_logits(path: str, llm: PreTrainedModel) -> None:
-    """Refuse logits that are not hidden · headᵀ, by asking the model's own forward what it makes of hidden states."""
-    layer = llm.get_output_embeddings()
-    if getattr(layer, "bias", None) is not None:
-        raise ModelError(f"{path}: its lm_head has a bias, and the distillation loss takes logits as hidden · headᵀ")
-    weight = lm_head(llm).detach()
-    hidden = torch.randn(1, 2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
-    hidden *= 50 / (hidden @ weight.T).std()  # large enough to meet a cap
-    decoder = llm.get_decoder()
-    decoder.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden)
-    try:
-        with torch.no_grad():
-            logits = llm(input_ids=torch.zeros(1, 2, dtype=torch.long, device=weight.device), use_cache=False).logits
-    finally:
-        del decoder.forward
-    plain = hidden @ weight.T
-    if (logits - plain).abs().max() > 0.02 * plain.abs().max():
-        config = llm.config.get_text_config()
-        settings = [f"{name}={getattr(config, name)}" for name in _LOGIT_SETTINGS if getattr(config, name, None)]
-        raise ModelError(
-            f"{path}: its logits are not hidden · headᵀ ({', '.join(settings) or type(llm).__name__}), which the "
-            "distillation loss needs"
-        )
 
 
 def _require_embeddings(path: str, llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -428,8 +343,8 @@ def _require_replaceable(folder: Path) -> None:
 
 
 @contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A temporary sibling that takes the folder's place once it is complete."""
+def replacing(folder: Path) -> Iterator[Path]:
+    """A temporary sibling that takes the folder's place once it is complete; if that fails, all is as it was."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     new, old = (folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.{kind}") for kind in ("new", "old"))
     new.mkdir()
@@ -438,6 +353,10 @@ def _replacing(folder: Path) -> Iterator[Path]:
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
+    except OSError:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

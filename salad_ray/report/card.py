@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from salad_ray import __version__
 from salad_ray.config import path_name
 from salad_ray.evaluation.statistics import METRICS
-from salad_ray.names import BASE, CASCADE, CATALOG, NATURAL, TEXT, UNTRAINED, UTTERANCES, WEB
+from salad_ray.names import ACTIVE, BASE, CASCADE, CATALOG, NATURAL, TEXT, UNTRAINED, UTTERANCES, WEB
 from salad_ray.report.accuracy import answer_tables, margin_sentences, robustness_tables
 from salad_ray.report.blocks import Block, Paragraph
 from salad_ray.report.measured import RECORDED, measured_tables
@@ -36,16 +36,19 @@ def speech_data(run: Run, sets: Sequence[str]) -> list[SpeechData]:
 
 def speech_of_run(places: Places, sets: Sequence[str], ingest: Mapping[str, Any]) -> list[SpeechData]:
     """As `speech_data`, from the tables alone, and from the config's section as data."""
-    credits = (places.table(NATURAL, CATALOG).manifest() or {"attributions": {}})["attributions"]
-    credits |= {_name(corpus): corpus.get("attribution") or "" for corpus in _corpora(ingest, WEB)}
-    manifests = (places.table(name, UTTERANCES).manifest() or {} for name in sets)
-    sources = [source for manifest in manifests for source in manifest.get("speech", ())]
-    return [SpeechData(**source, attribution=_credit(source["corpus"], credits)) for source in sources]
-
-
-def _credit(corpus: str, credits: Mapping[str, str]) -> str:
-    """Whom to name for a corpus, or for the text that a synthesizer speaks: "fineweb (kokoro)" is of fineweb."""
-    return credits.get(corpus, credits.get(re.sub(r" \((espeak|kokoro)\)$", "", corpus), ""))
+    catalog = places.table(NATURAL, CATALOG).manifest() or {"attributions": {}}
+    credits = {
+        NATURAL: catalog["attributions"],
+        ACTIVE: {_name(corpus): corpus.get("attribution") for corpus in _corpora(ingest, WEB)},
+    }
+    found = []
+    for name in sets:
+        manifest = places.table(name, UTTERANCES).manifest() or {"totals": {"hours_by_corpus": {}}}
+        voice = f" ({manifest['synthesizer']})" if "synthesizer" in manifest else ""
+        for corpus, by_license in manifest["totals"]["hours_by_corpus"].items():
+            credit = credits[name].get(corpus) or ""
+            found += [SpeechData(f"{corpus}{voice}", license, hours, credit) for license, hours in by_license.items()]
+    return found
 
 
 def text_alone(ingest: Mapping[str, Any]) -> list[str]:

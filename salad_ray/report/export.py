@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,12 @@ from salad_ray import __version__
 from salad_ray.config import ConfigError
 from salad_ray.distill.step import DTYPES
 from salad_ray.model.loading import is_hub_id, weights_fingerprint
-from salad_ray.model.speech_lm import SpeechLM
+from salad_ray.model.speech_lm import SpeechLM, replacing
 from salad_ray.names import ACTIVE, CONTROL, ENCODE, FEATURES, INGEST, NATURAL, STAGE1, STAGE2, TEACHER, UTTERANCES
 from salad_ray.report.card import card_numbers, model_card, speech_of_run, text_alone
 from salad_ray.runs import Places, open_places
 from salad_ray.speech.readers import language_code
-from salad_ray.tables import Table, TableError, local_folder, read_json, table_label
+from salad_ray.tables import Table, TableError, local_folder, read_json, table_label, write_json
 
 LINEAGE = "salad_ray.lineage/1"
 SETS = {STAGE1: (NATURAL,), STAGE2: (NATURAL, ACTIVE), CONTROL: (NATURAL,)}
@@ -35,7 +34,7 @@ FILES = {
 }
 _FACTS = (
     *("stage", "version", "config", "inputs", "sources", "schema_version", "salad_ray", "written_at"),
-    *("num_input", "num_kept", "num_rejected", "num_rows", "totals", "speech", "step"),
+    *("num_input", "num_kept", "num_rejected", "num_rows", "totals", "synthesizer", "step"),
     *("num_positions", "num_text_positions", "train_seconds"),
 )
 """What lineage.json repeats of a manifest; shards, curves and the like stay in the run."""
@@ -69,9 +68,9 @@ def export(
     Args:
         run_dir: a local folder or a URL.
         target: a local folder.
-        system: stage1, stage2 or control; none takes stage2 if it is finished, else stage1.
-        dtype: "bf16" or "fp32"; none keeps that of the run.
-        name: of a run in `run_dir`; none takes the newest.
+        system: stage1, stage2 or control; unset: stage2 if it is finished, else stage1.
+        dtype: "bf16" or "fp32"; unset: that of the run.
+        name: of a run in `run_dir`; unset: the newest.
 
     Raises:
         ConfigError: a system or dtype that there is not, or a target that holds something else.
@@ -84,20 +83,10 @@ def export(
     place = _require_replaceable(target, run.places)
     with local_folder(f"{run.places.table('', run.system).url}/model") as folder:
         model = SpeechLM.from_pretrained(folder, None if dtype is None else DTYPES[dtype])
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as beside:
-        new, old = Path(beside, "new"), Path(beside, "old")
+    with replacing(place) as new:
         model.save_pretrained(new)
         _describe(run, model, new)
         _share(new)
-        if place.exists():
-            place.rename(old)
-        try:
-            new.rename(place)
-        except OSError:
-            if old.exists():
-                old.rename(place)
-            raise
     return place
 
 
@@ -154,9 +143,9 @@ def _describe(run: _Run, model: SpeechLM, folder: Path) -> None:
     """Everything beside the weights."""
     (folder / "config.yaml").write_text(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True), "utf-8")
     (folder / "README.md").write_text(_card(run, model), encoding="utf-8")
-    _write_json(folder / "lineage.json", _lineage(run, model))
+    write_json(f"{folder}/lineage.json", _lineage(run, model))
     if run.metrics:
-        _write_json(folder / "metrics.json", run.metrics)
+        write_json(f"{folder}/metrics.json", run.metrics)
 
 
 def _share(folder: Path) -> None:
@@ -164,10 +153,6 @@ def _share(folder: Path) -> None:
     mode = (folder / "README.md").stat().st_mode & 0o777
     for file in (path for path in folder.rglob("*") if path.is_file()):
         file.chmod(mode)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------- lineage
@@ -252,7 +237,7 @@ def _card(run: _Run, model: SpeechLM) -> str:
         exported={
             "front": yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
             "license": license,
-            "hours": sum(own.get("training hours", 0.0) for own in totals),
+            "hours": sum(own.get("training_hours", 0.0) for own in totals),
             "num_positions": run.manifest["num_positions"],
             "num_text_positions": num_text,
             "numbers": card_numbers(run.metrics, run.system),

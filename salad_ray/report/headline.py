@@ -125,7 +125,7 @@ def _figure(runs: Sequence[RunFacts]) -> list[Figure]:
 def _facts(run: RunFacts) -> dict[str, str]:
     """What a run was made of."""
     totals = {name: _features(run, name).get("totals", {}) for name in (NATURAL, ACTIVE)}
-    heard = {name: words.hours(own.get("training hours", own.get("hours"))) for name, own in totals.items()}
+    heard = {name: words.hours(own.get("training_hours")) for name, own in totals.items()}
     stage1, stage2, select = (run.config.get(name) or {} for name in ("distill", STAGE2, SELECT))
     return {
         "teacher LLM": _teacher(run),

@@ -103,14 +103,9 @@ class Amounts:
             self._add("training utterances", utterances)
 
     def _corpora(self, kind: str, corpora: Sequence[CorpusConfig | WebTextConfig], unit: str) -> Number:
-        found = []
-        for corpus in corpora:
-            size, share = (
-                self.rates.size_of(kind, corpus.name or path_name(corpus.path), unit),
-                getattr(corpus, "share", 1),
-            )
-            found.append(size if share == 1 else size * share)
-        return total(found)
+        sizes = [self.rates.size_of(kind, corpus.name or path_name(corpus.path), unit) for corpus in corpora]
+        shares = [getattr(corpus, "share", 1) for corpus in corpora]
+        return total(size if share == 1 else size * share for size, share in zip(sizes, shares, strict=True))
 
     def _texts(self) -> None:
         """What is written: web text, text that is never heard, and what is spoken of web text and of benchmarks."""
@@ -218,11 +213,16 @@ class Amounts:
     def _compute(self) -> None:
         """FLOP of the trainings, and the features' bytes."""
         teacher = self._add("text LLM", Number(self.shape.num_llm, self.config.model.teacher), "parameters")
+        active = teacher
+        if self.shape.num_active < self.shape.num_llm:  # a mixture of experts
+            active = self._add(
+                "active in a position", Number(self.shape.num_active, "# (experts chosen)"), "parameters"
+            )
         adapter = self._add("adapter", Number(self.shape.num_adapter, "model.adapter"), "parameters")
-        student = 6 * (teacher + adapter)
-        self._add("FLOP of a position", student + 2 * teacher * self.teacher_share)
+        student = 6 * (active + adapter)
+        self._add("FLOP of a position", student + 2 * active * self.teacher_share)
         if names.TEXT in self.config.trained_sets:
-            self._add("FLOP of a position of text", student + 2 * teacher)
+            self._add("FLOP of a position of text", student + 2 * active)
         for stage in dict.fromkeys(self.trainings):
             self._add(FLOP[stage], self[TRAINED[stage]] * self._flop_of_position(stage))
         self._add("FLOP in all", total(self[FLOP[stage]] for stage in self.trainings))

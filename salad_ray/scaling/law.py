@@ -245,7 +245,8 @@ def _growth(positions: Array, values: Array, first: float) -> tuple[float, float
 def _require_dependence(fit: _Fit) -> None:
     """Nor is there one for M that does not fall."""
     trend = stats.linregress(np.log(fit.positions), np.log(fit.values), alternative="less")
-    if _p_value_of_constant(fit) > MAX_P_VALUE and trend.pvalue > 0.05:
+    constant = float((fit.weights * (fit.values - np.average(fit.values, weights=fit.weights)) ** 2).sum())
+    if _p_value(fit, constant, fewer=2) > MAX_P_VALUE and trend.pvalue > 0.05:
         since = _lowest(fit.positions, fit.values)
         change, _ = _growth(fit.positions, fit.values, since)
         why = "it is as low as it gets, or the budgets lie too near to each other: try smaller ones"
@@ -445,13 +446,6 @@ def _p_value_of_zero(fit: _Fit) -> float:
     """F test of E = 0 within the law; half of it, since E cannot be below 0."""
     without = least(lambda exponents: fit.losses(0.0, fit.powers(exponents)))[1]
     return _p_value(fit, without, 1) / 2
-
-
-def _p_value_of_constant(fit: _Fit) -> float:
-    """F test of an M that does not depend on D against the law, which has two numbers more."""
-    weights = fit.weights
-    mean = (weights * fit.values).sum() / weights.sum()
-    return _p_value(fit, float((weights * (fit.values - mean) ** 2).sum()), 2)
 
 
 def _p_value(fit: _Fit, loss: float, fewer: int) -> float:

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from salad_ray.config import AdapterConfig, DistillConfig, PackConfig
+from salad_ray.config import AdapterConfig, ConfigError, DistillConfig, PackConfig
 from salad_ray.distill.losses import CHUNKS, MAX_CHUNK_SIZE
-from salad_ray.distill.step import BUCKET, DTYPES
+from salad_ray.distill.step import BUCKET, DTYPES, num_active_parameters, num_chosen_experts
+from salad_ray.model.adapter import Adapter, llama_config
+from salad_ray.model.loading import UNUSABLE
 
 GATHERED = 50_000_000
 """Elements that ZeRO-3 prefetches (its default `stage3_prefetch_bucket_size`)."""
@@ -40,27 +42,30 @@ class Shape:
     def num_llm(self) -> int:
         return num_parameters(self.llm)
 
-    @property
+    @cached_property
+    def num_active(self) -> int:
+        with torch.device("meta"):
+            return num_active_parameters(AutoModelForCausalLM.from_config(self.llm))
+
+    @cached_property
     def num_adapter(self) -> int:
-        """Linear in, layers, norm, linear out (model/adapter.py)."""
-        width = self.adapter.hidden_size
-        heads = self.adapter.num_heads
-        keys = width * (self.adapter.num_kv_heads or heads) // heads
-        layer = 2 * width * (width + keys) + 3 * width * self.adapter.ffn_size + 2 * width
-        ends = (self.adapter.stride * self.encoder_dim + 1) * width + (width + 1) * self.llm.hidden_size
-        return self.adapter.num_layers * layer + width + ends
+        return sum(parameter.numel() for parameter in self._own.parameters())
 
     @cached_property
     def num_matrices(self) -> int:
-        """Elements of the matrices inside the layers of LLM and adapter, which Muon may update."""
+        """Elements of the matrices of the adapter and inside the layers of the LLM, which Muon may update."""
         with torch.device("meta"):
-            layers = AutoModelForCausalLM.from_config(self.llm).get_decoder().layers
-            own = LlamaDecoderLayer(adapter_llama(self.adapter), 0)
-        return _num_in_matrices(layers) + self.adapter.num_layers * _num_in_matrices(own)
+            llm = AutoModelForCausalLM.from_config(self.llm)
+        layers = getattr(llm.get_decoder(), "layers", None)
+        if layers is None:
+            raise ConfigError(f"the layers of {type(llm).__name__} are not known to Muon; set distill.optimizer=adamw")
+        parameters = (*layers.parameters(), *self._own.parameters())
+        return sum(parameter.numel() for parameter in parameters if parameter.ndim == 2)
 
-
-def _num_in_matrices(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim == 2)
+    @cached_property
+    def _own(self) -> Adapter:
+        with torch.device("meta"):
+            return Adapter(self.adapter, self.encoder_dim, self.llm.hidden_size)
 
 
 def num_parameters(llm: PreTrainedConfig) -> int:
@@ -129,41 +134,46 @@ def activation_bytes(shape: Shape, settings: DistillConfig, rows: int, context: 
     dtype = DTYPES[settings.precision]
     width, llm = BYTES[settings.precision], shape.llm
     layer = layer_bytes(llm, dtype, rows, context)
-    own = layer_bytes(adapter_llama(shape.adapter), dtype, rows, max(1, round(context * speech_share)))
+    own = layer_bytes(llama_config(shape.adapter), dtype, rows, max(1, round(context * speech_share)))
+    inner, inputs = 0.0, rows * context * width
     if settings.activation_checkpointing:  # a layer keeps its input, and one at a time is made anew
         inner = max(layer, own)
-        inputs = rows * context * width
         layer = inputs * llm.hidden_size
         own = inputs * speech_share * shape.adapter.hidden_size
-    else:
-        inner = 0.0
-    frames = (
-        rows * context * speech_share * width * (shape.adapter.stride * shape.encoder_dim + shape.adapter.hidden_size)
-    )
+    frames = inputs * speech_share * (shape.adapter.stride * shape.encoder_dim + shape.adapter.hidden_size)
     ends = rows * context * (3 * width + 4) * llm.hidden_size  # embeddings, mixed, final norm in fp32
     return llm.num_hidden_layers * layer + shape.adapter.num_layers * own + inner + frames + ends
-
-
-def adapter_llama(adapter: AdapterConfig) -> LlamaConfig:
-    """The config of the adapter's layers (model/adapter.py)."""
-    return LlamaConfig(
-        hidden_size=adapter.hidden_size,
-        intermediate_size=adapter.ffn_size,
-        num_hidden_layers=1,
-        num_attention_heads=adapter.num_heads,
-        num_key_value_heads=adapter.num_kv_heads or adapter.num_heads,
-    )
 
 
 def layer_bytes(llm: PreTrainedConfig, dtype: torch.dtype, rows: int, context: int) -> float:
     """Bytes that the backward of one decoder layer keeps, its parameters not counted."""
     key = (llm.to_json_string(), dtype, rows, context)
     if key not in _COUNTED:  # a plan asks for the same layer under every ZeRO stage
-        _COUNTED[key] = _count(copy.deepcopy(llm), dtype, rows, context)
+        try:
+            _COUNTED[key] = _count(copy.deepcopy(llm), dtype, rows, context)
+        except (*UNUSABLE, AttributeError, IndexError):
+            _COUNTED[key] = estimated_layer_bytes(llm, dtype, rows, context)
+            _ESTIMATED.add(key[0])
     return _COUNTED[key]
 
 
+def is_estimated(llm: PreTrainedConfig) -> bool:
+    """Whether `layer_bytes` could only estimate, since no layer of this LLM can run by itself without weights."""
+    return llm.to_json_string() in _ESTIMATED
+
+
 _COUNTED: dict[tuple[str, torch.dtype, int, int], float] = {}
+_ESTIMATED: set[str] = set()
+
+
+def estimated_layer_bytes(llm: PreTrainedConfig, dtype: torch.dtype, rows: int, context: int) -> float:
+    """As `layer_bytes`, on average over the layers, by the inputs and outputs of their matrices: within a quarter."""
+    with torch.device("meta"):
+        decoder = AutoModelForCausalLM.from_config(llm).get_decoder()
+    tables = {id(module.weight) for module in decoder.modules() if isinstance(module, nn.Embedding)}
+    weights = [weight for weight in decoder.parameters() if id(weight) not in tables]
+    ends = sum(sum(weight.shape[-2:]) * num_chosen_experts(llm, weight) for weight in weights if weight.ndim > 1)
+    return float(dtype.itemsize * rows * context * ends / llm.num_hidden_layers)
 
 
 def _count(config: PreTrainedConfig, dtype: torch.dtype, rows: int, context: int) -> float:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.table import Table as RichTable
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, PreTrainedConfig
 
 from salad_ray import names
 from salad_ray.config import PICKED_PER_SHARD, Config, ConfigError, DistillConfig
@@ -23,7 +23,7 @@ from salad_ray.flow import Step, merged, steps
 from salad_ray.model.loading import UNUSABLE, reason
 from salad_ray.model.tiny_lm import tiny_shape
 from salad_ray.scaling.amounts import SPOKEN, TRAINED, WRITTEN, Amounts, Line
-from salad_ray.scaling.memory import BYTES, layer_bytes, num_parameters, training_memory
+from salad_ray.scaling.memory import BYTES, is_estimated, layer_bytes, num_parameters, training_memory
 from salad_ray.scaling.number import ASSUMPTION, Number, total
 from salad_ray.scaling.rates import CLUSTER_FIT, TRAIN, Rates, gpus_of, kind_of, passes
 
@@ -92,7 +92,10 @@ def make_plan(config: Config, rates: Rates) -> Plan:
     totals["storage_gb"] = sum(line.value for line in storage) / 1e9
     totals["storage_month"] = totals["storage_gb"] * prices.storage_gb_month
     totals["money"] = totals["compute"] + totals["storage_month"] * prices.months
-    notes = [*misfit(config.distill, memory), *shortages(config, rates, flow), *assumed(config, rates, flow)]
+    notes = []
+    if is_estimated(data.shape.llm):
+        notes = [f"activations of {data.shape.llm.model_type} are estimated from its matrices, to about a quarter"]
+    notes += [*misfit(config.distill, memory), *shortages(config, rates, flow), *assumed(config, rates, flow)]
     return Plan(list(data.lines.values()), costs, memory, storage, totals, prices.currency, notes)
 
 
@@ -111,6 +114,9 @@ def text_llm(config: Config, rates: Rates) -> PreTrainedConfig:
             llm = AutoConfig.for_model(**shape)
         else:
             llm = AutoConfig.from_pretrained(teacher, revision=config.model.revision, trust_remote_code=False)
+            llm = llm.get_text_config()
+        if type(llm) in MODEL_FOR_MASKED_LM_MAPPING:
+            raise TypeError(f"{llm.model_type} fills gaps and does not continue a text")
         num_parameters(llm)  # this and the next fail where it is another kind of model
         layer_bytes(llm, DTYPES["bf16"], rows=1, context=8)
         return llm
@@ -163,10 +169,8 @@ def shards_of(step: Step, data: Amounts) -> int:
 def training_workers(config: Config, rates: Rates) -> int:
     """Training workers; of an elastic number as many as the cluster has GPUs for."""
     settings = config.distill
-    if isinstance(settings.num_workers, int) or not settings.use_gpu:
-        return settings.most_workers
-    least, most = settings.num_workers
-    return max(least, min(most, rates.cluster.gpus))
+    room = rates.cluster.gpus if settings.use_gpu else settings.most_workers
+    return max(settings.least_workers, min(settings.most_workers, room))
 
 
 def stage_cost(step: Step, data: Amounts) -> StageCost:
@@ -254,14 +258,13 @@ def worker_memory(data: Amounts, settings: DistillConfig, num_workers: int) -> d
 def memory_table(data: Amounts) -> list[Memory]:
     """The configured setting first, then the other ZeRO stages and micro-batches that the lanes allow."""
     settings, pack = data.config.distill, data.config.pack
-    least = settings.num_workers if isinstance(settings.num_workers, int) else settings.num_workers[0]
     per_worker = max(1, pack.num_lanes // settings.most_workers * pack.rows_per_lane)
     limit = USABLE * data.rates.cluster.gpu_memory_gib * GIB
     sizes = sorted({size for size in MICRO_BATCHES if per_worker % size == 0} | {settings.micro_batch_rows})
     found = []
     for stage, rows in itertools.product((1, 2, 3), sizes):
         changed = settings.model_copy(update={"zero_stage": stage, "micro_batch_rows": rows})
-        parts = worker_memory(data, changed, least)
+        parts = worker_memory(data, changed, settings.least_workers)
         found.append(
             Memory(stage, rows, changed == settings, parts, parts["peak"] <= limit if settings.use_gpu else None)
         )

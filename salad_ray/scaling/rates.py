@@ -6,12 +6,13 @@ took and for how long its actors worked on shards, which tells the start from th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 
 from salad_ray import names
 from salad_ray.config import Config, ConfigError, Section, all_keys
@@ -125,16 +126,14 @@ class Rates(Section):
             raise ConfigError(f"rates: `stages` has no '{kind}'; take it over from {RATES}")
         return self.stages[kind]
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Rates:
+    def problems(self) -> Iterator[str]:
         known = _known_keys()
         for key in (*(f"stages.{kind}" for kind in self.stages), *(f"sources.{name}" for name in self.sources)):
             if key not in known:
-                raise ValueError(unknown_key(key, known, REMEDY))
+                yield unknown_key(key, known, REMEDY)
         for kind, rate in self.stages.items():
             if rate.unit is None and kind != TRAIN:
-                raise ValueError(f"'stages.{kind}.unit' is null, but only training follows from FLOP; give its seconds")
-        return self
+                yield f"'stages.{kind}.unit' is null, but only training follows from FLOP; give its seconds"
 
 
 def load_rates(path: str | None = None) -> Rates:

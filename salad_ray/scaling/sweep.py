@@ -79,10 +79,6 @@ class Trial:
         return self.resolved
 
     @property
-    def row(self) -> dict[str, Any]:
-        return {"trial": self.name} | self.values | ({} if self.budget is None else {"budget": self.budget})
-
-    @property
     def folder(self) -> str:
         """Where its report and its log are."""
         return self.run.places.folder
@@ -133,7 +129,10 @@ def run_sweep(base: Run, name: str, flow: Flow) -> dict[str, Any]:
     ready = [trial for trial in trials if trial.name not in errors]
     errors |= run_trials(config, name, ready, partial(_whole_run, flow=flow, evaluate=sweep.evaluate))
     found = {trial.name: measured_row(trial) for trial in trials if trial.name not in errors}
-    rows = [trial.row | found.get(trial.name, {}) | {"error": errors.get(trial.name, "")} for trial in trials]
+    rows = []
+    for trial in trials:
+        row = {"trial": trial.name} | trial.values | ({} if trial.budget is None else {"budget": trial.budget})
+        rows.append(row | found.get(trial.name, {}) | {"error": errors.get(trial.name, "")})
     measured = {trial.name: measured_rows(trial) for trial in trials if sweep.budgets and trial.name in found}
     result = {"name": name, "grid": dict(sweep.grid), "rows": rows, "laws": laws(rows, list(sweep.grid), measured)}
     if sweep.budgets:
@@ -151,14 +150,18 @@ def grid_trials(config: Config, name: str) -> list[Trial]:
     grid = {key: list(values) for key, values in sweep.grid.items()}
     if sweep.seeds:
         grid["seed"] = list(sweep.seeds)
+    given, other = ("num_steps", "num_positions") if sweep.num_steps else ("num_positions", "num_steps")
+    actors = config.ray.max_actors
+    if actors is not None and sweep.max_concurrent is not None:  # several trials share the cluster
+        actors = max(1, actors // sweep.max_concurrent)
     trials = []
     for combination in itertools.product(*grid.values()):
         values = dict(zip(grid, combination, strict=True))
         for budget in sweep.budgets or (None,):
             label = trial_name(values, sweep, budget)
-            changes = values | {"sweeps": {}, "ray.max_actors": actors_of_trial(config, sweep)}
+            changes = values | {"sweeps": {}, "ray.max_actors": actors}
             if budget is not None:
-                changes |= {"stage2": None, **budget_keys(sweep, budget)}
+                changes |= {"stage2": None, f"distill.{given}": budget, f"distill.{other}": None}
             elif values.get("stage2", config.stage2) is not None:
                 changes = {"stage2.control": False} | changes
             trials.append(Trial(label, values, replaced(config, changes, f"sweeps.{name}: {label}"), budget))
@@ -178,19 +181,6 @@ def trial_name(values: dict[str, Any], sweep: SweepConfig, budget: float | None)
     text = ",".join(parts)
     safe = re.sub(r"[^\w=,.+-]+", "_", text)
     return safe if safe == text and len(text) < 100 else f"{safe[:80]}-{fingerprint({'name': text})[:6]}"
-
-
-def budget_keys(sweep: SweepConfig, budget: float) -> dict[str, Any]:
-    """The keys of the config that say how long to train."""
-    given, other = ("num_steps", "num_positions") if sweep.num_steps else ("num_positions", "num_steps")
-    return {f"distill.{given}": budget, f"distill.{other}": None}
-
-
-def actors_of_trial(config: Config, sweep: SweepConfig) -> int | None:
-    """Actors of a trial's stages, where several trials share the cluster."""
-    if config.ray.max_actors is None or sweep.max_concurrent is None:
-        return config.ray.max_actors
-    return max(1, config.ray.max_actors // sweep.max_concurrent)
 
 
 def make_shared(config: Config, name: str, trials: Sequence[Trial], flow: Flow) -> dict[str, str]:
@@ -412,7 +402,7 @@ def laws(
     """`M(D) = E + B · D^−β` for each combination with several budgets, or why there is none.
 
     Args:
-        measured: what M of each trial was measured on, by its name; none leaves the interval over passages out.
+        measured: what M of each trial was measured on, by its name; unset: no interval over passages.
     """
     found = []
     groups: dict[str, list[dict[str, Any]]] = {}

@@ -210,7 +210,7 @@ class LaneReader:
         start_step: first step to give; the feature shards of earlier steps are not read.
         first_row: row of every lane at which step 0 begins, where an earlier training took those before it.
         others: set → plan and what it refers to, of each set that the mix names.
-        mix: the shares of the rows; none has natural speech alone.
+        mix: the shares of the rows; unset: natural speech alone.
         earlier: the mix of the rows before `first_row`, where it was another one.
         stride: frames side by side at a speech position, as in the plan.
 

@@ -8,7 +8,7 @@ with the next window; after that they are closed, so the state stays bounded and
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 Lengths = tuple[int, int]
 
@@ -77,3 +77,21 @@ def best_fit_decreasing(lengths: Sequence[Lengths], capacity: int, num_first: in
         rows[row].append(i)
         insort(room, (student_room - student, teacher_room - teacher, row))
     return [sorted(row) for row in rows]
+
+
+def padded_batches(lengths: Sequence[int], limit: float, min_fill: float = 0.0) -> Iterator[list[int]]:
+    """Indices of what is computed at once and padded to its longest: longest first, and one at least.
+
+    Args:
+        limit: of size × longest.
+        min_fill: share of the longest that the others have at least; 1 for items of one length.
+    """
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        longest = lengths[batch[0]] if batch else 0
+        if batch and ((len(batch) + 1) * longest > limit or lengths[index] < min_fill * longest):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch

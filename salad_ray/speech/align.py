@@ -1,7 +1,8 @@
 """Word times of recorded speech: forced alignment with pocketsphinx and its English model, offline.
 
-A written word is first turned into what is said for it (`spoken.spoken_tokens`), each token into its pronunciations,
-and a Viterbi search over 10 ms frames fits the tokens, with optional silences between them, to the audio.
+A written word is first turned into what is said for it (`spoken.transcript_tokens`), each token into its
+pronunciations, and a Viterbi search over 10 ms frames fits the tokens, with optional silences between them, to the
+audio. Where a transcript may have been said in two ways, the one that fits better is taken.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import ParamSpec, TypeVar
 import numpy as np
 import pocketsphinx
 
-from salad_ray.speech.spoken import Reading, Token, spoken_tokens
+from salad_ray.speech.spoken import Reading, Token, transcript_tokens
 from salad_ray.synthesis.espeak import phonemes
 from salad_ray.tables import BadInput, Word
 
@@ -68,7 +69,7 @@ class PocketsphinxAligner:
     """Aligns text to audio; one decoder serves all utterances, and learns words as they come.
 
     Args:
-        min_score: least score of an alignment, of whatever length; None takes `MIN_SCORE`, or `MIN_SHORT_SCORE`.
+        min_score: least score of an alignment, of whatever length; unset: `MIN_SCORE`, or `MIN_SHORT_SCORE`.
     """
 
     sampling_rate = SAMPLING_RATE
@@ -96,10 +97,10 @@ class PocketsphinxAligner:
 
         Returns:
             One `Word` per word of `text.split()`, times in seconds, non-decreasing, within the audio. A word that
-            is not spoken (a lone dash) has zero length at the end of the word before it.
+            is not spoken (a lone dash, "[laughter]") has zero length at the end of the word before it.
 
         Raises:
-            BadInput: the text does not fit the audio.
+            BadInput: the text does not fit the audio, or has a word that cannot be read.
         """
         return self._align(audio, text).words
 
@@ -111,7 +112,9 @@ class PocketsphinxAligner:
         if len(audio) < MIN_SAMPLES:
             raise BadInput(f"alignment failed: {len(audio)} samples are too few")
         words = text.split()
-        tokens = spoken_tokens(words)
+        return best_of([or_error(self._fit, audio, words, tokens) for tokens in transcript_tokens(words)])
+
+    def _fit(self, audio: np.ndarray, words: Sequence[str], tokens: Sequence[Sequence[Token]]) -> Alignment:
         flat = [token for word in tokens for token in word]
         if not flat:
             raise BadInput("nothing to align: the transcript has no word that can be spoken")
@@ -180,6 +183,14 @@ def or_error(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T |
         return function(*args, **kwargs)
     except BadInput as error:
         return error
+
+
+def best_of(found: Sequence[Alignment | BadInput]) -> Alignment:
+    """The alignment with the best score; where all failed, raises what is wrong with the first."""
+    alignments = [one for one in found if isinstance(one, Alignment)]
+    if not alignments:
+        raise next(one for one in found if isinstance(one, BadInput))
+    return max(alignments, key=lambda one: one.score)
 
 
 def alignment_score(segments: Sequence[_Segment]) -> float:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import tarfile
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
+from salad_ray.speech.readers import inflated
 from salad_ray.store import filesystem
 from salad_ray.tables import BadInput, atomic_file, file_exists, stable_hash
 
@@ -18,7 +20,6 @@ BLOCK_BYTES = 2**23
 """Read ahead on object stores: headers are some ten kilobytes apart, and a request each costs more than reading all."""
 MAX_META_BYTES = 2**20
 """Largest JSON file, and largest extended header, that is believed."""
-CHUNK_BYTES = 2**22
 MAX_RATIO = 20
 """Speech is compressed already; a gzip that grows more is a decompression bomb."""
 FREE_BYTES = 2**26
@@ -155,13 +156,11 @@ def unpack(archive: str, target: str) -> str:
 
 def _decompress(packed: BinaryIO, archive: str) -> Iterator[bytes]:
     """The content, as far as it goes: where a gzip breaks off, the tar inside will be found cut off."""
-    inflate = zlib.decompressobj(wbits=31)
+    if packed.read(2) != b"\x1f\x8b":
+        raise BadInput(f"{archive} is not a gzip file")
+    packed.seek(0)
     try:
-        while block := packed.read(CHUNK_BYTES):
-            while block:
-                yield inflate.decompress(block, CHUNK_BYTES)
-                block = inflate.unconsumed_tail
-                if inflate.eof:  # another gzip may follow in the same file
-                    block, inflate = inflate.unused_data.lstrip(b"\0"), zlib.decompressobj(wbits=31)
+        with suppress(EOFError):
+            yield from inflated(packed)
     except zlib.error as error:
         raise BadInput(f"{archive} is not a gzip file, or damaged ({error})") from None

@@ -1,7 +1,11 @@
 """Audio files: reading cuts, encoding, and the checks that recorded speech must pass.
 
-libsndfile (through soundfile) decodes WAV, FLAC, MP3, Ogg Vorbis and Opus. It opens a truncated WAV or Ogg file as if
-it were merely shorter, so what the container announces is looked up here (`_missing_frames`).
+FFmpeg (through PyAV) decodes MP3: most of these do not state their length, and libsndfile believes a guess. libsndfile
+(through soundfile) decodes WAV, FLAC, Ogg Vorbis and Opus. It opens a truncated WAV or Ogg file as if it were merely
+shorter, so what the container announces is looked up here (`_missing_frames`), and it hears only the first of several
+recordings in one file (`_parts`).
+
+What is checked is what training hears: both come from `_cut` and `_read`, and `mono` mixes for both.
 """
 
 from __future__ import annotations
@@ -12,11 +16,11 @@ import re
 import struct
 import threading
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any, BinaryIO
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import soundfile
@@ -26,12 +30,22 @@ from salad_ray.config import QualityConfig, RecordedQualityConfig, SpeechGates
 from salad_ray.store import StoreError, filesystem, is_local, open_file, read_range
 from salad_ray.tables import BadInput, Utterance
 
-FORMATS = ("WAV", "WAVEX", "FLAC", "MP3", "OGG")
+if TYPE_CHECKING:
+    import av.container
+
+FORMATS = ("WAV", "WAVEX", "FLAC", "OGG")
+"""Of libsndfile's."""
 OPUS_RATES = (8000, 12000, 16000, 24000, 48000)
 FULL_SCALE = 0.999
 """Samples from here on count as full scale; 16-bit audio ends at 0.99997."""
 MIN_CLIPPED_RUN = 3
 """Shorter runs at full scale are single peaks of loud, intact audio."""
+MAX_PEAK = 1.25
+"""Floats overshoot full scale by up to 2 dB where a recording was resampled or levelled; beyond, they are no audio."""
+MAX_OFFSET = 0.05
+"""A constant offset is removed where it exceeds this share of the signal's own level."""
+MIN_MIX = 0.1
+"""Least power of a mix, in that of unrelated channels: below it they cancel each other."""
 PAUSE_FRAME_SECS = 0.02
 PAUSE_POWER = 1e-4
 END_TOLERANCE_SECS = 0.1
@@ -47,13 +61,28 @@ LASTING = (IsADirectoryError, NotADirectoryError, PermissionError)
 LASTING_ERRNOS = (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)
 """Errors of a file system that another try would meet again; of others (EIO, ESTALE, a timeout) nobody knows."""
 _UNKNOWN_FRAMES = 2**62
-_STREAMED_WAV_BYTES = 0x7FFFF000
-"""Programs that write WAV to a pipe leave a data size at or above this."""
+_STREAMED_WAV_BYTES = 0x7FFFF000 - 2**16
+"""Programs that write WAV to a pipe leave a data size of 0x7FFFF000, rounded down to whole frames, or more."""
 _FETCHING = threading.Lock()
 _OGG_PAGE_BYTES = 65_307
 """The longest page."""
 _MP3_FRAME = 1152
+_MP3_DELAY = 529
+"""Samples by which any decoder lags; an encoder that adds less behind loses the rest."""
 _MP3_LEAD = 10 * _MP3_FRAME
+"""An MP3 frame needs those before it."""
+_MP3_FRAME_BYTES = 1729
+"""The longest frame; FFmpeg adds to a frame what lies between it and the next one."""
+_HEAD_BYTES = 2**12
+# How a recording begins; FLAC's with its first block, Ogg's with the flag of a first page.
+_BEGINNINGS = {"FLAC": re.compile(rb"fLaC\0\0\0\x22"), "OGG": re.compile(rb"OggS\0[\x02\x03\x06\x07]")}
+_UNDECODED = [
+    (4, b"ftyp", "M4A or MP4"),
+    (0, b"\x1aE\xdf\xa3", "WebM or Matroska"),
+    (0, b"0&\xb2u", "WMA"),
+    (0, b"#!AMR", "AMR"),
+]
+_WAV_CODECS = {0x55: "MP3", 0xFF: "AAC", 0x1600: "AAC", 0x1601: "AAC", 0x161: "WMA", 0x162: "WMA"}
 
 
 def load_audio(
@@ -62,12 +91,12 @@ def load_audio(
     duration_secs: float | None = None,
     sampling_rate: int | None = None,
 ) -> tuple[np.ndarray, int]:
-    """Decode a cut of a recording: mean of the channels, resampled if asked for; only the cut is read.
+    """Decode a cut of a recording: its channels mixed by `mono`, resampled if asked for; only the cut is read.
 
     Args:
         source: local path, URL that fsspec opens, or an encoded file's bytes.
         duration_secs: None or 0 reads to the end.
-        sampling_rate: of the result; None keeps the file's.
+        sampling_rate: of the result; unset: the file's.
 
     Returns:
         Audio, float32 (num_samples,), and its sampling rate.
@@ -76,18 +105,28 @@ def load_audio(
         BadInput: missing, not audio, truncated, shorter than the cut, or of more than `MAX_SAMPLES` samples.
         OSError: of the network or a disk, which says nothing of the recording.
     """
-    with open_recording(source) as recording:
-        start, num_frames = _cut(recording, offset_secs, duration_secs or 0.0)
-        rate = recording.file.samplerate
-        if sampling_rate is not None and num_frames / rate * sampling_rate > MAX_SAMPLES:
-            raise BadInput(
-                f"{num_frames:,} samples at {rate} Hz are too many at {sampling_rate} Hz; cut the recording into parts"
-            )
-        samples = _read(recording, start, num_frames)
-    audio = samples.mean(axis=1, dtype=np.float32)
+    with open_recording(source, offset_secs + duration_secs if duration_secs else None) as recording:
+        rate = recording.rate
+        samples = _read(recording, *_cut(recording, offset_secs, duration_secs or 0.0))
+    audio = mono(samples)
     if sampling_rate is None or sampling_rate == rate:
         return audio, rate
+    if len(audio) / rate * sampling_rate > MAX_SAMPLES:
+        raise BadInput(
+            f"{len(audio):,} samples at {rate} Hz are too many at {sampling_rate} Hz; cut the recording into parts"
+        )
     return soxr.resample(audio, rate, sampling_rate), sampling_rate
+
+
+def mono(samples: np.ndarray) -> np.ndarray:
+    """What is heard of samples (num_samples, num_channels): their mean, float32 (num_samples,), without an offset.
+
+    Of the offset only what matters is taken away, so that a sound recording and its cuts keep their samples.
+    """
+    audio: np.ndarray = samples.mean(axis=1, dtype=np.float32)
+    if len(audio) and abs(offset := float(audio.mean(dtype=np.float64))) > MAX_OFFSET * float(audio.std()):
+        audio -= np.float32(offset)
+    return audio
 
 
 def encode_audio(audio: np.ndarray, sampling_rate: int, audio_format: str) -> bytes:
@@ -173,14 +212,16 @@ def check_recording(utterance: Utterance, quality: RecordedQualityConfig) -> Utt
     check_transcript(utterance.text, utterance.language)
     if quality.min_dnsmos is not None and utterance.dnsmos is not None and utterance.dnsmos < quality.min_dnsmos:
         raise BadInput(f"DNSMOS {utterance.dnsmos:.2f}, below min_dnsmos={quality.min_dnsmos:g}")
-    with open_recording(referenced(utterance)) as recording:
-        if recording.file.subtype in ("PCM_U8", "PCM_S8"):
+    end_secs = utterance.offset_secs + utterance.duration_secs if utterance.duration_secs else None
+    with open_recording(referenced(utterance), end_secs) as recording:
+        if recording.subtype in ("PCM_U8", "PCM_S8"):
             raise BadInput("8-bit samples, too coarse for speech; at least 16 bits are needed")
         start, num_frames = _cut(recording, utterance.offset_secs, utterance.duration_secs)
-        rate = recording.file.samplerate
-        check_duration(num_frames / rate, quality)
-        samples = _read(recording, start, num_frames)
-        check_samples(samples, quality, lossy=recording.file.format in ("MP3", "OGG"))
+        rate, most = recording.rate, int(quality.max_duration_secs * recording.rate) + 1
+        if num_frames is not None or recording.announced > start:
+            check_duration((num_frames or recording.announced - start) / rate, quality)
+        samples = _read(recording, start, num_frames, most)
+        check_samples(samples, quality, lossy=recording.is_lossy)
     duration_secs = len(samples) / rate
     check_duration(duration_secs, quality)
     _check_pace(utterance.text, duration_secs, quality)
@@ -225,7 +266,7 @@ def check_transcript(text: str, language: str) -> None:
 
 
 def check_samples(samples: np.ndarray, quality: QualityConfig, lossy: bool = False) -> None:
-    """Raises `BadInput` for samples (num_samples, num_channels) that are not finite, silent or clipped.
+    """Raises `BadInput` for samples (num_samples, num_channels) that are not finite, silent when mixed, or clipped.
 
     Args:
         lossy: from a lossy decoder, which may overshoot ±1 where the recording did not.
@@ -233,12 +274,15 @@ def check_samples(samples: np.ndarray, quality: QualityConfig, lossy: bool = Fal
     if not np.isfinite(samples).all():
         raise BadInput(f"{np.count_nonzero(~np.isfinite(samples))} samples are NaN or infinite")
     # A constant offset is as silent as zeros.
-    level = float(np.sqrt(np.mean(np.square(samples - samples.mean(axis=0)), dtype=np.float64)))
+    level = float(mono(samples).std(dtype=np.float64))
+    of_channels = float(samples.var(axis=0, dtype=np.float64).mean())
+    if level**2 < MIN_MIX * of_channels / samples.shape[1] and of_channels**0.5 >= 10 ** (quality.min_level_dbfs / 20):
+        raise BadInput("its channels are in opposite phase: mixed, they cancel each other; keep one of them")
     if level < 10 ** (quality.min_level_dbfs / 20):
         dbfs = f"{20 * np.log10(level):.0f} dBFS" if level > 0 else "all samples equal"
         raise BadInput(f"silent: {dbfs}, below min_level_dbfs={quality.min_level_dbfs:g}")
     peak = float(np.abs(samples).max())
-    if peak > 1 and not lossy:
+    if peak > MAX_PEAK and not lossy:
         raise BadInput(f"clipped: samples reach {peak:.4g}, outside [−1, 1]")
     clipped = max(_clipped_share(channel) for channel in samples.T)
     if clipped > quality.max_clipped_share:
@@ -276,49 +320,258 @@ def _clipped_share(channel: np.ndarray) -> float:
 class Recording:
     """An open audio file and how far its container can be believed."""
 
-    file: soundfile.SoundFile
-    missing: int | None
-    """Frames that the container announces beyond those that libsndfile found; None: unknown, but some."""
-    slack: int
-    """Frames by which the announced length may exceed what an intact file holds."""
+    kind: str
+    """WAV, WAVEX, FLAC, OGG or MP3."""
+    subtype: str
+    rate: int
+    num_channels: int
+    read: Callable[[int, int], np.ndarray]
+    """From a frame on so many frames, or those that are left; float32 (num_frames, num_channels)."""
+    announced: int
+    """Frames that the container says there are; 0: it says nothing."""
+    length: int | None
+    """Frames that there are to find; None: only decoding tells."""
+    breaks_off: bool = False
+    """An Ogg stream without its last page."""
+    slack: int = 0
+    """Frames by which `announced` may exceed what an intact file holds."""
+
+    @property
+    def is_lossy(self) -> bool:
+        return self.kind in ("MP3", "OGG")
+
+    def count(self) -> int:
+        """Frames that there are; may have to decode them all."""
+        if self.length is not None:
+            return self.length
+        count, step = 0, 2**22 // self.num_channels
+        while found := len(self.read(count, step)):
+            count += found
+        return count
 
 
 @contextmanager
-def open_recording(source: str | bytes | None) -> Iterator[Recording]:
-    """Open an audio file for reading; libsndfile's errors, also those while reading, become `BadInput`."""
+def open_recording(source: str | bytes | None, end_secs: float | None = None) -> Iterator[Recording]:
+    """Open an audio file for reading; its decoder's errors, also those while reading, become `BadInput`.
+
+    Args:
+        end_secs: up to where it is to be read; None: to its end. Only there it matters whether another one follows.
+    """
     with _open_binary(source) as binary:
         size = binary.seek(0, io.SEEK_END)
         if size == 0:
             raise BadInput("empty file")
-        missing, id3_bytes = _missing_frames(binary, size), _id3_bytes(binary)
-        binary.seek(4)
-        if binary.read(4) == b"ftyp":
-            raise BadInput("M4A or MP4 cannot be decoded here; convert it to FLAC or MP3")
-        binary.seek(0)
+        head = _head(binary)
+        if name := next((name for at, magic, name in _UNDECODED if head.startswith(magic, at)), None):
+            raise BadInput(f"{name} cannot be decoded here; convert it to FLAC or MP3")
+        is_mpeg = len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0
+        if is_mpeg and not head[1] & 0x06:  # ADTS has MPEG's mark and a layer that MPEG has not
+            raise BadInput("AAC cannot be decoded here; convert it to FLAC or MP3")
         watched = _Watched(binary)
         try:
-            with soundfile.SoundFile(watched) as file:
-                if file.format not in FORMATS:
-                    raise BadInput(f"format {file.format} is not supported; convert it to WAV or FLAC")
-                # libsndfile before 1.2.1 finds no length in an Ogg stream that breaks off; its samples can be read.
-                if file.frames >= _UNKNOWN_FRAMES and missing is not None:
-                    raise BadInput(f"{file.format} header without a length; encode it again")
-                # Without an index, an MP3's length is guessed from the file's size, tags included.
-                slack = _MP3_FRAME + file.frames * id3_bytes // size if file.format == "MP3" else 0
-                yield Recording(file, missing, slack)
-        except soundfile.LibsndfileError as error:
-            raise BadInput(_explain(error)) from None
+            with _open_mp3(watched, head) if is_mpeg else _open_sndfile(watched, size, end_secs) as recording:
+                yield recording
         finally:
             if watched.error is not None:  # rather than that the recording is truncated
                 raise watched.error
 
 
+def _head(binary: BinaryIO) -> bytes:
+    """The first bytes of a file behind its ID3 tags and the zeros that some programs leave."""
+    position, head = 0, b"ID3"
+    while head[:3] == b"ID3":
+        binary.seek(position)
+        head = binary.read(_HEAD_BYTES)
+        position += 10 + sum(byte << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=False))
+    binary.seek(0)
+    return head if any(head[:8]) else head.lstrip(b"\0")
+
+
+@contextmanager
+def _open_sndfile(watched: _Watched, size: int, end_secs: float | None) -> Iterator[Recording]:
+    missing = _missing_frames(watched, size)
+    watched.seek(0)
+    try:
+        with soundfile.SoundFile(watched) as file:
+            if file.format not in FORMATS:
+                raise BadInput(f"format {file.format} is not supported; convert it to WAV or FLAC")
+            found, rate = file.frames, file.samplerate
+            is_known = found < _UNKNOWN_FRAMES
+            read: Callable[[int, int], np.ndarray] = partial(_read_sndfile, file)
+            if end_secs is None or not is_known or end_secs * rate > found:
+                parts = _parts(watched, file.format)
+                if len(parts) > 1:
+                    whole = _join(parts, file)
+                    found, is_known, read = len(whole), True, lambda start, number: whole[start : start + number]
+            yield Recording(
+                kind=file.format,
+                subtype=file.subtype,
+                rate=rate,
+                num_channels=file.channels,
+                read=read,
+                announced=found + (missing or 0) if is_known else 0,
+                length=found if is_known else None,
+                breaks_off=missing is None,
+            )
+    except soundfile.LibsndfileError as error:
+        raise BadInput(_explain(error)) from None
+
+
+def _read_sndfile(file: soundfile.SoundFile, start: int, num_frames: int) -> np.ndarray:
+    if not file.seekable():  # GSM; it is read but once
+        file.read(start, dtype="int16")
+    elif start != file.tell():  # a FLAC without a length cannot even be sent to where it is
+        file.seek(start)
+    return file.read(num_frames, dtype="float32", always_2d=True)
+
+
+def _parts(watched: _Watched, kind: str) -> list[bytes]:
+    """The recordings in a file, where there are several: chained Ogg streams, or files joined by `cat`."""
+    if kind not in _BEGINNINGS:
+        return []
+    position = watched.tell()  # the decoder goes on from here
+    watched.seek(0)
+    starts, size, before = [], 0, b""
+    while block := watched.read(2**20):
+        starts += [size - len(before) + found.start() for found in _BEGINNINGS[kind].finditer(before + block)]
+        size, before = size + len(block), block[-7:]
+    parts: list[bytes] = []
+    if len(starts := sorted(set(starts))) > 1:
+        if size > CACHE_BYTES:
+            raise BadInput(f"another recording follows in the same file at byte {starts[1]:,}; split the file there")
+        watched.seek(0)
+        data = watched.read(size)
+        parts = [data[start:end] for start, end in zip(starts, [*starts[1:], size], strict=True)]
+    watched.seek(position)
+    return parts
+
+
+def _join(parts: list[bytes], first: soundfile.SoundFile) -> np.ndarray:
+    samples, most = [], MAX_SAMPLES // first.channels
+    for part in parts:
+        with soundfile.SoundFile(io.BytesIO(part)) as file:
+            if (file.samplerate, file.channels) != (first.samplerate, first.channels):
+                raise BadInput("recordings of different rates or channels follow each other in the file; split it")
+            samples.append(file.read(most, dtype="float32", always_2d=True))
+            most -= len(samples[-1])
+    if most <= 0:
+        raise BadInput(f"{len(parts)} recordings follow each other in the file, too long for memory; split it")
+    return np.concatenate(samples)
+
+
+@contextmanager
+def _open_mp3(watched: _Watched, head: bytes) -> Iterator[Recording]:
+    import av  # here and below: of the bare machines that know only WAV and FLAC some have none
+
+    try:
+        with av.open(watched, format="mp3") as container:
+            if not container.streams.audio or not container.streams.audio[0].rate:
+                raise BadInput("no MPEG audio is found in it")
+            stream = container.streams.audio[0]
+            yield Recording(
+                kind="MP3",
+                subtype=stream.codec_context.name,
+                rate=stream.rate,
+                num_channels=stream.channels,
+                read=partial(_read_mp3, container, stream.rate, stream.channels),
+                announced=_announced(head),
+                length=None,
+                slack=_MP3_DELAY,
+            )
+    except av.FFmpegError as error:
+        raise BadInput(f"truncated or damaged audio ({error.strerror})") from None
+
+
+def _announced(head: bytes) -> int:
+    """Samples that an MP3 says it has, in the index in place of its first frame; 0: nothing is said.
+
+    After Xing or Info come flags and, if these say so, the numbers of frames and bytes, a table and a quality; then
+    LAME's tag, with the samples that it has added before and behind. VBRI is Fraunhofer's.
+    """
+    per_frame = _MP3_FRAME if head[1] >> 3 & 3 == 3 else _MP3_FRAME // 2
+    if (at := head.find(b"VBRI", 0, 64)) >= 0:
+        return per_frame * int.from_bytes(head[at + 14 : at + 18])
+    found = re.compile(rb"Xing|Info").search(head, 0, 64)
+    flags = head[found.start() + 7] if found else 0
+    if found is None or not flags & 1:
+        return 0
+    samples = per_frame * int.from_bytes(head[found.start() + 8 : found.start() + 12])
+    at = found.start() + 12 + 4 * (flags >> 1 & 1) + 100 * (flags >> 2 & 1) + 4 * (flags >> 3 & 1)
+    added = int.from_bytes(head[at + 21 : at + 24]) if any(head[at : at + 4]) else 0
+    return max(0, samples - (added >> 12) - (added & 0xFFF))
+
+
+def _read_mp3(
+    container: av.container.InputContainer, rate: int, num_channels: int, start: int, num_frames: int
+) -> np.ndarray:
+    """As `Recording.read`; `rate` and `num_channels` are those of the beginning, as the stream's own may change."""
+    import av
+
+    stream = container.streams.audio[0]
+    origin = stream.start_time or 0
+
+    def frames_of(time: int | None) -> int:
+        return round((time or 0) * stream.time_base * rate)
+
+    lead = max(0, start - _MP3_LEAD)
+    container.seek(origin + int(lead / rate / stream.time_base) if lead else 0, stream=stream)
+    pieces, first, position, pending, lost, others, junk = [], None, 0, 0, 0, 0, 0
+    for packet in container.demux(stream):
+        try:
+            frames = packet.decode()
+        except av.InvalidDataError:
+            frames = []
+            if not _holds(packet, b"Xing", b"Info"):  # the index of one that was joined
+                pending += frames_of(packet.duration)
+        if junk and frames:
+            raise BadInput(f"damaged: {junk:,} bytes in it are no MP3 frames")
+        if packet.size > _MP3_FRAME_BYTES and not _holds(packet, b"ID3", b"TAG"):
+            junk = packet.size - _MP3_FRAME_BYTES  # behind the last frame they would not matter
+        for frame in frames:
+            if (frame.sample_rate, frame.layout.nb_channels) != (rate, num_channels):
+                others += frame.samples
+                continue
+            if first is None:  # what lacked the frames before it is no loss
+                first = position = frames_of(frame.pts - origin)
+                pending = 0
+            if pending:  # silence, so that all that follows keeps its time
+                pieces.append(np.zeros((num_channels, pending), np.float32))
+                lost, position, pending = lost + pending, position + pending, 0
+            samples = frame.to_ndarray()  # of MP2 as integers
+            pieces.append(samples if samples.dtype == np.float32 else samples.astype(np.float32) / 2**15)
+            position += frame.samples
+        if first is not None and position >= start + num_frames:
+            break
+    if others > END_TOLERANCE_SECS * rate:
+        raise BadInput("its sampling rate or number of channels changes on the way; split the file there")
+    lost += pending + max(0, (first or 0) - start)
+    if lost > END_TOLERANCE_SECS * rate:
+        raise BadInput(f"damaged: {lost / rate:.3f} s of its MP3 frames cannot be decoded")
+    if first is None:
+        return np.zeros((0, num_channels), np.float32)
+    samples = np.concatenate([np.zeros((num_channels, max(0, first - start)), np.float32), *pieces], axis=1)
+    return samples[:, max(0, start - first) :][:, :num_frames].T
+
+
+def _holds(packet: av.Packet, *marks: bytes) -> bool:
+    data = bytes(packet)
+    return any(mark in data for mark in marks)
+
+
 class _Watched:
-    """A file that remembers why it could not be read: libsndfile takes any error for the end of the file."""
+    """A file that remembers why it could not be read: decoders take any error for the end of the file."""
 
     def __init__(self, binary: Any) -> None:
         self.binary, self.seek, self.tell = binary, binary.seek, binary.tell
         self.error: OSError | None = None
+
+    def read(self, size: int = -1) -> bytes:
+        if size < 0:
+            position = self.tell()
+            size = self.seek(0, io.SEEK_END) - position
+            self.seek(position)
+        buffer = bytearray(size)
+        return bytes(memoryview(buffer)[: self.readinto(buffer)])
 
     def readinto(self, buffer: Any) -> int:
         try:
@@ -342,54 +595,74 @@ def _open_binary(source: str | bytes | None) -> Iterator[BinaryIO]:
 def _explain(error: soundfile.LibsndfileError) -> str:
     reason = error.error_string.removeprefix("Error : ").rstrip(".")
     if "not recognised" in reason or "does not exist" in reason:
-        return "not audio, or its first bytes are damaged"
+        return "not audio of a kind that is decoded here (WAV, FLAC, MP3, Ogg), or its first bytes are damaged"
     return f"truncated or damaged audio ({reason})"
 
 
-def _cut(recording: Recording, offset_secs: float, duration_secs: float) -> tuple[int, int]:
-    """First frame and number of frames of a cut; duration 0 means to the end that the container announces."""
-    rate, found = recording.file.samplerate, recording.file.frames
+def _cut(recording: Recording, offset_secs: float, duration_secs: float) -> tuple[int, int | None]:
+    """First frame and number of frames of a cut; duration 0 means to the end: None where nothing tells where it is."""
+    rate, length = recording.rate, recording.length
     start = round(offset_secs * rate)
-    if recording.missing is None and not (duration_secs and found):
-        after = f" after {found / rate:.3f} s" if found < _UNKNOWN_FRAMES else ""
+    end = start + round(duration_secs * rate) if duration_secs else None
+    if recording.breaks_off and (end is None or length == 0):  # with an end and no known length, reading tells
+        after = f" after {length / rate:.3f} s" if length is not None else ""
         raise BadInput(f"truncated: the Ogg stream breaks off{after}")
-    announced = found + (recording.missing or 0)
-    if announced == 0:
+    if length is None and end is None and recording.kind != "MP3":
+        raise BadInput(f"{recording.kind} header without a length; encode it again, or give its duration")
+    if length is None:
+        return start, None if end is None else end - start
+    if recording.announced == 0:
         raise BadInput("no samples")
-    end = start + round(duration_secs * rate) if duration_secs else announced
-    if start >= announced or end > announced + END_TOLERANCE_SECS * rate:
-        raise BadInput(
-            f"cut {offset_secs:g}–{end / rate:.3f} s ends beyond its recording, which has {announced / rate:.3f} s"
-        )
-    return start, min(end, announced) - start
+    if start >= recording.announced or (end or 0) > recording.announced + END_TOLERANCE_SECS * rate:
+        raise _beyond(offset_secs, end or start, recording.announced, rate)
+    return start, min(end or recording.announced, recording.announced) - start
 
 
-def _read(recording: Recording, start: int, num_frames: int) -> np.ndarray:
-    """Samples float32 (num_frames, num_channels); raises `BadInput` for more than `MAX_SAMPLES`."""
-    if num_frames * recording.file.channels > MAX_SAMPLES:
+def _beyond(offset_secs: float, end: int, length: int, rate: int) -> BadInput:
+    return BadInput(
+        f"cut {offset_secs:g}–{end / rate:.3f} s ends beyond its recording, which has {length / rate:.3f} s"
+    )
+
+
+def _read(recording: Recording, start: int, num_frames: int | None, most: int | None = None) -> np.ndarray:
+    """Samples float32 (num_frames, num_channels), to the end where `num_frames` is None.
+
+    Args:
+        most: read no more than so many where nothing tells beforehand how many there are.
+
+    Raises:
+        BadInput: fewer than there should be, none, or more than `MAX_SAMPLES`.
+    """
+    rate, limit = recording.rate, MAX_SAMPLES // recording.num_channels
+    wanted = min(most or limit, limit) if num_frames is None else num_frames
+    if wanted > limit:
         raise BadInput(
-            f"{num_frames:,} samples of {recording.file.channels} channels would take "
-            f"{num_frames * recording.file.channels * 4 / 2**30:.1f} GiB of memory; cut the recording into parts"
+            f"{wanted:,} samples of {recording.num_channels} channels would take "
+            f"{wanted * recording.num_channels * 4 / 2**30:.1f} GiB of memory; cut the recording into parts"
         )
-    missing = start + num_frames - recording.file.frames
-    if missing <= 0:
-        # An MP3 frame needs those before it; libsndfile does not go back for them.
-        lead = min(start, _MP3_LEAD) if recording.file.format == "MP3" else 0
-        recording.file.seek(start - lead)
-        samples = recording.file.read(lead + num_frames, dtype="float32", always_2d=True)[lead:]
-        missing = num_frames - len(samples) - recording.slack
+    missing = 0 if recording.length is None else start + wanted - recording.length
+    samples = recording.read(start, wanted) if missing <= 0 else np.zeros((0, recording.num_channels), np.float32)
+    if num_frames is None and len(samples) == wanted:
+        raise BadInput(f"too long: more than {wanted / rate:.1f} s; cut the recording into parts")
+    if recording.length is not None:
+        missing = missing if missing > 0 else wanted - len(samples)
+    elif len(samples) < wanted:  # this is its end
+        end = start + len(samples) if len(samples) else recording.count()
+        missing = recording.announced - end - recording.slack
+        if missing <= 0 and (end <= start or (num_frames or 0) > len(samples) + END_TOLERANCE_SECS * rate):
+            raise _beyond(start / rate, start + (num_frames or 0), end, rate) if end else BadInput("no samples")
     if missing > 0:
-        secs = missing / recording.file.samplerate
-        raise BadInput(f"truncated or damaged: {secs:.3f} s of the {num_frames} announced samples are missing")
+        announced = wanted if recording.length is not None else recording.announced
+        raise BadInput(f"truncated or damaged: {missing / rate:.3f} s of the {announced} announced samples are missing")
     if len(samples) == 0:
         raise BadInput("no samples")
     return samples
 
 
-def _missing_frames(binary: BinaryIO, size: int) -> int | None:
+def _missing_frames(binary: BinaryIO | _Watched, size: int) -> int | None:
     """Frames announced by a WAV header beyond the end of the file; None for an Ogg stream without its last page.
 
-    FLAC and MP3 need no look: libsndfile announces what their headers do and fails or falls short while reading.
+    FLAC needs no look: libsndfile announces what its header does and fails or falls short while reading.
     """
     binary.seek(0)
     magic = binary.read(12)
@@ -400,22 +673,32 @@ def _missing_frames(binary: BinaryIO, size: int) -> int | None:
     return 0
 
 
-def _missing_in_wav(binary: BinaryIO, size: int) -> int:
+def _missing_in_wav(binary: BinaryIO | _Watched, size: int) -> int:
+    """Raises `BadInput` for what libsndfile would call damaged, or empty, though it is neither."""
     block_align = 1
     position = 12
     while position + 8 <= size:
         binary.seek(position)
         name, length = struct.unpack("<4sI", binary.read(8))
+        if name == b"RIFF":
+            raise BadInput(f"another recording follows in the same file at byte {position:,}; split the file there")
         if name == b"fmt ":
-            block_align = max(1, struct.unpack("<12xH", binary.read(14).ljust(14, b"\0"))[0])
-        if name == b"data":
+            codec, block_align = struct.unpack("<H10xH", binary.read(14).ljust(14, b"\0"))
+            if codec in _WAV_CODECS:
+                raise BadInput(f"{_WAV_CODECS[codec]} in a WAV file cannot be decoded here; convert it to FLAC or MP3")
+        rest = size - position - 8
+        if name == b"data" and length == 0 and rest > 0 and position + 8 + 12 <= size:
+            follows = binary.read(4)
+            if not follows.isalpha():
+                raise BadInput(f"its header says that there are no samples, but {rest:,} bytes follow; write it again")
+        if name == b"data" and length > rest:
             streamed = length >= _STREAMED_WAV_BYTES
-            return 0 if streamed else -(-max(0, length - (size - position - 8)) // block_align)
+            return 0 if streamed else -(-(length - rest) // max(1, block_align))
         position += 8 + length + length % 2
     return 0
 
 
-def _ogg_ends(binary: BinaryIO, size: int) -> bool:
+def _ogg_ends(binary: BinaryIO | _Watched, size: int) -> bool:
     """Whether the last page is complete and marked as the end of its stream (RFC 3533, section 6)."""
     binary.seek(max(0, size - _OGG_PAGE_BYTES))
     tail = binary.read()
@@ -424,12 +707,3 @@ def _ogg_ends(binary: BinaryIO, size: int) -> bool:
         return False
     num_segments = page[26]
     return len(page) >= 27 + num_segments + sum(page[27 : 27 + num_segments])
-
-
-def _id3_bytes(binary: BinaryIO) -> int:
-    """Length of an ID3v2 tag: four bytes of seven bits after a 6-byte start."""
-    binary.seek(0)
-    head = binary.read(10)
-    if head[:3] != b"ID3" or len(head) < 10:
-        return 0
-    return 10 + sum(byte << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))

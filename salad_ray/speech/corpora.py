@@ -6,9 +6,12 @@ Reading is cheap and never opens audio; an utterance refers to its audio (`audio
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain, islice
+from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -16,9 +19,15 @@ from fsspec.implementations.local import LocalFileSystem
 from salad_ray.config import ConfigError, CorpusConfig, path_name
 from salad_ray.names import INGEST
 from salad_ray.speech import emilia, kaldi, lhotse_cuts, readers
-from salad_ray.store import filesystem
+from salad_ray.store import filesystem, find_files
 from salad_ray.tables import Reject, Utterance, digest
 
+MANIFESTS = tuple(f".jsonl{end}" for end in readers.COMPRESSIONS)
+_CUTS = re.compile(r"cuts[^/]*\.(json|ya?ml)$")
+"""Other formats that Lhotse writes; other files of these ends are seldom manifests."""
+NUM_PROBES = 50
+MAX_PROBES = 2_000
+"""Of a corpus' recordings that are looked for before it counts as one without audio."""
 DIGEST_BYTES = 2**26
 """Sources up to this size are known by their content, larger ones by size and time."""
 LIBRILIGHT = "LibriVox readers, by way of Libri-Light; text and cuts: LibriHeavy (k2-fsa), Apache-2.0"
@@ -34,6 +43,7 @@ class Source:
 
     corpus: str
     format: str
+    """As configured, or `unread`: a file that may hold records, too, and is a reject with its name."""
     url: str
     root: str = ""
     """Folder that audio paths are relative to."""
@@ -64,13 +74,9 @@ def _origin(source: Source) -> str:
     if source.format == "emilia":
         record = emilia.first_record(source.url)
         return "" if record is None else YODAS if emilia.is_yodas(record) else EMILIA
-    return LIBRILIGHT if any(lhotse_cuts.book_of(name) != name for name, _ in _first_recordings(source)) else ""
-
-
-def _first_recordings(source: Source) -> list[tuple[str, str]]:
-    if source.format == "kaldi":
-        return kaldi.first_recordings(source.url)
-    return lhotse_cuts.first_recordings(source.url) if source.format == "lhotse" else []
+    readers_of = {"kaldi": kaldi.recordings_of, "lhotse": lhotse_cuts.recordings_of}
+    found = islice(readers_of[source.format](source.url), NUM_PROBES) if source.format in readers_of else ()
+    return LIBRILIGHT if any(lhotse_cuts.book_of(name) != name for name, _ in found) else ""
 
 
 def find_sources(corpus: CorpusConfig) -> list[Source]:
@@ -88,16 +94,29 @@ def find_sources(corpus: CorpusConfig) -> list[Source]:
         readers.check_folder(corpus.path)
         return [Source(name, kind, f"{url_of(fs, path)}/{readers.TABLE}")]
     if kind == "kaldi":
-        root = _root(fs, path, kaldi.first_recordings(url_of(fs, path)), corpus)
+        root = _root(fs, path, kaldi.recordings_of(url_of(fs, path)), corpus)
         return [Source(name, kind, url_of(fs, path), root)]
     if kind == "emilia":
         return _emilia_sources(fs, path, name, corpus.path)
-    manifests = _manifests(fs, path)
+    files = fs.glob(path) if "*" in path else fs.ls(path, detail=False) if fs.isdir(path) else [path]
+    manifests = sorted(one for one in files if _is_manifest(one))
     if not manifests:
-        raise ConfigError(f"{corpus.path}: no Lhotse manifest (.jsonl or .jsonl.gz) is there")
-    recordings = lhotse_cuts.first_recordings(url_of(fs, manifests[0]))
+        raise ConfigError(f"{corpus.path}: no Lhotse manifest ({', '.join(MANIFESTS)}) is there")
+    recordings = chain.from_iterable(lhotse_cuts.recordings_of(url_of(fs, one)) for one in manifests)
     root = _root(fs, manifests[0].rpartition("/")[0], recordings, corpus)
-    return [Source(name, kind, url_of(fs, one), root) for one in manifests]
+    sources = [Source(name, kind, url_of(fs, one), root) for one in manifests]
+    return sources + _unread(fs, files, sources)
+
+
+def _unread(fs: fsspec.AbstractFileSystem, files: Iterable[str], sources: Sequence[Source]) -> list[Source]:
+    """Files beside those that are read, which may hold records, too."""
+    read = {url for source in sources for url in (source.url, source.archive)}
+    others = [one for one in sorted(files) if readers.UNREAD.search(one.lower()) or _CUTS.search(one)]
+    return [
+        Source(sources[0].corpus, "unread", url_of(fs, one))
+        for one in others
+        if url_of(fs, one) not in read and not fs.isdir(one)
+    ]
 
 
 def url_of(fs: fsspec.AbstractFileSystem, path: str) -> str:
@@ -172,6 +191,8 @@ def _records(
         yield from kaldi.read_kaldi(source.url, source.corpus, source.root, corpus.allow_outside)
     elif source.format == "lhotse":
         yield from lhotse_cuts.read_cuts(source.url, source.corpus, source.root, corpus.text, corpus.allow_outside)
+    elif source.format == "unread":
+        yield Reject(INGEST, f"{source.corpus}/{source.url}", "a file that is not read; convert it")
     elif source.archive:
         unpacked = f"{unpack_url}/{source.corpus}/{path_name(source.url)}.tar"
         yield from emilia.read_raw(source.url, source.archive, unpacked, source.corpus, max_member_bytes)
@@ -192,11 +213,12 @@ def _license(row: Utterance, source: Source, corpus: CorpusConfig) -> str:
 
 def _guess(fs: fsspec.AbstractFileSystem, path: str, shown: str) -> str:
     """The format of what lies at a path, from the names there."""
-    if "*" in path and not path.endswith((".tar", ".jsonl", ".jsonl.gz")):
-        raise ConfigError(f"{shown}: a pattern must end in .jsonl, .jsonl.gz or .tar; set its ending, or drop the `*`")
+    if "*" in path and not path.endswith((".tar", *MANIFESTS)):
+        ends = ", ".join(MANIFESTS)
+        raise ConfigError(f"{shown}: a pattern must end in {ends} or .tar; set its ending, or drop the `*`")
     if path.endswith(".tar"):
         return "emilia"
-    if path.endswith((".jsonl", ".jsonl.gz")):
+    if _is_manifest(path):
         return "emilia" if fs.exists(path.removesuffix(".jsonl") + ".tar.gz") else "lhotse"
     if not fs.isdir(path):
         raise ConfigError(
@@ -208,10 +230,10 @@ def _guess(fs: fsspec.AbstractFileSystem, path: str, shown: str) -> str:
         return "folder"
     if "wav.scp" in names:
         return "kaldi"
-    manifests = [name for name in names if name.endswith((".jsonl", ".jsonl.gz"))]
+    manifests = [name for name in names if _is_manifest(name)]
     if manifests and not any(name.endswith((".tar", ".tar.gz")) for name in names):
         return "lhotse"
-    if _archives(fs, path):
+    if _archives(find_files(fs, path)):
         return "emilia"
     raise ConfigError(
         f"{shown}: has no {readers.TABLE}, no Lhotse manifest (.jsonl, .jsonl.gz), no wav.scp and no tar archives"
@@ -231,67 +253,73 @@ def _nothing_there(fs: fsspec.AbstractFileSystem, shown: str, path: str) -> str:
     return f"{shown}: no such file or folder" + (f"; did you mean '{near[0]}'?" if near else "")
 
 
-def _manifests(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
-    found = fs.glob(path) if "*" in path else fs.ls(path, detail=False) if fs.isdir(path) else [path]
-    return sorted(one for one in found if one.endswith((".jsonl", ".jsonl.gz")))
+def _is_manifest(path: str) -> bool:
+    return path.lower().endswith(MANIFESTS)
 
 
-def _archives(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
-    """Tars, and jsonl files with a tar.gz, at or below a path."""
-    found = fs.glob(path) if "*" in path else fs.find(path) if fs.isdir(path) else [path]
-    names = set(found)
-    raw = [one for one in found if one.endswith(".jsonl") and f"{one.removesuffix('.jsonl')}.tar.gz" in names]
-    return sorted([one for one in found if one.endswith(".tar")] + raw)
+def _archives(files: Mapping[str, Any]) -> list[str]:
+    """Tars, and jsonl files with a tar.gz."""
+    raw = [one for one in files if one.endswith(".jsonl") and f"{one.removesuffix('.jsonl')}.tar.gz" in files]
+    return sorted([one for one in files if one.endswith(".tar")] + raw)
 
 
-def _lone(fs: fsspec.AbstractFileSystem, path: str, archives: list[str]) -> list[str]:
+def _lone(fs: fsspec.AbstractFileSystem, path: str, archives: list[str], files: Iterable[str]) -> list[str]:
     """Halves of the older layout that are there without the other."""
     if not fs.isdir(path):
         return [one for one in archives if one.endswith(".jsonl") and not fs.exists(f"{one[:-6]}.tar.gz")]
     paired = {end for one in archives if one.endswith(".jsonl") for end in (one, f"{one[:-6]}.tar.gz")}
-    return [one for one in sorted(fs.find(path)) if one.endswith((".jsonl", ".tar.gz")) and one not in paired]
+    return [one for one in sorted(files) if one.endswith((".jsonl", ".tar.gz")) and one not in paired]
 
 
 def _emilia_sources(fs: fsspec.AbstractFileSystem, path: str, name: str, shown: str) -> list[Source]:
-    sources = []
-    archives = [path] if fs.isfile(path) and path.endswith(".jsonl") else _archives(fs, path)
+    sources, files = [], find_files(fs, path)
+    archives = [path] if fs.isfile(path) and path.endswith(".jsonl") else _archives(files)
     if not archives:
         raise ConfigError(f"{shown}: no Emilia archives (.tar, or .jsonl beside its .tar.gz) are there")
-    for one in _lone(fs, path, archives):
+    for one in _lone(fs, path, archives, files):
         raise ConfigError(
             f"{shown}: {one} lacks its other half: Emilia's older layout is a .jsonl beside a .tar.gz of the same name"
         )
     for one in archives:
         beside = url_of(fs, one.removesuffix(".jsonl") + ".tar.gz") if one.endswith(".jsonl") else ""
         sources.append(Source(name, "emilia", url_of(fs, one), archive=beside))
-    return sources
+    return sources + _unread(fs, files, sources)
 
 
-def _root(fs: fsspec.AbstractFileSystem, folder: str, recordings: list[tuple[str, str]], corpus: CorpusConfig) -> str:
+def _root(
+    fs: fsspec.AbstractFileSystem, folder: str, recordings: Iterator[tuple[str, str]], corpus: CorpusConfig
+) -> str:
     """What a manifest's audio paths are relative to: as configured, or the manifest's own folder.
 
     Folders above are searched to name them only: a manifest does not decide what else of a disk may be read.
 
     Args:
-        recordings: names and paths of some.
+        recordings: names and paths; more than the first are looked at only while none of them is found, as a corpus
+            may lack its first books.
 
     Raises:
         ConfigError: none of the paths is there.
     """
     folders = _upward(folder) if corpus.root is None else [filesystem(corpus.root.rstrip("/"))[1]]
-    relative = [path for _, path in recordings if "://" not in path and not path.startswith("/")]
-    if not relative:  # nothing to go by: each row is judged by itself
+    first, seen = "", 0
+    while probes := list(islice(recordings, NUM_PROBES if seen == 0 else MAX_PROBES - seen)):
+        seen += len(probes)
+        relative = [path for _, path in probes if "://" not in path and not path.startswith("/") and "\0" not in path]
+        if not relative and seen == len(probes):  # nothing to go by: each row is judged by itself
+            return url_of(fs, folders[0])
+        first = first or next(iter(relative), "")
+        for one in folders if seen == len(probes) else folders[:1]:  # each is a request, on an object store
+            if any(fs.exists(f"{one}/{path}") for path in dict.fromkeys(relative) if ".." not in path.split("/")):
+                if one == folders[0] or corpus.allow_outside:
+                    return url_of(fs, one)
+                raise ConfigError(
+                    f"{corpus.path}: its audio lies outside its folder, under {url_of(fs, one)}; if it may be read "
+                    "there, set the corpus' root to that"
+                )
+    if not seen:
         return url_of(fs, folders[0])
-    for one in folders:
-        if any(fs.exists(f"{one}/{path}") for path in relative if ".." not in path.split("/")):
-            if one == folders[0] or corpus.allow_outside:
-                return url_of(fs, one)
-            raise ConfigError(
-                f"{corpus.path}: its audio lies outside its folder, under {url_of(fs, one)}; if it may be read there, "
-                "set the corpus' root to that"
-            )
     raise ConfigError(
-        f"{corpus.path} points nowhere: {relative[0]} is not under {url_of(fs, folders[0])}"
+        f"{corpus.path} points nowhere: {first} is not under {url_of(fs, folders[0])}"
         + (" or the folders above it" if corpus.root is None else "")
         + "; set the corpus' root to the folder that its audio paths are relative to"
     )

@@ -1,7 +1,7 @@
 """Word times of recorded speech: forced alignment with any CTC recogniser of transformers, on CPUs or GPUs.
 
-A written word is first turned into what is said for it (`spoken.spoken_tokens`, of each token the first reading), that
-into the labels of the recogniser's vocabulary, and an exact Viterbi search fits the labels, with optional blanks
+A written word is first turned into what is said for it (`spoken.transcript_tokens`, of each token the first reading),
+that into the labels of the recogniser's vocabulary, and an exact Viterbi search fits the labels, with optional blanks
 between them, to the frames of the recogniser.
 
 Shape letters: N samples, T frames, V labels of the vocabulary, L labels of a text.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import string
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +30,9 @@ from salad_ray.model.loading import (
     require_whole,
     weights_fingerprint,
 )
-from salad_ray.speech.align import Alignment, check_score, or_error, worst_stretch
-from salad_ray.speech.spoken import spoken_tokens
+from salad_ray.sequences.packing import padded_batches
+from salad_ray.speech.align import Alignment, best_of, check_score, or_error, worst_stretch
+from salad_ray.speech.spoken import Token, transcript_tokens
 from salad_ray.tables import BadInput, Word
 
 CTC_MIN_SCORE = -1.0
@@ -78,7 +79,7 @@ class CTCAligner:
         path: folder or hub id (`facebook/wav2vec2-base-960h`) of the model, its feature extractor and its tokenizer;
             safetensors only.
         revision: of the hub id.
-        min_score: least score of an alignment; None takes `CTC_MIN_SCORE`.
+        min_score: least score of an alignment; unset: `CTC_MIN_SCORE`.
         batch_secs: audio of a batch, padding included; a longer utterance is a batch of its own.
 
     Raises:
@@ -118,11 +119,11 @@ class CTCAligner:
 
         Returns:
             One `Word` per word of `text.split()`, times in seconds, non-decreasing, within the audio. A word that
-            is not spoken (a lone dash), or of which the vocabulary has no character, has zero length at the end of
-            the word before it.
+            is not spoken (a lone dash, "[laughter]") has zero length at the end of the word before it.
 
         Raises:
-            BadInput: the text does not fit the audio.
+            BadInput: the text does not fit the audio, or has a word that cannot be read or that the recogniser has
+                no labels for.
         """
         [found] = self.align_batch([audio], [text])
         if isinstance(found, BadInput):
@@ -132,16 +133,19 @@ class CTCAligner:
     def align_batch(self, audios: Sequence[np.ndarray], texts: Sequence[str]) -> list[Alignment | BadInput]:
         """`align` for each pair, in batches; where it fails, the error in place of the result."""
         found: list[Alignment | BadInput] = []
-        scripts: dict[int, _Script] = {}
+        scripts: dict[int, list[_Script]] = {}
         for index, (audio, text) in enumerate(zip(audios, texts, strict=True)):
-            script = or_error(self._script, audio, text)
-            found.append(script if isinstance(script, BadInput) else BadInput("not aligned"))
-            if not isinstance(script, BadInput):
-                scripts[index] = script
-        lengths = {index: len(audios[index]) for index in scripts}
-        for batch in _batches(lengths, self._batch_secs * self.sampling_rate, self._pads):
-            for index, log_probs in zip(batch, self._log_probs([audios[index] for index in batch]), strict=True):
-                found[index] = or_error(self._fit, scripts[index], log_probs, lengths[index])
+            ways = or_error(self._scripts, audio, text)
+            found.append(ways if isinstance(ways, BadInput) else BadInput("not aligned"))
+            if not isinstance(ways, BadInput):
+                scripts[index] = ways
+        indices, limit = list(scripts), self._batch_secs * self.sampling_rate
+        lengths = [len(audios[index]) for index in indices]
+        for batch in padded_batches(lengths, limit, min_fill=0.0 if self._pads else 1.0):
+            own = [indices[place] for place in batch]
+            for index, log_probs in zip(own, self._log_probs([audios[index] for index in own]), strict=True):
+                fits = [or_error(self._fit, script, log_probs, len(audios[index])) for script in scripts[index]]
+                found[index] = or_error(best_of, fits)
         return found
 
     def transcribe(self, audio: np.ndarray) -> str:
@@ -149,14 +153,18 @@ class CTCAligner:
         [log_probs] = self._log_probs([audio])
         return self._speller.decode(log_probs.argmax(-1))
 
-    def _script(self, audio: np.ndarray, text: str) -> _Script:
+    def _scripts(self, audio: np.ndarray, text: str) -> list[_Script]:
         one_frame_secs = 2 * self._frames.first_secs + self._frames.stride_secs  # what a lone frame hears
         if len(audio) < max(MIN_SECS, one_frame_secs) * self.sampling_rate:
             raise BadInput(f"alignment failed: {len(audio)} samples are too few")
-        script = self._speller.script(text.split())
-        if not script.labels:
+        words = text.split()
+        ways = [or_error(self._speller.script, words, tokens) for tokens in transcript_tokens(words)]
+        scripts = [way for way in ways if not isinstance(way, BadInput)]
+        if not scripts and isinstance(ways[0], BadInput):
+            raise ways[0]
+        if not any(script.labels for script in scripts):
             raise BadInput("nothing to align: the transcript has no word that the CTC model can spell")
-        return script
+        return [script for script in scripts if script.labels]
 
     def _fit(self, script: _Script, log_probs: np.ndarray, num_samples: int) -> Alignment:
         labels = np.array(script.labels)
@@ -254,11 +262,14 @@ class Speller:
         if max(letters) >= config.vocab_size:
             raise ModelError(f"{path}: its tokenizer has labels beyond the model's {config.vocab_size}")
 
-    def script(self, words: Sequence[str]) -> _Script:
-        """The labels of written words, delimiters only between spoken words that have labels."""
+    def script(self, words: Sequence[str], tokens: Sequence[Sequence[Token]]) -> _Script:
+        """The labels of written words and their tokens, delimiters only between spoken words that have labels."""
         script = _Script(list(words), [], [])
-        for owner, tokens in enumerate(spoken_tokens(words)):
-            for labels in filter(None, (self.spell(spoken) for token in tokens for spoken in token[0])):
+        for owner, own in enumerate(tokens):
+            spelled = [self.spell(spoken) for token in own for spoken in token[0]]
+            if spelled and not any(spelled):
+                raise BadInput(f"the CTC model has no labels for '{words[owner][:40]}'")
+            for labels in filter(None, spelled):
                 if script.labels and self._delimiter is not None:
                     script.labels.append(self._delimiter)
                     script.owners.append(-1)
@@ -346,19 +357,6 @@ def _words(script: _Script, path: np.ndarray, timing: _Frames, end_secs: float) 
         result.append(Word(text, start, end))
         previous_end = end
     return result
-
-
-def _batches(lengths: dict[int, int], max_samples: float, pads: bool) -> Iterator[list[int]]:
-    """Keys from the longest to the shortest, in groups of size × longest ≤ max_samples; of one length unless pads."""
-    batch: list[int] = []
-    for index in sorted(lengths, key=lambda index: -lengths[index]):
-        longest = lengths[batch[0]] if batch else 0
-        if batch and ((len(batch) + 1) * longest > max_samples or not (pads or lengths[index] == longest)):
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
 
 
 def _load_model(path: str, revision: str | None) -> Any:

@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
@@ -175,7 +176,10 @@ def _order(digits: str) -> int:
 
 
 def _number(value: Any) -> float | None:
-    """A number that a table can hold; those of JSON have any size."""
+    """A number that a table can hold; those of JSON have any size, and some are written as text."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = float(value)
     if not isinstance(value, int | float) or not -sys.float_info.max <= value <= sys.float_info.max:
         return None
     return float(value)

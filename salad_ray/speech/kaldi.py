@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from itertools import islice
 
 from salad_ray.config import ConfigError
 from salad_ray.names import INGEST
@@ -13,30 +12,30 @@ from salad_ray.speech.readers import IdSet, inside, lines_of
 from salad_ray.store import open_file
 from salad_ray.tables import BadInput, Reject, Utterance, file_exists
 
-NUM_PROBES = 50
 TABLES = ("wav.scp", "text", "segments", "utt2spk")
 
 
-def first_recordings(folder: str) -> list[tuple[str, str]]:
-    """The first names and audio paths of `wav.scp`; raises `ConfigError` where a table is missing."""
+def recordings_of(folder: str) -> Iterator[tuple[str, str]]:
+    """Names and audio paths of `wav.scp`; raises `ConfigError` where a table is missing."""
     if not file_exists(f"{folder}/text"):
         raise ConfigError(f"{folder}: no text; a Kaldi folder has wav.scp and text")
-    return list(islice((row for row in _rows(folder, "wav.scp") if not row[1].endswith("|")), NUM_PROBES))
+    yield from (row for row in _rows(folder, "wav.scp") if not row[1].endswith("|"))
 
 
 def read_kaldi(folder: str, corpus: str, root: str, allow_outside: bool) -> Iterator[Utterance | Reject]:
-    """Every line of `text` as an utterance or a reject, and a reject for every segment without text.
+    """Every line of `text` as an utterance or a reject, and a reject for every segment or recording without text.
 
     Only the recordings are held in memory; the tables of utterances are read side by side.
     """
     audio, speakers = dict(_rows(folder, "wav.scp")), _SideBySide(folder, "utt2spk")
     segments = _SideBySide(folder, "segments") if file_exists(f"{folder}/segments") else None
-    seen = IdSet()
+    seen, used = IdSet(), set[str]()
     for name, text in _rows(folder, "text"):
         try:
             if not seen.add(ascii(name)):  # an id that is not UTF-8 has no hash
                 raise BadInput("text has a line of this id already")
             recording, offset, duration = _segment(name, segments)
+            used.add(recording)
             yield Utterance(
                 utt_id=f"{corpus}/{name}",
                 text=transcript(text),
@@ -52,6 +51,8 @@ def read_kaldi(folder: str, corpus: str, root: str, allow_outside: bool) -> Iter
             yield Reject(INGEST, f"{corpus}/{name}", str(error))
     for name in segments.rest() if segments else ():
         yield Reject(INGEST, f"{corpus}/{name}", "a segment without a line in text")
+    for name in audio.keys() - used:
+        yield Reject(INGEST, f"{corpus}/{name}", "a recording of wav.scp that no line of text is of")
 
 
 class _SideBySide:

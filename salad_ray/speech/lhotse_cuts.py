@@ -11,25 +11,22 @@ import io
 import json
 import math
 import re
-import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 import soundfile
 
 from salad_ray.names import INGEST
 from salad_ray.speech.audio import load_audio, open_recording, referenced
-from salad_ray.speech.readers import inside, language_code, lines_of, normalize_text
-from salad_ray.store import open_file
+from salad_ray.speech.readers import inside, language_code, lines_at, normalize_text
 from salad_ray.tables import BadInput, Reject, Utterance, Word, atomic_file, stable_hash, write_bytes
 
 if TYPE_CHECKING:
     from lhotse import MonoCut, Recording, SupervisionSegment
 
 END_TOLERANCE_SECS = 0.1
-NUM_PROBES = 50
 SPLITS = ("train", "test")
 # What a record raises that is not of lhotse's format, whose types of fields nobody checks; `BadInput` is a ValueError.
 _MALFORMED = (
@@ -59,17 +56,19 @@ def read_cuts(
         yield from rows
 
 
-def first_recordings(url: str) -> list[tuple[str, str]]:
-    """Names and audio paths of a manifest's first recordings; what is unreadable is left to `read_cuts` to say."""
-    found: list[tuple[str, str]] = []
-    for _, line in islice(_lines(url), NUM_PROBES):
+def recordings_of(url: str) -> Iterator[tuple[str, str]]:
+    """Names and audio paths of a manifest's recordings; what is unreadable is left to `read_cuts` to say."""
+    before: list[tuple[str, str]] = []
+    for _, line in _lines(url):
         try:
             recording = _cut(line).recording
             paths = [one.source for one in recording.sources if one.type in ("file", "url")]
-            found += [(str(recording.id), path) for path in paths if isinstance(path, str)]
+            found = [(str(recording.id), path) for path in paths if isinstance(path, str)]
         except _MALFORMED:
             continue
-    return list(dict.fromkeys(found))
+        if found != before:  # cuts of one recording follow each other
+            yield from found
+        before = found
 
 
 def book_of(recording_id: str) -> str:
@@ -88,19 +87,9 @@ def transcript(text: Any) -> str:
 
 
 def _lines(url: str) -> Iterator[tuple[int, str | BadInput]]:
-    """Numbered lines; a file that breaks off ends with what is wrong with it."""
-    number = 0
-    with open_file(url) as file:
-        stream = gzip.GzipFile(fileobj=file) if url.endswith(".gz") else file
-        try:
-            for number, line in lines_of(io.BufferedReader(stream)):
-                if isinstance(line, BadInput):
-                    yield number, line
-                elif line.strip():
-                    # Bytes that are not UTF-8 become surrogates, by which `corpora.scan` knows them.
-                    yield number, line.decode("utf-8", errors="surrogateescape")
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            yield number + 1, BadInput(f"the manifest is truncated or damaged after line {number} ({error})")
+    """Numbered lines; bytes that are not UTF-8 become surrogates, by which `corpora.scan` knows them."""
+    for number, line in lines_at(url, "manifest"):
+        yield number, line if isinstance(line, BadInput) else line.decode("utf-8", errors="surrogateescape")
 
 
 def _cut(line: str | BadInput) -> MonoCut:
@@ -222,6 +211,9 @@ def _order(value: Any) -> int | None:
 
 
 def _number(value: Any) -> float | None:
+    if isinstance(value, str):  # as some tools write scores
+        with suppress(ValueError):
+            value = float(value)
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
@@ -285,8 +277,8 @@ class _Recordings:
         path = self._write(row) if embedded else row.uri or ""
         if path not in self.last:
             with open_recording(path) as recording:
-                frames, rate = recording.file.frames, recording.file.samplerate
-                channels = list(range(recording.file.channels))
+                frames, rate = recording.count(), recording.rate
+                channels = list(range(recording.num_channels))
             kind = "url" if "://" in path else "file"
             name = row.utt_id if embedded else row.recording_id
             self.last = {
@@ -297,8 +289,8 @@ class _Recordings:
     def _write(self, row: Utterance) -> str:
         source = referenced(row)
         assert isinstance(source, bytes), "embedded audio is bytes"
-        with soundfile.SoundFile(io.BytesIO(source)) as file:
-            end = {"WAV": "wav", "WAVEX": "wav", "FLAC": "flac", "MP3": "mp3", "OGG": "ogg"}[file.format]
+        with open_recording(source) as recording:
+            end = {"WAV": "wav", "WAVEX": "wav", "FLAC": "flac", "MP3": "mp3", "OGG": "ogg"}[recording.kind]
         safe = re.sub(r"[^A-Za-z0-9._-]+", "_", row.utt_id)[-100:]
         path = f"{self.folder}/{safe}-{stable_hash(row.utt_id):016x}.{end}"
         write_bytes(path, source)

@@ -2,30 +2,53 @@
 
 from __future__ import annotations
 
+import bz2
+import csv
 import difflib
+import io
+import lzma
 import math
 import os
 import re
 import unicodedata
+import zlib
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import fsspec
+import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from salad_ray.config import ConfigError
 from salad_ray.credentials import holds_secret
 from salad_ray.names import INGEST
-from salad_ray.store import filesystem
+from salad_ray.store import filesystem, is_of_storage, open_file
 from salad_ray.tables import BadInput, Reject, Utterance, stable_hash
 
 TABLE = "transcripts.tsv"
 REQUIRED = ("utt_id", "audio", "text")
 MAX_LINE_BYTES = 2**25
 """Of a line of a manifest or of JSON; a longer one is skipped, and never held in memory."""
+
+READ_BYTES = 2**16
+"""Of a compressed file that are decompressed at once."""
+XZ_BYTES = 2**28
+"""Of memory for an xz file; its highest level needs 65 MiB."""
+COMPRESSIONS = ("", ".gz", ".zst", ".bz2", ".xz")
+"""Ends of names of files that `decompressed` reads."""
+BROKEN = (EOFError, zlib.error, lzma.LZMAError, OSError)
+"""What reading `decompressed` raises for a file that breaks off or is damaged; an `OSError` may be the storage's."""
+UNREAD = re.compile(
+    r"\.((csv|tsv|arrow|feather|avro|orc|warc|tar)(\.\w+)?|tgz|zip|7z|(jsonl?|ndjson|txt|parquet)\.(gz|zst|bz2|xz|lz4|br|zip|7z))$"
+)
+"""Ends of files that may hold records, too, and beside files that are read would be missed by nobody."""
+INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\u2060\ufeff\u200e\u200f\u202a\u202b\u202c\u202d\u202e"))
+"""Soft hyphen, zero-width spaces, marks of direction: nothing of them is said. Joiners stay: they change letters."""
+# A field as pandas writes it where it holds a quotation mark, which is then doubled.
+_QUOTED = re.compile(r'(?:^|\t)"(?:[^"\t\n]|"")*""(?:[^"\t\n]|"")*"(?=\t|\r?$)', re.MULTILINE)
 
 # How corpora spell languages, beside codes such as en, EN or en-GB.
 LANGUAGES = {
@@ -37,7 +60,7 @@ LANGUAGES = {
 def read_folder(
     folder: str, license: str, name: str = "", allow_outside: bool = False
 ) -> tuple[list[Utterance], list[Reject]]:
-    """Read `folder/transcripts.tsv`: UTF-8, tab-separated, with a header and no quoting.
+    """Read `folder/transcripts.tsv`: UTF-8, tab-separated, with a header, without quoting or quoted as by pandas.
 
     Columns: utt_id, audio (relative to the folder) and text; if known speaker, recording_id, offset and duration
     (seconds of a cut of the audio file), domain, language, license. Others are ignored.
@@ -57,16 +80,16 @@ def read_folder(
     """
     fs, path = filesystem(folder.rstrip("/") or folder)
     root = path if isinstance(fs, LocalFileSystem) else folder.rstrip("/")
-    lines = _decode(_read_table(fs, path, folder), f"{folder.rstrip('/')}/{TABLE}").split("\n")
-    columns = _columns(lines[0], f"{folder.rstrip('/')}/{TABLE}")
-    return _read_rows(lines, columns, root, license, name or root.rsplit("/", 1)[-1], allow_outside)
+    rows = _split(_decode(_read_table(fs, path, folder), f"{folder.rstrip('/')}/{TABLE}"))
+    columns = _columns(rows[0][1], f"{folder.rstrip('/')}/{TABLE}")
+    return _read_rows(rows[1:], columns, root, license, name or root.rsplit("/", 1)[-1], allow_outside)
 
 
 def check_folder(folder: str) -> None:
     """Raises `ConfigError` for a folder without a table that can be read."""
     fs, path = filesystem(folder.rstrip("/") or folder)
     table = f"{folder.rstrip('/')}/{TABLE}"
-    _columns(_decode(_read_table(fs, path, folder), table).split("\n", 1)[0], table)
+    _columns(_split(_decode(_read_table(fs, path, folder), table))[0][1], table)
 
 
 def split_of(source: str, heldout_share: float) -> str:
@@ -124,6 +147,8 @@ def inside(path: str, root: str, allow_outside: bool = False) -> str:
     """
     if not path:
         raise BadInput("empty audio path")
+    if "\0" in path:
+        raise BadInput(f"its audio path {path!r} holds a NUL, which no file's name can")
     if holds_secret(path):  # which the reason, the tables and the logs would repeat
         raise BadInput("its audio path holds a credential (a signed URL, say); name the file without it")
     parts = path.replace("\\", "/").split("/")
@@ -144,10 +169,11 @@ def _leads_out(place: str, root: str) -> bool:
 
 
 def lines_of(stream: BinaryIO) -> Iterator[tuple[int, bytes | BadInput]]:
-    """Numbered lines of a file, which may be compressed, in bounded memory; in place of one too long, what it is."""
+    """Numbered lines of a file, in bounded memory, less its byte order mark; in place of one too long, what it is."""
     number = 0
     while line := stream.readline(MAX_LINE_BYTES):
         number += 1
+        line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
         if len(line) < MAX_LINE_BYTES or line.endswith(b"\n"):
             yield number, line
             continue
@@ -156,9 +182,110 @@ def lines_of(stream: BinaryIO) -> Iterator[tuple[int, bytes | BadInput]]:
             line = stream.readline(MAX_LINE_BYTES)
 
 
+def lines_at(url: str, what: str = "file") -> Iterator[tuple[int, bytes | BadInput]]:
+    """Numbered lines that are not blank, decompressed; a file that breaks off ends with what is wrong with it."""
+    number = 0
+    with open_file(url) as file:
+        try:
+            for number, line in lines_of(decompressed(file)):
+                if isinstance(line, BadInput) or line.strip():
+                    yield number, line
+        except BROKEN as error:
+            if is_of_storage(error):
+                raise
+            yield number + 1, BadInput(f"the {what} is truncated or damaged after line {number} ({error})")
+
+
+def decompressed(file: BinaryIO) -> BinaryIO:
+    """A file's content. How it is compressed, if it is, its first bytes tell: names are often wrong.
+
+    What comes before a break is read; then one of `BROKEN` is raised.
+    """
+    start = file.read(6)
+    file.seek(0)
+    if start[:2] == b"\x1f\x8b":
+        return io.BufferedReader(_Chunks(inflated(file)), READ_BYTES)
+    if start[:4] == b"\x28\xb5\x2f\xfd":
+        return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd"), READ_BYTES)
+    if re.match(rb"BZh[1-9]", start):
+        return io.BufferedReader(_Chunks(_unpacked(file, bz2.BZ2Decompressor, b"BZh")), READ_BYTES)
+    if start == b"\xfd7zXZ\0":
+        return io.BufferedReader(_Chunks(_unpacked(file, partial(lzma.LZMADecompressor, memlimit=XZ_BYTES), start)))
+    return file
+
+
+def inflated(file: BinaryIO) -> Iterator[bytes]:
+    """The content of a gzip, of one or more members; bytes behind them that are no gzip are left, as gzip does.
+
+    Raises:
+        EOFError: it breaks off.
+        zlib.error: it is damaged.
+    """
+    inflate, has_begun = zlib.decompressobj(wbits=31), False
+    while block := file.read(READ_BYTES):
+        while block:
+            if not has_begun and not (block := block.lstrip(b"\0")):  # tapes and some programs pad with zeros
+                break
+            if not has_begun and not b"\x1f\x8b".startswith(block[:2]):
+                return _check_rest(block, file, b"\x1f\x8b\x08")
+            has_begun = True
+            yield inflate.decompress(block, READ_BYTES)
+            block = inflate.unconsumed_tail
+            if inflate.eof:
+                block, inflate, has_begun = inflate.unused_data, zlib.decompressobj(wbits=31), False
+    if has_begun:
+        raise EOFError("it breaks off before the end of the gzip")
+
+
+def _unpacked(file: BinaryIO, decompressor: Callable[[], Any], magic: bytes) -> Iterator[bytes]:
+    """The same of bzip2 or xz, one or more streams, and perhaps zeros behind them, as xz pads."""
+    unpack = None
+    while block := file.read(READ_BYTES):
+        while block or (unpack and not unpack.needs_input):
+            if unpack is None:
+                if not (block := block.lstrip(b"\0")):
+                    break
+                if not magic.startswith(block[: len(magic)]):
+                    return _check_rest(block, file, magic)
+                unpack = decompressor()
+            yield unpack.decompress(block, READ_BYTES)
+            block = b""
+            if unpack.eof:
+                block, unpack = unpack.unused_data, None
+    if unpack:
+        raise EOFError("it breaks off before the end of what is compressed")
+
+
+def _check_rest(block: bytes, file: BinaryIO, magic: bytes) -> None:
+    while block:
+        if magic in block:
+            raise EOFError("its end is followed by other bytes, and these perhaps by another compressed file")
+        block = file.read(READ_BYTES)
+
+
+class _Chunks(io.RawIOBase):
+    """Pieces of a file as a stream, which gives all of them before it raises what they do."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self.chunks, self.left = chunks, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.left:
+            chunk = next(self.chunks, None)
+            if chunk is None:
+                return 0
+            self.left = chunk
+        size = min(len(buffer), len(self.left))
+        buffer[:size], self.left = self.left[:size], self.left[size:]
+        return size
+
+
 def normalize_text(text: str) -> str:
-    """Unicode NFC, and every run of white space as one space; nothing else changes."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
+    """Unicode NFC without invisible characters, and every run of white space as one space; nothing else changes."""
+    return " ".join(unicodedata.normalize("NFC", text.translate(INVISIBLE)).split())
 
 
 def _read_table(fs: fsspec.AbstractFileSystem, path: str, folder: str) -> bytes:
@@ -193,8 +320,33 @@ def _decode(data: bytes, table: str) -> str:
         ) from None
 
 
-def _columns(header: str, table: str) -> list[str]:
-    columns = [name.strip() for name in header.rstrip("\r").split("\t")]
+def _split(text: str) -> list[tuple[int, list[str]]]:
+    """Line numbers and fields of a table, its header first.
+
+    A quotation mark is one of the text's, unless the table can be read by pandas' rules and shows signs of them: a
+    quoted header, a doubled mark, or lines that only these rules put together to the header's number of fields.
+    """
+    plain = [(number, line.rstrip("\r").split("\t")) for number, line in enumerate(text.split("\n"), start=1)]
+    if '"' not in text:
+        return plain
+    rows: list[tuple[int, list[str]]] = []
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t", strict=True)
+    end = 0
+    try:
+        for fields in reader:
+            rows.append((end + 1, fields))
+            end = reader.line_num
+    except csv.Error:  # marks that no such rules put there
+        return plain
+    width = len(plain[0][1])
+    is_torn = any(len(fields) != width for _, fields in plain if any(fields)) and all(
+        len(fields) == width for _, fields in rows if any(fields)
+    )
+    return rows if is_torn or text.startswith('"') or _QUOTED.search(text) else plain
+
+
+def _columns(header: Sequence[str], table: str) -> list[str]:
+    columns = [name.strip() for name in header]
     missing = [name for name in REQUIRED if name not in columns]
     if missing:
         near = difflib.get_close_matches(missing[0], columns, n=1)
@@ -213,15 +365,19 @@ def _names(names: Sequence[str]) -> str:
 
 
 def _read_rows(
-    lines: Sequence[str], columns: Sequence[str], root: str, license: str, corpus: str, allow_outside: bool
+    rows: Sequence[tuple[int, list[str]]],
+    columns: Sequence[str],
+    root: str,
+    license: str,
+    corpus: str,
+    allow_outside: bool,
 ) -> tuple[list[Utterance], list[Reject]]:
     utterances: list[Utterance] = []
     rejects: list[Reject] = []
     first_line: dict[str, int] = {}
-    for number, line in enumerate(lines[1:], start=2):
-        if not line.strip("\r\n\t "):
+    for number, fields in rows:
+        if not any(field.strip() for field in fields):
             continue
-        fields = line.rstrip("\r").split("\t")
         # A row is known by its id only when it has one and its fields can be told apart.
         name = fields[columns.index("utt_id")].strip() if len(fields) == len(columns) else ""
         utt_id = f"{corpus}/{name}"

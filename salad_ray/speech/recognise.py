@@ -23,7 +23,7 @@ from salad_ray.model.loading import (
     weights_fingerprint,
 )
 from salad_ray.speech.ctc import CTCAligner
-from salad_ray.speech.spoken import spoken_tokens
+from salad_ray.speech.spoken import spoken_tokens, unreadable
 
 WHISPER_SECS = 30
 """What Whisper hears at once; longer speech is recognised in pieces of this length."""
@@ -135,5 +135,7 @@ def word_error_rate(text: str, heard: str) -> float:
 
 
 def _said(text: str) -> str:
-    spoken = " ".join(spoken for word in spoken_tokens(text.split()) for token in word for spoken in token[0])
+    # A recogniser may write in another script; that is one wrong word.
+    words = ["unreadable" if unreadable(word) else word for word in text.split()]
+    spoken = " ".join(spoken for word in spoken_tokens(words) for token in word for spoken in token[0])
     return " ".join(re.findall(r"[^\W_]+(?:'[^\W_]+)*", spoken.lower()))

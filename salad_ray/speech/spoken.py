@@ -1,73 +1,308 @@
-"""Written English as it is spoken: numbers, symbols, abbreviations and acronyms, for word alignment.
+"""Written English as it is spoken: one reading of numbers, signs and abbreviations for synthesizers and aligners.
 
-Where a written form can be read in several ways ("1905", "US"), all of them are given: the aligner takes the one that
-was said.
+`read_words` says for every written word what is said for it, so that times of spoken words are times of written ones.
+A synthesizer takes the first reading; an aligner takes all of them ("1905", "US") and finds the one that was said.
+What is not said (a lone dash, a footnote mark, "[laughter]") has no reading; what cannot be read is refused.
 """
 
 from __future__ import annotations
 
+import html
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+from salad_ray.tables import BadInput
 
 Reading = tuple[str, ...]
 """Spoken words in lower case, of letters and apostrophes."""
 Token = tuple[Reading, ...]
-"""One stretch of speech without a pause, and the ways it may be read."""
+"""One stretch of speech without a pause, and the ways it may be read; the usual one first."""
+
+
+class Spoken(NamedTuple):
+    """What is said for a written word.
+
+    `text`: for a synthesizer, in letters and with the written punctuation; it may be several words, or none.
+    `tokens`: for an aligner; none if nothing is said.
+    `unsaid`: signs that are left out, such as emoji and "♪"; punctuation is none of them.
+    """
+
+    text: str
+    tokens: list[Token]
+    unsaid: str = ""
+
+
+@dataclass(frozen=True)
+class _Context:
+    """Of a word: its neighbours (""), whether the text is in capitals throughout, the number that stands before it."""
+
+    previous: str
+    following: str
+    shouting: bool
+    number: str = ""
+
+
+class _Piece(NamedTuple):
+    """The written characters up to `end`, and what is said for them; `said` None is as written."""
+
+    end: int
+    tokens: list[Token]
+    said: str | None
+
+
+def _listed(*lines: str) -> dict[str, int]:
+    """Words and their places, in order."""
+    return {word: index for index, word in enumerate(" ".join(lines).split(), start=1)}
+
+
+# --- What words, signs and abbreviations are called ------------------------------------------------------------------
 
 # fmt: off
-_ONES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
-         "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")
-_TENS = ("zero", "ten", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
-_SCALES = ((10**12, "trillion"), (10**9, "billion"), (10**6, "million"), (1000, "thousand"), (100, "hundred"))
+_SYMBOLS = {
+    "&": "and", "+": "plus", "=": "equals", "@": "at", "%": "percent", "°": "degrees", "§": "section", "×": "times",
+    "÷": "divided by", "±": "plus or minus", "−": "minus", "‰": "per thousand", "#": "number", "√": "square root of",
+    "≈": "approximately", "≤": "at most", "≥": "at least", "≠": "is not", "→": "to", "⇒": "implies", "∞": "infinity",
+    "∂": "partial", "∫": "integral of", "∑": "sum of", "∈": "in", "©": "copyright", "¶": "paragraph", "~": "about",
+    "<": "less than", ">": "greater than", "*": "times", "¬": "not",
+}
+"""Other mathematical signs and signs of money have their Unicode names."""
+_BETWEEN_NUMBERS = "<>*"
+_BEFORE_NUMBERS = "~#"
+_CURRENCIES = {
+    "$": ("dollar", "dollars", "cents"), "£": ("pound", "pounds", "pence"), "€": ("euro", "euros", "cents"),
+    "¥": ("yen", "yen", ""), "₹": ("rupee", "rupees", "paise"), "₩": ("won", "won", ""), "₽": ("ruble", "rubles", ""),
+    "¢": ("cent", "cents", ""),
+}
+_COUNTRIES = {"us": "", "a": "australian", "au": "australian", "c": "canadian", "ca": "canadian", "hk": "hong kong",
+              "nz": "new zealand"}
+_SCALES = {"hundred": "hundred", "thousand": "thousand", "million": "million", "billion": "billion",
+           "trillion": "trillion", "k": "thousand", "m": "million", "mn": "million", "bn": "billion", "b": "billion",
+           "tn": "trillion"}
+_UNITS = {
+    "km": "kilometer", "m": "meter", "cm": "centimeter", "mm": "millimeter", "\u03bcm": "micrometer", "nm": "nanometer",
+    "ft": "foot", "in": "inch", "yd": "yard", "yds": "yard", "mi": "mile", "kg": "kilogram", "g": "gram",
+    "mg": "milligram", "\u03bcg": "microgram", "mcg": "microgram", "lb": "pound", "lbs": "pound", "oz": "ounce",
+    "l": "liter", "L": "liter", "dl": "deciliter", "dL": "deciliter", "ml": "milliliter", "mL": "milliliter",
+    "cl": "centiliter", "tsp": "teaspoon", "tbsp": "tablespoon", "gal": "gallon", "s": "second", "sec": "second",
+    "secs": "second", "ms": "millisecond", "min": "minute", "mins": "minute", "h": "hour", "hr": "hour", "hrs": "hour",
+    "yr": "year", "yrs": "year", "mph": "mile per hour", "kph": "kilometer per hour", "rpm": "revolution per minute",
+    "Hz": "hertz", "kHz": "kilohertz", "MHz": "megahertz", "GHz": "gigahertz", "W": "watt", "kW": "kilowatt",
+    "MW": "megawatt", "GW": "gigawatt", "kWh": "kilowatt hour", "V": "volt", "kV": "kilovolt", "mA": "milliamp",
+    "kB": "kilobyte", "KB": "kilobyte", "MB": "megabyte", "GB": "gigabyte", "TB": "terabyte", "dB": "decibel",
+    "kcal": "kilocalorie", "cal": "calorie", "kJ": "kilojoule", "kPa": "kilopascal", "hPa": "hectopascal",
+    "mmHg": "millimeter of mercury", "ppm": "part per million", "ha": "hectare", "mol": "mole", "Ω": "ohm",
+    "°C": "degree celsius", "°F": "degree fahrenheit", "°": "degree", "%": "percent", "′": "foot", "″": "inch",
+}
+_PLURALS = {"foot": "feet", "inch": "inches", "hertz": "hertz", "percent": "percent"}
+_POINTED_UNITS = {"ft", "in", "yd", "yds", "mi", "lb", "lbs", "oz", "tsp", "tbsp", "gal", "sec", "secs", "min", "mins",
+                  "hr", "hrs", "yr", "yrs"}
+_LONE_LETTERS = {"s", "h", "l", "L", "V", "W", "g", "m", "in", "°", "′", "″"}
+"""Units that after a space are as likely something else."""
+_ABBREVIATIONS = {
+    "mr.": ("mister",), "mrs.": ("missus",), "ms.": ("miss", "miz"), "prof.": ("professor",), "jr.": ("junior",),
+    "sr.": ("senior",), "vs.": ("versus",), "vs": ("versus",), "etc.": ("et cetera",), "&c.": ("et cetera",),
+    "e.g.": ("for example", "e g"), "i.e.": ("that is", "i e"), "eg.": ("for example",), "ie.": ("that is",),
+    "viz.": ("namely",), "cf.": ("compare",), "ca.": ("circa",), "approx.": ("approximately",), "vol.": ("volume",),
+    "vols.": ("volumes",), "gen.": ("general",), "col.": ("colonel",), "capt.": ("captain",), "lt.": ("lieutenant",),
+    "sgt.": ("sergeant",), "maj.": ("major",), "cmdr.": ("commander",), "adm.": ("admiral",), "gov.": ("governor",),
+    "sen.": ("senator",), "rep.": ("representative",), "pres.": ("president",), "rev.": ("reverend",),
+    "hon.": ("honorable",), "messrs.": ("messieurs",), "mt.": ("mount",), "ft.": ("fort",), "ave.": ("avenue",),
+    "blvd.": ("boulevard",), "rd.": ("road",), "dept.": ("department",), "univ.": ("university",), "inc.": ("inc",),
+    "ltd.": ("limited",), "corp.": ("corporation",), "bros.": ("brothers",), "ph.d.": ("p h d",), "ph.d": ("p h d",),
+    "ph.ds": ("p h ds",), "b.sc.": ("b s c",), "m.sc.": ("m s c",), "d.phil.": ("d phil",), "jan.": ("january",),
+    "feb.": ("february",), "apr.": ("april",), "aug.": ("august",), "sept.": ("september",), "oct.": ("october",),
+    "nov.": ("november",), "dec.": ("december",), "w/": ("with",), "w/o": ("without",), "et al.": ("et al",),
+    "24/7": ("twenty four seven",), "9/11": ("nine eleven",), "c#": ("c sharp",), "f#": ("f sharp",),
+}
+_BEFORE_DIGITS = {
+    "no": "number", "nos": "numbers", "fig": "figure", "figs": "figures", "p": "page", "pp": "pages", "ch": "chapter",
+    "sec": "section", "eq": "equation", "art": "article", "mar": "march", "jun": "june", "jul": "july", "c": "circa",
+    "v": "version", "ver": "version", "st": "street", "pt": "part",
+    "vol": "volume",
+}
+"""Abbreviations with a point that are words of their own unless a number follows."""
+_MONTHS = _listed("january february march april may june july august september october november december")
+_SHORT_MONTHS = {f"{month[:3]}." for month in _MONTHS} | {"sept."}
+_COUNTED = _listed(
+    "chapter part book volume act scene section article title phase type war figure table appendix class level stage",
+    "grade bowl season canto psalm sonnet episode division corps region no number verse lecture problem page",
+    "listing exercise example vol amendment apollo saturn mark rocky plate schedule session symphony concerto",
+)
+_NAMED = _listed(
+    "henry louis george edward charles james william richard elizabeth mary philip pius leo benedict clement innocent",
+    "gregory urban paul john francis frederick ferdinand napoleon alexander nicholas peter catherine otto alfonso ivan",
+    "christian gustav leopold wilhelm franz ramses rameses ptolemy darius xerxes cleopatra constantine theodosius",
+    "robert david malcolm stephen sigismund selim mehmed murad haakon olaf harald margaret victoria emmanuel pope",
+    "king queen",
+)
+_AFTER_NAMES = _listed("of was had who and is in to reigned died became ruled")
+_NO_NUMERALS = _listed("MIX DIM LI DI MI CI MD CD DC XL XXL CV CC DL ML CL DX MC CM MM")
+"""Roman numerals that are more often something else."""
+_STARTERS = _listed(
+    "the a an in it this that these those he she they we you i but and or so if when while as at on for by to from",
+    "with after before however although because there here what who why how where since during its his her their our",
+    "my is was are were",
+)
+_GREEK = {"α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "ε": "epsilon", "ζ": "zeta", "η": "eta", "θ": "theta",
+          "ι": "iota", "κ": "kappa", "λ": "lambda", "μ": "mu", "ν": "nu", "ξ": "xi", "ο": "omicron", "π": "pi",
+          "ρ": "rho", "σ": "sigma", "ς": "sigma", "τ": "tau", "υ": "upsilon", "φ": "phi", "χ": "chi", "ψ": "psi",
+          "ω": "omega"}
+_ONES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _ORDINALS = {"one": "first", "two": "second", "three": "third", "five": "fifth", "eight": "eighth", "nine": "ninth",
              "twelve": "twelfth"}
-_FRACTIONS = {"1/2": ("one half", "a half"), "1/3": ("one third", "a third"), "2/3": ("two thirds",),
-              "1/4": ("one quarter", "a quarter", "one fourth"), "3/4": ("three quarters", "three fourths")}
-_SYMBOLS = {"&": "and", "%": "percent", "+": "plus", "=": "equals", "@": "at", "°": "degrees", "§": "section",
-            "×": "times", "½": "a half", "¼": "a quarter", "¾": "three quarters", "#": "number"}
-_CURRENCIES = {"$": ("dollar", "dollars", "cents"), "£": ("pound", "pounds", "pence"), "€": ("euro", "euros", "cents")}
-_ABBREVIATIONS = {
-    "mr.": ("mister",), "mrs.": ("missus",), "ms.": ("miss", "miz"), "dr.": ("doctor", "drive"),
-    "prof.": ("professor",),
-    "st.": ("saint", "street"), "jr.": ("junior",), "sr.": ("senior",), "vs.": ("versus",), "etc.": ("et cetera",),
-    "e.g.": ("e g", "for example"), "i.e.": ("i e", "that is"), "no.": ("no", "number"), "nos.": ("numbers",),
-    "vol.": ("volume",), "fig.": ("figure", "fig"), "gen.": ("general",), "col.": ("colonel",), "capt.": ("captain",),
-    "lt.": ("lieutenant",), "sgt.": ("sergeant",), "rev.": ("reverend",), "mt.": ("mount",), "ave.": ("avenue",),
-}
-# fmt: on
-_PIECES = re.compile(
-    r"(?P<fraction>(?<!\d)\d/\d(?!\d))"
-    r"|(?P<time>\d{1,2}:\d\d(?!\d))"
-    r"|(?P<currency>[$£€])?(?P<number>\d+(?:,\d{3})*)(?P<decimals>\.\d+)?(?P<suffix>(?:st|nd|rd|th|'?s)(?![a-z]))?"
-    r"|(?P<initials>(?:[a-z]\.){2,}|(?:[a-z]\.)+[a-z](?![a-z]))"
-    r"|(?P<letters>'?[a-z]+(?:'[a-z]+)*'?)"
-    r"|(?P<symbol>[&%+=@°§×½¼¾#$£€])"
+_EVENTS = (
+    "laughter|laughs?|laughing|chuckles?|chuckling|giggles?|applause|clapping|cheers|cheering|music(?:al)?|noises?|"
+    "coughs?|coughing|sighs?|sighing|sniffs?|sniffles|sneezes?|breath(?:ing|s|es)?|inhales|exhales|gasps?|silence|"
+    "pause|beep(?:s|ing)?|static|inaudible|unintelligible|indistinct|crosstalk|foreign|groans?|crying|sobs|sobbing|"
+    "screams?|screaming|barking|ringing|knocking|footsteps|singing|humming|background|noise|sound|sil|spn|nsn|vocalized"
+    "|blank_audio|illustration|footnote|sic|edit|citation needed"
 )
+# fmt: on
+
+_INVISIBLE = re.compile(
+    r"[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff"
+    r"\U000e0000-\U000e0fff\x00-\x08\x0e-\x1f\x7f-\x9f]"
+)
+_ALIKE = str.maketrans({**dict.fromkeys("’‘ʼ`´ʹ＇", "'"), **dict.fromkeys("‐‑﹣－", "-"), "−": "-", "―": "—", "″": "″",
+                        "º": "°", "⁄": "/", "∕": "/"})  # fmt: skip
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
+_SUPERSCRIPT = "[⁰¹²³⁴-⁹⁺⁻ⁿ]"
+_KEPT = re.compile(rf"({_SUPERSCRIPT}+|[″‴…])")
+_VULGAR = re.compile(r"(?<=\d)(?=[¼-¾⅐-⅞])")
+_LATIN = str.maketrans({"ł": "l", "ø": "o", "æ": "ae", "œ": "oe", "ß": "ss", "đ": "d", "ð": "d", "þ": "th", "ı": "i",
+                        "ħ": "h", "ŋ": "ng", "ƒ": "f"})  # fmt: skip
+
+_NUM = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
+_SIGNS_OF_MONEY = "$£€¥₹₩₽"
+_LETTER = r"[^\W\d_⁰¹²³⁴-⁹ⁿ]"
+_PIECE = re.compile(
+    rf"""
+    (?P<iso>\d{{4}}-\d\d-\d\d(?!\d))
+    |(?P<date>(?<![\d/])\d{{1,2}}/\d{{1,2}}/(?:\d{{4}}|\d\d)(?![\d/]))
+    |(?P<digits>(?<![\w.])(?:\+?\d{{1,2}}[-.])?(?:\d{{3}}[-.])?\d{{3}}-\d{{4}}(?![\w-])|(?<![\w-])\d+(?:-\d+){{2,}})
+    |(?P<version>\d+(?:\.\d+){{2,}})
+    |(?:(?P<whole>\d+)[ ])?(?P<top>(?<![\d/.,])\d{{1,3}})/(?P<bottom>\d{{1,4}})(?:ths?(?!{_LETTER}))?(?![\d/])
+    |(?P<hour>(?<![\d:])\d{{1,2}}):(?P<minute>[0-5]\d)(?::(?P<second>[0-5]\d))?(?!\d)
+    |(?P<feet>\d+)'(?P<inches>\d+)(?:"|''|″)
+    |(?P<sign>(?<![\w.,)\]%'’])[-–±+~≈](?=[{_SIGNS_OF_MONEY}]?\.?\d))?
+     (?:(?P<country>(?<!\w)(?:US|AU?|CA?|HK|NZ))?(?P<currency>[{_SIGNS_OF_MONEY}]))?
+     (?P<number>{_NUM})
+     (?:[-–—](?P<money>[{_SIGNS_OF_MONEY}])?(?P<to>{_NUM})(?![-–/:]?\d))?
+     (?P<suffix>(?:st|nd|rd|th|'?s)(?!{_LETTER}))?
+    |(?P<initials>(?:[A-Za-z]\.){{2,}}|(?:[A-Za-z]\.)+[A-Za-z](?!{_LETTER})|(?<!\w)[A-HJ-Z]\.(?=,?$))
+    |(?P<letters>'?{_LETTER}+(?:'{_LETTER}+)*'?)
+    |(?P<power>{_SUPERSCRIPT}+|\^-?\d+)
+    |(?P<per>(?<=[\w%°.])/(?=\w))
+    |(?P<range>(?<=\d):(?=\d)|(?<=\d)–(?=[A-Z]\d))
+    |(?P<dot>(?<=[a-z0-9])\.(?=[a-z]{{2}}))
+    |(?P<prime>[′″])
+    |(?P<symbol>[^\w\s])
+    """,
+    re.VERBOSE,
+)
+_UNIT = re.compile(
+    "(?P<unit>" + "|".join(map(re.escape, sorted(_UNITS, key=len, reverse=True))) + r")(?P<power>[²³])?"
+    r"(?:/(?P<per>" + "|".join(map(re.escape, sorted(_UNITS, key=len, reverse=True))) + r")(?P<under>[²³])?)?"
+    rf"(?!{_LETTER}|\d|')"
+)  # fmt: skip
+_AMOUNT = re.compile(rf"[{_SIGNS_OF_MONEY}]\.?\d[\d.,]*$|\d(?:{'|'.join(filter(str.isalpha, _UNITS))})$")
+_AFTER_MONEY = re.compile(rf"[{_SIGNS_OF_MONEY}][\d.,–-]+\Z")
+_ROMAN = re.compile(r"(?=.)M{0,3}(?:CM|CD|D?C{0,3})(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})")
+_MARKS = frozenset(".,;:!?…—–-\"“”'()[]{}«»„‚")
+"""Written punctuation that a synthesizer is given, for the prosody."""
+_SIMPLE = re.compile(r"[\"“(']*([A-Za-z]?[a-z]+(?:'[a-z]+)?)[,.;:!?\"”)]*")
+_PLAIN = re.compile(r"[\w\s.,;:!?…—–\-\"“”'‘’()]*", re.ASCII)
 _MAX_ACRONYM = 5
+_MAX_DIGITS = 15
+"""Of numbers that are said as such; the digits of longer ones are read one by one."""
+_ASIDES = re.compile(
+    r"[\[{<(*]+\s*(?!(?:the|an?|his|her|their|its|this|that|of)\b)(?:[^\[\]{}<>()*]{0,30}\b)?"
+    rf"(?:{_EVENTS})\b[^\[\]{{}}<>()*]{{0,40}}[\]}})>*]+"
+    r"|\[[\s*†]*(?:\d{1,3}(?:\s*[,–-]\s*\d{1,3})*[a-z]?)?\]|(?:(?<=\w)\[[a-z]\]|(?-i:\[[b-hj-np-z]\]))(?!\w)"
+    r"|</?[a-z][^<>]{0,80}>",
+    re.IGNORECASE,
+)
+_PARENTHETIC = re.compile(
+    r"[(*](?:laughter|laughs?|laughing|chuckles?|applause|inaudible|unintelligible|crosstalk|coughs?|coughing|sighs?"
+    r"|cheering)[)*]",
+    re.IGNORECASE,
+)
+_INSIDE = re.compile(r"\[(\w+)\](?=\w)|(?<=\w)\[(\w+)\]")
+"""Letters that an editor changed: "[H]e"."""
+_BRACKETED = re.compile(r"(?:(?<=\s)|^)\[[^\[\]]*\](?=[\s.,;:!?]|$)")
 
 
-def spoken_tokens(words: Sequence[str]) -> list[list[Token]]:
-    """For each written word what is said for it: 0 or more tokens (none for a lone dash)."""
+# --- Words -----------------------------------------------------------------------------------------------------------
+
+
+def read_words(words: Sequence[str], in_brackets: bool = True) -> list[Spoken]:
+    """What is said for each written word of a text.
+
+    Args:
+        words: `text.split()`.
+        in_brackets: words in square brackets are said ("[the king]"); sounds ("[laughter]") and notes ("[12]") never.
+
+    Raises:
+        BadInput: a word that cannot be read: in another script, or of signs without a name.
+    """
+    shown = _without_asides(words, in_brackets)
     shouting = not any(char.islower() for word in words for char in word)
-    tokens: list[list[Token]] = []
-    for index, word in enumerate(words):
-        following = _plain(words[index + 1]).lower() if index + 1 < len(words) else ""
-        previous = words[index - 1] if index else ""
-        tokens.append(_word_tokens(word, previous, following, shouting))
-    return tokens
+    plain = [_plain(_INSIDE.sub(r"\1\2", word) if "[" in word else word) for word in shown]
+    result = []
+    for index, word in enumerate(plain):
+        previous = plain[index - 1] if index else ""
+        if (simple := _SIMPLE.fullmatch(word)) and not _needs_context(simple[1], word, previous):
+            result.append(Spoken(word, [((simple[1].lower(),),)]))
+            continue
+        following = next((other for other in plain[index + 1 :] if other), "")
+        context = _Context(previous, following, shouting, _number_before(plain, index))
+        result.append(_read(word, context))
+    return result
 
 
+def spoken_tokens(words: Sequence[str], in_brackets: bool = True) -> list[list[Token]]:
+    """For each written word what an aligner looks for: 0 or more tokens (none for a lone dash)."""
+    return [spoken.tokens for spoken in read_words(words, in_brackets)]
+
+
+def unsaid_signs(text: str) -> str:
+    """The signs of a text that can be read which are not said, such as emoji."""
+    if _PLAIN.fullmatch(text):
+        return ""
+    return "".join(spoken.unsaid for spoken in read_words(text.split()))
+
+
+def transcript_tokens(words: Sequence[str]) -> list[list[list[Token]]]:
+    """The ways in which a transcript may have been said: `spoken_tokens` with the words in square brackets and, if
+    there are any, without. An editor's "[the king]" is said, "[door slams]" is not, and only the recording tells.
+    """
+    ways = [spoken_tokens(words)]
+    if any("[" in word for word in words) and (without := spoken_tokens(words, in_brackets=False)) != ways[0]:
+        ways.append(without)
+    return ways
+
+
+def unreadable(text: str) -> str:
+    """The first part of a text that has no English reading, "" if there is none."""
+    if text.isascii():
+        return ""
+    plain = _plain(text)
+    return next((char for char in plain if not char.isascii() and not _has_reading(char)), "") or _greek_word(plain)
+
+
+@lru_cache(maxsize=1 << 14)
 def cardinal(number: int, conjunction: bool = False) -> Reading:
     """`cardinal(342)`: three hundred forty two; with `conjunction` three hundred and forty two."""
-    if number < 20:
-        return (_ONES[number],)
-    if number < 100:
-        return (_TENS[number // 10], *((_ONES[number % 10],) if number % 10 else ()))
-    scale, name = next((scale, name) for scale, name in _SCALES if number >= scale)
-    rest = number % scale
-    link = ("and",) if conjunction and 0 < rest < 100 else ()
-    return (*cardinal(number // scale, conjunction), name, *link, *(cardinal(rest, conjunction) if rest else ()))
+    from num2words import num2words
+
+    if number >= 10**_MAX_DIGITS:
+        return digits_of(str(number))
+    words = re.findall("[a-z]+", num2words(number))
+    return tuple(word for word in words if conjunction or word != "and")
 
 
 def ordinal(reading: Reading) -> Reading:
@@ -78,6 +313,343 @@ def ordinal(reading: Reading) -> Reading:
     return (*head, last.removesuffix("y") + "ieth" if last.endswith("y") else last + ("h" if last[-1] == "t" else "th"))
 
 
+def _without_asides(words: Sequence[str], in_brackets: bool) -> list[str]:
+    """The words without what nobody says: sounds and notes in brackets, and tags; or any words in square brackets."""
+    text = " ".join(words)
+    if not any(sign in text for sign in "[<{(*"):
+        return list(words)
+    gone = [
+        match.span() for match in _ASIDES.finditer(text) if match[0][0] not in "(*" or _PARENTHETIC.fullmatch(match[0])
+    ]
+    if not in_brackets:
+        gone += [match.span() for match in _BRACKETED.finditer(text)]
+    kept = list(text)
+    for start, end in gone:
+        kept[start:end] = ["\x00" if char != " " else " " for char in text[start:end]]
+    return ["".join(kept[start:end]).replace("\x00", "") for start, end in _bounds(words)]
+
+
+def _bounds(words: Sequence[str]) -> Iterator[tuple[int, int]]:
+    position = 0
+    for word in words:
+        yield position, position + len(word)
+        position += len(word) + 1
+
+
+def _plain(word: str) -> str:
+    """One character for each sign: NFKC ("Ａ", "①", "℃"), without invisible ones; superscripts stay."""
+    if word.isascii():
+        return html.unescape(word) if "&" in word and ";" in word else word
+    word = html.unescape(word) if "&" in word and ";" in word else word
+    word = _VULGAR.sub(" ", _INVISIBLE.sub("", word)).translate(_ALIKE)
+    parts = _KEPT.split(word)
+    parts[::2] = [unicodedata.normalize("NFKC", part).translate(_ALIKE) for part in parts[::2]]
+    plain = "".join(parts).replace("′′", "″")
+    return "".join(
+        str(unicodedata.decimal(char)) if not char.isascii() and char.isdecimal() else char for char in plain
+    )
+
+
+def _fold(letters: str) -> str:
+    """Letters a – z and apostrophes, without accents; Greek letters by name."""
+    if letters.isascii():
+        return letters.lower()
+    lower = "".join(_GREEK.get(char, char) for char in letters.lower()).translate(_LATIN)
+    return "".join(char for char in unicodedata.normalize("NFKD", lower) if not unicodedata.combining(char))
+
+
+@lru_cache(maxsize=1 << 12)
+def is_unsaid(char: str) -> bool:
+    """Whether a character is a picture or another sign that has no name and is no punctuation: emoji, "♪"."""
+    is_sign = unicodedata.category(char) in ("So", "Sk", "Me", "Cn") and not "\u2500" <= char <= "\u25ff"
+    return is_sign and unicodedata.normalize("NFKC", char) == char and char not in _SYMBOLS and char not in "\ufffd`´"
+
+
+@lru_cache(maxsize=1 << 12)
+def _has_reading(char: str) -> bool:
+    """Letters of the Latin alphabet, digits, signs with a name, punctuation, and pictures, which are not said."""
+    category = unicodedata.category(char)
+    if category[0] == "L":
+        return bool(re.fullmatch("[a-z]+", _fold(char)))
+    if category[0] == "N":  # of another script; those of ours are ASCII by now
+        return re.fullmatch(_SUPERSCRIPT, char) is not None
+    return char != "\ufffd" and (category[0] in "PZMS" or category in ("Cc", "Cf"))
+
+
+def _greek_word(plain: str) -> str:
+    found = re.search("[α-ωά-ώ]{2,}", plain.lower())
+    return found[0] if found else ""
+
+
+def _needs_context(core: str, word: str, previous: str) -> bool:
+    """Whether a word of plain letters may be an abbreviation, a unit or a numeral."""
+    lower = core.lower()
+    return (
+        len(core) == 1
+        or core.isupper()
+        or (f"{lower}." in _ABBREVIATIONS and "." in word)
+        or lower in _ABBREVIATIONS
+        or lower in _BEFORE_DIGITS
+        or lower in ("st", "dr", "co", "al")
+        or previous[-1:].isdigit()
+        or (core in _UNITS and core != "in")
+        or not previous[-1:].isascii()
+    )
+
+
+def _number_before(plain: Sequence[str], index: int) -> str:
+    """The number that the word before is or ends with, for a unit may follow; "" if there is none."""
+    if index == 0:
+        return ""
+    previous = plain[index - 1].lstrip("(\"“'~-–±")
+    if previous.lower() in ("million", "billion", "trillion", "sq.", "square", "cubic", "half"):
+        return "2"
+    if fraction := re.fullmatch(r"(\d+ )?\d+/\d+", previous):
+        return "2" if fraction[1] else "1"
+    found = re.fullmatch(rf"(?:.*[-–—/xX×])?({_NUM})", previous)
+    return found[1] if found else ""
+
+
+# --- One word --------------------------------------------------------------------------------------------------------
+
+
+def _read(plain: str, context: _Context) -> Spoken:
+    if not plain.isascii() and (sign := unreadable(plain)):
+        raise BadInput(f"'{sign[:20]}' in '{plain[:40]}' has no English reading")
+    tokens: list[Token] = []
+    text, unsaid, in_words = "", "", False  # the piece before was put in words
+    for start, piece in _pieces(plain, context):
+        written = plain[start : piece.end]
+        said = written if piece.said is None else piece.said
+        if text[-1:].isalnum() and said[:1].isalnum() and (in_words or piece.said is not None):
+            text += " "
+        text += said or (" " if piece.said is not None and plain[piece.end : piece.end + 1].isalnum() else "")
+        in_words = (in_words and not piece.tokens) or piece.said is not None
+        tokens += piece.tokens
+        unsaid += "" if said or piece.tokens else written
+    return Spoken(" ".join(text.split()) if tokens else _pauses(text), tokens, unsaid)
+
+
+def _pauses(text: str) -> str:
+    return "".join(char for char in text if char in ".,;:!?…—–-")
+
+
+def _pieces(plain: str, context: _Context) -> Iterator[tuple[int, _Piece]]:
+    position, number, glued = 0, context.number, False
+    abbreviation = _abbreviation(plain, context)
+    while match := _PIECE.search(plain, position):
+        start = match.start()
+        if abbreviation and start >= abbreviation[0]:
+            yield abbreviation
+            position, abbreviation = abbreviation[1].end, None
+            continue
+        adjacent = glued and start == position
+        may_be_unit = number and (adjacent or not plain[:start].strip("-"))
+        unit = _UNIT.match(plain, start) if may_be_unit else None
+        if unit and not adjacent and unit[0] in _LONE_LETTERS and not _is_unit_alone(unit[0], plain, context):
+            unit = None
+        if unit and unit[0].lower() in _SCALES and _AFTER_MONEY.search(plain, 0, start):
+            unit = None  # "$5m"
+        if unit:
+            piece = _unit(unit, number, plain, context)
+        else:
+            piece = _piece(match, plain, context, number if adjacent else "")
+        yield start, piece
+        glued = bool(match["number"] or match["bottom"] or unit)
+        number = "" if unit else match["to"] or match["number"] or ""
+        if match["bottom"] and not unit:  # "½ mile", "2½ miles"
+            number = "2" if match["whole"] else "1"
+        position = max(piece.end, start + 1)
+
+
+def _piece(match: re.Match[str], plain: str, context: _Context, number: str) -> _Piece:
+    """What is said for a piece of a word; `number` stands right before it."""
+    end = match.end()
+    if match["letters"]:
+        return _letters(match, plain, context, number)
+    if match["initials"]:
+        letters = tuple(_fold(char) for char in match[0] if char.isalpha())
+        is_last = not context.following and match[0].endswith(".") and end == len(plain.rstrip("\"'”)"))
+        return _Piece(end, [(letters,)], " ".join(letters).upper() + ("." if is_last else ""))
+    if match["number"]:
+        return _said(end, _quantity(match, plain, context))
+    if match["bottom"]:
+        return _said(end, _fraction(match, context))
+    if match["hour"]:
+        return _said(end, _time(match, plain, context))
+    if match["iso"] or match["date"]:
+        return _said(end, [_date(match[0])])
+    if match["digits"]:
+        return _said(end, [(digits_of(part),) for part in re.split("[-.]", match[0].lstrip("+"))])
+    if match["version"]:
+        first, *rest = match[0].split(".")
+        return _said(end, [(cardinal(int(first)),), *[(("point", *_small(part)),) for part in rest]])
+    if match["feet"]:
+        feet, inches = cardinal(int(match["feet"])), cardinal(int(match["inches"]))
+        return _said(end, [((*feet, "feet"),), ((*inches, "inches"), inches)])
+    if match["power"]:
+        return _said(end, _power(match[0], plain[: match.start()]))
+    if match["per"]:
+        return _said(end, [(("per",), ("a",))] if _is_per(plain[: match.start()], plain[end:]) else [])
+    if match["range"]:
+        return _said(end, [(("to",),)])
+    if match["dot"]:
+        return _said(end, [(("dot",),)])
+    return _symbol(match, plain, number)
+
+
+def _said(end: int, tokens: list[Token]) -> _Piece:
+    return _Piece(end, tokens, " ".join(word for token in tokens for word in token[0]))
+
+
+def _abbreviation(plain: str, context: _Context) -> tuple[int, _Piece] | None:
+    """A word that is an abbreviation as a whole, but for quotes and punctuation around it."""
+    core = plain.lower().strip("\"'()[]{},;:!?“”«»")
+    start = plain.lower().find(core) if core else 0
+    readings = _ABBREVIATIONS.get(core) or _abbreviation_in_context(core, plain, context)
+    if core in _SHORT_MONTHS and core.upper() in plain and not context.shouting:
+        return None  # "AUG."
+    if not readings or (core.endswith(".") and core in ("inc.", "ft.") and context.number):
+        return None
+    ends_text = core.endswith(".") and not context.following
+    token = tuple(tuple(reading.split()) for reading in readings)
+    is_spelled = all(len(word) == 1 for word in token[0][:2]) and len(token[0]) > 1
+    first = readings[0].upper() if is_spelled else readings[0]
+    capital = plain[start : start + 1].isupper() and not is_spelled
+    said = (first[:1].upper() + first[1:] if capital else first) + ("." if ends_text else "")
+    return start, _Piece(start + len(core), [token], said)
+
+
+def _abbreviation_in_context(core: str, plain: str, context: _Context) -> Sequence[str]:
+    stem, following, previous = core.removesuffix("."), context.following, context.previous
+    named = following.lstrip("\"“'(")[:1].isupper() and _fold(following.strip(".,;:!?'\"")) not in _STARTERS
+    if stem == "st" and (core != stem or named or not following[:1].isupper()):
+        return ("saint", "street") if named else ("street", "saint")
+    if stem == "dr" and core != stem:
+        return ("doctor", "drive") if named or not previous[:1].isupper() else ("drive", "doctor")
+    if core == "v." and previous[:1].isupper() and named:
+        return ("versus", "v")
+    if core == "al." and _fold(previous) == "et":
+        return ("al",)
+    if core == "co." and previous[:1].isupper():
+        return ("company", "co")
+    has_point = core != stem or (stem in ("no", "nos") and plain.lstrip("\"'(“")[:1] == "N" and not context.shouting)
+    if stem in _BEFORE_DIGITS and has_point and not context.number and re.match(r"[\"'(]*[#$]?\d", following):
+        return (_BEFORE_DIGITS[stem], stem)
+    if core == "no." and re.match(r"[A-Z]?\d", following):
+        return ("number", "no")
+    return ()
+
+
+def _letters(match: re.Match[str], plain: str, context: _Context, number: str) -> _Piece:
+    """A word. A short one in capitals is also spelled or a Roman numeral; after a number it may be a scale."""
+    written, end = match[0], match.end()
+    folded = _fold(written)
+    spoken = folded.removeprefix("'").removesuffix("'")
+    if re.search(r"[A-Za-z][\d.,]*\d$", plain[: match.start()]):
+        number = ""  # "B2B"
+    if number and folded in ("am", "pm"):
+        return _Piece(end, [(tuple(folded),)], " ".join(folded).upper())
+    money = re.search(rf"([{_SIGNS_OF_MONEY}])[\d.,–-]+$", plain[: match.start()])
+    if number and folded in _SCALES and (money or folded not in ("m", "b") or written.isupper()):
+        unit = (_CURRENCIES[money[1]][1],) if money else ()
+        return _said(end, [((_SCALES[folded], *unit), (_SCALES[folded],), (folded,))])
+    if number and folded == "x":
+        return _said(end, [(("times",), ("x",))])
+    if _is_scale(spoken) and re.search(rf"[{_SIGNS_OF_MONEY}]\.?\d[\d.,]*(?:[-–]\d[\d.,]*)?$", context.previous):
+        sign = re.findall(rf"[{_SIGNS_OF_MONEY}]", context.previous)[-1]
+        return _said(end, [((spoken, _CURRENCIES[sign][1]), (spoken,))])
+    if folded == "no" and re.match(r"\s?\d", plain[end:]):
+        return _said(end, [(("number",),)])
+    if folded in _BEFORE_DIGITS and folded not in ("c", "v") and re.match(r"\.\d", plain[end:]):  # "p.12", not "C.1"
+        return _said(end + 1, [((_BEFORE_DIGITS[folded],),)])
+    if any(char in _GREEK for char in written.lower()):
+        return _said(end, [((re.sub("[^a-z']", "", spoken),),)])
+    if numeral := _roman(written, plain[end:], context):
+        return _said(end, [numeral])
+    word = (re.sub("[^a-z']", "", spoken),)
+    stem = written.removesuffix("'s").removesuffix("s") if len(written) > 2 else written
+    if context.shouting or not (stem.isupper() and 2 <= len(stem) <= _MAX_ACRONYM):
+        return _Piece(end, [(word,)] if word[0] else [], None)
+    spelled = tuple(_fold(stem))
+    ending = spoken[len(spelled) :]
+    return _Piece(end, [((*spelled[:-1], f"{spelled[-1]}'s") if ending else spelled, word)], None)
+
+
+def _is_scale(word: str) -> bool:
+    return word in ("hundred", "thousand", "million", "billion", "trillion")
+
+
+def _roman(written: str, rest: str, context: _Context) -> Token | None:
+    """Readings of a Roman numeral: after a name an ordinal (Henry VIII), else a number (Chapter IV)."""
+    numeral = written.removesuffix("'s")
+    if not (numeral.isascii() and _ROMAN.fullmatch(numeral)):
+        return None
+    before = context.previous.strip("\"'“(")
+    counted, named = before.lower().rstrip(".") in _COUNTED, before[:1].isupper() and before.isalpha()
+    is_century = _fold(context.following).startswith("centur")
+    if len(numeral) == 1:
+        ends = rest[:1] in tuple(",.;:)'") or _fold(context.following) in _AFTER_NAMES
+        is_numeral = numeral in "IVX" and (counted or (named and before.lower() in _NAMED and (numeral != "I" or ends)))
+    else:
+        stands = len(numeral) > 2 or named or not before or is_century
+        is_plain = len(numeral) > 3 or not set(numeral) & set("LCDM")
+        is_numeral = counted or (numeral not in _NO_NUMERALS and is_plain and stands)
+    if not is_numeral:
+        return None
+    number = sum(_roman_values(numeral))
+    plain: Token = (*_in_pairs(number), cardinal(number)) if number >= 1000 else (cardinal(number),)
+    regnal: Token = (("the", *ordinal(cardinal(number))),)
+    first = (*regnal, *plain) if named and not counted else (*plain, *regnal)
+    first = (tuple(ordinal(cardinal(number))), *first) if is_century else first
+    spelled: Token = ((numeral.lower(),), tuple(numeral.lower()))
+    if written.endswith("'s"):
+        first = tuple((*reading[:-1], f"{reading[-1]}'s") for reading in first)
+    return tuple(dict.fromkeys((*first, *spelled)))
+
+
+def _roman_values(numeral: str) -> Iterator[int]:
+    values = [{"I": 1, "V": 5, "X": 10, "L": 50, "C": 100, "D": 500, "M": 1000}[char] for char in numeral]
+    for value, following in zip(values, [*values[1:], 0], strict=True):
+        yield -value if value < following else value
+
+
+def _symbol(match: re.Match[str], plain: str, number: str) -> _Piece:
+    sign, start, end = match[0], match.start(), match.end()
+    digit_follows = plain[end : end + 1].isdigit() or (plain[end : end + 1] == "" and sign in "<>")
+    if sign in _CURRENCIES:
+        return _said(end, [((_CURRENCIES[sign][0] if number == "1" else _CURRENCIES[sign][1],),)])
+    if sign in _BETWEEN_NUMBERS and not (digit_follows and (start == 0 or plain[start - 1].isdigit())):
+        return _Piece(end, [], "")
+    if sign == "#" and plain[end : end + 1].isalpha():
+        return _said(end, [(("hashtag",),)])
+    if sign in _BEFORE_NUMBERS and not plain[end : end + 1].isdigit():
+        return _Piece(end, [], "")
+    name = _SYMBOLS.get(sign) or _unicode_name(sign)
+    if name:
+        return _said(end, [(tuple(name.split()),)])
+    return _Piece(end, [], None if sign in _MARKS else "")
+
+
+@lru_cache(maxsize=1 << 10)
+def _unicode_name(sign: str) -> str:
+    if unicodedata.category(sign) not in ("Sm", "Sc") or sign in "|¦":
+        return ""
+    name = unicodedata.name(sign, "").lower()
+    return " ".join(re.findall("[a-z]+", name.removesuffix(" sign")))
+
+
+# --- Numbers ---------------------------------------------------------------------------------------------------------
+
+
+def digits_of(digits: str) -> Reading:
+    return tuple(_ONES[int(digit)] for digit in digits)
+
+
+def _small(digits: str) -> Reading:
+    return cardinal(int(digits)) if len(digits) <= 2 and digits[0] != "0" else digits_of(digits)
+
+
 def _plural(reading: Reading) -> Reading:
     *head, last = reading
     if last.endswith("y"):
@@ -85,118 +657,122 @@ def _plural(reading: Reading) -> Reading:
     return (*head, last + ("es" if last.endswith("x") else "s"))
 
 
-def _plain(word: str) -> str:
-    """Without accents and with plain apostrophes."""
-    letters = unicodedata.normalize("NFKD", re.sub("[½¼¾]", lambda match: f" {match[0]} ", word))
-    decomposed = "".join(char for char in letters if not unicodedata.combining(char))
-    return re.sub("[’‘ʼ`´]", "'", decomposed)
+def _is_per(before: str, after: str) -> bool:
+    """Whether a slash stands behind an amount ("$40/week"), or before a number ("births/1,000")."""
+    if after[0].isdigit():
+        return before[-1].isalpha() and not re.search(r"\d", before)
+    return before in _UNITS or bool(_AMOUNT.search(before))
 
 
-def _word_tokens(word: str, previous: str, following: str, shouting: bool) -> list[Token]:
-    plain = _plain(word)
-    bare = plain.lower().strip("\"'()[]{},;:!?“”«»")
-    if bare in _ABBREVIATIONS:
-        return [tuple(tuple(reading.split()) for reading in _ABBREVIATIONS[bare])]
-    scale = bare.rstrip(".")
-    if _is_scale(scale) and re.match(r"\W*[$£€]\d", previous):
-        unit = _CURRENCIES[next(char for char in previous if char in _CURRENCIES)][1]
-        return [((scale, unit), (scale,))]
-    return [
-        token
-        for match in _PIECES.finditer(plain.lower())
-        for token in _piece_tokens(match, plain[match.start() : match.end()], following, shouting)
-    ]
+def _quantity(match: re.Match[str], plain: str, context: _Context) -> list[Token]:
+    """A number, a range or an amount of money; what follows in the word (a unit) is not in it."""
+    currency, rest = match["currency"] or match["money"], plain[match.end() :]
+    followed = _scale_follows(rest, context)
+    # "$5-10" has its unit behind the second number.
+    is_money = match["currency"] and not followed and (not match["to"] or match["money"])
+    if is_money:
+        tokens = _money(match["number"], currency, match["country"])
+    else:
+        as_year = not (currency or _unit_follows(rest, context))
+        tokens = _number(match["number"], match["suffix"] or "", context, as_year)
+    if match["sign"] and tokens:
+        names = {"-": ("minus", "negative"), "–": ("minus", "negative"), "±": ("plus or minus",), "+": ("plus",)}
+        tokens[0] = _prefixed(names.get(match["sign"], ("about", "approximately")), tokens[0])
+    if match["to"]:
+        last = (
+            _money(match["to"], currency, match["country"])
+            if currency and not followed
+            else _number(match["to"], match["suffix"] or "", context, as_year=len(match["number"]) == 4)
+        )
+        low, high = float(match["number"].replace(",", "")), float(match["to"].replace(",", ""))
+        is_place = _fold(context.previous) in _COUNTED  # "Figure 3-4"
+        is_range = (high > low and not is_place) or (len(match["number"]) == 4 and len(match["to"]) == 2)
+        joined = _prefixed(("to",), last[0])
+        tokens += [(*joined, *last[0]) if is_range else (*last[0], *joined), *last[1:]]
+    return tokens
 
 
-def _is_scale(word: str) -> bool:
-    return word.strip(".,;:!?") in [name for _, name in _SCALES]
+def _prefixed(prefixes: Sequence[str], token: Token) -> Token:
+    return tuple((*prefix.split(), *reading) for prefix in prefixes for reading in token)
 
 
-def _piece_tokens(match: re.Match[str], written: str, following: str, shouting: bool) -> list[Token]:
-    piece = match[0]
-    if match["letters"]:
-        return [_letters(piece, written, shouting)]
-    if match["initials"]:
-        return [(tuple(char for char in piece if char.isalpha()),)]
-    if match["symbol"]:
-        names = _CURRENCIES[piece][1] if piece in _CURRENCIES else _SYMBOLS[piece]
-        return [(tuple(names.split()),)]
-    if match["fraction"]:
-        top, bottom = (int(part) for part in piece.split("/"))
-        default = (" ".join((*cardinal(top), "over", *cardinal(bottom))),)
-        return [tuple(tuple(reading.split()) for reading in _FRACTIONS.get(piece, default))]
-    if match["time"]:
-        return [_time(*(int(part) for part in piece.split(":")))]
-    if match["currency"] and not _is_scale(following):
-        return [_money(match)]
-    return _number(match)
+def _scale_follows(rest: str, context: _Context) -> bool:
+    """Whether the amount goes on ("$3 million", "$5bn"), so that its currency comes later."""
+    if glued := re.match(r"[A-Za-z]+", rest):
+        return glued[0].lower() in _SCALES
+    return not rest and _is_scale(context.following.lower().strip(".,;:!?)\"'”"))
 
 
-def _letters(piece: str, written: str, shouting: bool) -> Token:
-    """A word; a short one in capitals amid other text is also spelled."""
-    word = (piece.removeprefix("'").removesuffix("'"),)
-    stem = written.removesuffix("'s").removesuffix("s") if len(written) > 2 else written
-    if shouting or not (stem.isupper() and 2 <= len(stem) <= _MAX_ACRONYM):
-        return (word,)
-    spelled = tuple(stem.lower())
-    ending = piece[len(stem) :]
-    return ((*spelled[:-1], f"{spelled[-1]}'s") if ending else spelled, word)
+def _unit_follows(rest: str, context: _Context) -> bool:
+    if rest:
+        return bool(_UNIT.match(rest))
+    return bool((unit := _UNIT.match(context.following)) and unit[0] not in _LONE_LETTERS - {"m"})
 
 
-def _time(hour: int, minute: int) -> Token:
-    if minute == 0:
-        return ((*cardinal(hour), "o'clock"), cardinal(hour), (*cardinal(hour), "hundred"))
-    minutes = cardinal(minute) if minute >= 10 else ("oh", *cardinal(minute))
-    return ((*cardinal(hour), *minutes),)
+def _money(number: str, sign: str, country: str | None) -> list[Token]:
+    one, many, cents = _CURRENCIES[sign]
+    prefix = tuple(_COUNTRIES.get((country or "").lower(), "").split())
+    whole, _, small = number.replace(",", "").partition(".")
+    amount = int(whole or 0)
+    unit = (*prefix, one if amount == 1 and not small else many if amount != 1 else one)
+    if small and len(small) == 2 and cents:
+        if int(small) == 0:
+            return [tuple((*reading, *unit) for reading in _integer(whole, as_year=False))]
+        cent = (*cardinal(int(small)), cents.removesuffix("s") if int(small) == 1 and cents == "cents" else cents)
+        if amount == 0:
+            return [(cent,)]
+        dollars = (*cardinal(amount), *unit)
+        return [((*dollars, "and", *cent), (*dollars, *cent), (*cardinal(amount), *cardinal(int(small))))]
+    if small:
+        return [((*cardinal(amount), *_decimals(small), *prefix, many),)]
+    readings = _integer(number, as_year=False)
+    if len(readings) == 1 and len(whole) > 4:
+        return [*[((word,),) for word in readings[0]], (unit,)]
+    return [tuple((*reading, *unit) for reading in readings)]
 
 
-def _money(match: re.Match[str]) -> Token:
-    one, many, cents = _CURRENCIES[match["currency"]]
-    amount = int(match["number"].replace(",", ""))
-    if match["decimals"] and len(match["decimals"]) == 3:
-        small = cardinal(int(match["decimals"][1:]))
-        whole = (*cardinal(amount), many)
-        return (*whole, *small, cents), (*whole, "and", *small, cents), (*cardinal(amount), *small)
-    if match["decimals"]:
-        return ((*cardinal(amount), *_decimals(match["decimals"]), many),)
-    unit = one if amount == 1 else many
-    return tuple((*reading, unit) for reading in _integer(match["number"]))
-
-
-def _number(match: re.Match[str]) -> list[Token]:
+def _number(number: str, suffix: str, context: _Context, as_year: bool) -> list[Token]:
     """A number; a long one is read digit group by digit group, with room for pauses."""
-    suffix = match["suffix"] or ""
-    if match["decimals"]:
-        tail = _decimals(match["decimals"])
-        whole = tuple((*reading, *tail) for reading in _integer(match["number"]))
-        return [(*whole, tail)] if match["number"] == "0" else [whole]
-    readings = _integer(match["number"], by_digit=not suffix)
+    whole, point, decimals = number.partition(".")
+    if point:
+        tail = _decimals(decimals)
+        if not whole:
+            return [(tail, ("zero", *tail))]
+        readings = tuple((*reading, *tail) for reading in _integer(whole, as_year=False))
+        return [(*readings, tail)] if whole == "0" else [readings]
+    readings = _integer(whole, by_digit=not suffix, as_year=as_year)
     if suffix.endswith("s"):
         return [tuple(_plural(reading) for reading in readings)]
     if suffix:
         return [tuple(ordinal(reading) for reading in readings)]
-    return [readings] if len(readings) > 1 else [((word,),) for word in readings[0]]
+    month = _fold(context.previous.strip("\"'("))
+    if len(whole) <= 2 and 0 < int(whole) <= 31 and (month in _MONTHS or month in _SHORT_MONTHS) and month != "may":
+        return [(ordinal(readings[0]), ("the", *ordinal(readings[0])), *readings)]
+    return [readings] if len(readings) > 1 or len(readings[0]) < 4 else [((word,),) for word in readings[0]]
 
 
 def _decimals(decimals: str) -> Reading:
-    return ("point", *(_ONES[int(digit)] for digit in decimals[1:]))
+    return ("point", *digits_of(decimals))
 
 
-def _integer(digits: str, by_digit: bool = True) -> Token:
+def _integer(digits: str, by_digit: bool = True, as_year: bool = True) -> Token:
     """The readings of digits such as 7, 342, 1905 or 1,200,000; one only for long numbers."""
     plain = digits.replace(",", "")
-    one_by_one = tuple(_ONES[int(digit)] for digit in plain)
-    if (len(plain) > 6 and "," not in digits and plain.strip("0") != plain[0]) or len(plain) > 15:
+    one_by_one = digits_of(plain)
+    if (len(plain) > 6 and "," not in digits and plain.strip("0") != plain[0]) or len(plain) > _MAX_DIGITS:
         return (one_by_one,)
     number = int(plain)
     if len(plain) > 4:
         return (cardinal(number),)
+    if len(plain) > 1 and plain[0] == "0":
+        return one_by_one, tuple("oh" if word == "zero" else word for word in one_by_one), cardinal(number)
     readings = [cardinal(number), cardinal(number, conjunction=True)]
+    in_pairs = _in_pairs(number) if len(plain) >= 3 else []
+    if as_year and "," not in digits and (1100 <= number < 2000 or 2010 <= number < 2100):
+        readings = [*in_pairs, *readings]
     if by_digit and len(plain) > 1:
         readings += [one_by_one, tuple("oh" if word == "zero" else word for word in one_by_one)]
-    if len(plain) >= 3 and plain[0] != "0":
-        readings += _in_pairs(number)
-    return tuple(dict.fromkeys(readings))
+    return tuple(dict.fromkeys([*readings, *in_pairs]))
 
 
 def _in_pairs(number: int) -> list[Reading]:
@@ -208,3 +784,108 @@ def _in_pairs(number: int) -> list[Reading]:
     if low >= 10:
         return [(*cardinal(high), *cardinal(low)), (*hundreds, *cardinal(low))]
     return [(*cardinal(high), "oh", *cardinal(low)), (*hundreds, *cardinal(low)), (*hundreds, "and", *cardinal(low))]
+
+
+def _fraction(match: re.Match[str], context: _Context) -> list[Token]:
+    top, bottom = int(match["top"]), int(match["bottom"])
+    over: list[Reading] = [(*cardinal(top), "over", *cardinal(bottom)), (*cardinal(top), *cardinal(bottom))]
+    readings = over[::-1] if not 0 < top < bottom <= 100 else [*_parts(top, bottom), *over]
+    if match["whole"]:
+        whole = _integer(match["whole"], as_year=False)
+        return [whole, _mixed(readings)]
+    return (
+        [_mixed(readings)] if re.fullmatch(r"\d+", context.number or ".") and match.start() == 0 else [tuple(readings)]
+    )
+
+
+def _mixed(readings: Sequence[Reading]) -> Token:
+    return (*[("and", *reading) for reading in readings], *readings)
+
+
+def _parts(top: int, bottom: int) -> list[Reading]:
+    """1/2 a half or one half, 3/4 three quarters or three fourths, 5/8 five eighths."""
+    names = {2: ["half"], 4: ["quarter", "fourth"]}.get(bottom) or [" ".join(ordinal(cardinal(bottom)))]
+    if top == 1:
+        return [(article, *name.split()) for name in names for article in ("a", "one")]
+    plurals = ["halves" if name == "half" else " ".join(_plural(tuple(name.split()))) for name in names]
+    return [(*cardinal(top), *name.split()) for name in plurals]
+
+
+def _time(match: re.Match[str], plain: str, context: _Context) -> list[Token]:
+    hour, minute = cardinal(int(match["hour"])), int(match["minute"])
+    after = (plain[match.end() :] or context.following).lower().lstrip()
+    if match["second"]:
+        return [
+            (hour,),
+            (_minutes(minute),),
+            (("and", *cardinal(int(match["second"])), "seconds"), _minutes(int(match["second"]))),
+        ]
+    if minute:
+        return [((*hour, *_minutes(minute)),)]
+    if re.match(r"[ap]\.?m", after):
+        return [(hour, (*hour, "o'clock"))]
+    return [((*hour, "o'clock"), hour, (*hour, "hundred"))]
+
+
+def _minutes(minute: int) -> Reading:
+    return cardinal(minute) if minute >= 10 else ("oh", *cardinal(minute))
+
+
+def _date(written: str) -> Token:
+    """2026-11-30, 11/30/2026; where the first number is no month, it is the day."""
+    numbers = [int(part) for part in re.split("[-/]", written)]
+    year, first, second = numbers if "-" in written else (numbers[2], numbers[0], numbers[1])
+    year_reading = _integer(written.split("/")[-1] if "/" in written else str(year))[0]
+    month, day = (first, second) if first <= 12 else (second, first)
+    one_by_one = (*cardinal(first), *cardinal(second), *year_reading)
+    if not (1 <= month <= 12 and 1 <= day <= 31):
+        return (one_by_one,)
+    names = list(_MONTHS)
+    in_words = (names[month - 1], *ordinal(cardinal(day)), *year_reading)
+    british = ("the", *ordinal(cardinal(day)), "of", names[month - 1], *year_reading)
+    return (in_words, british, one_by_one)
+
+
+def _power(written: str, before: str) -> list[Token]:
+    """A power of a number of one or two digits, a letter or a bracket; behind anything else the mark of a footnote."""
+    power = written.removeprefix("^").translate(_SUPERSCRIPTS)
+    base = re.search(r"(?:(?<![\d.,])\d{1,2}|(?<![^\W\d_])[^\W\d_]{1,2}|\))$", before)
+    if not base or not re.fullmatch(r"-?\d{1,2}|n", power):
+        return []
+    if power in ("2", "3"):
+        return [((("squared",) if power == "2" else ("cubed",)),)]
+    if power == "n":
+        return [(("to", "the", "n"),)]
+    number = int(power)
+    if number < 0:
+        return [(("to", "the", "minus", *cardinal(-number)),)]
+    return [(("to", "the", *ordinal(cardinal(number))), ("to", "the", "power", "of", *cardinal(number)))]
+
+
+def _is_unit_alone(unit: str, plain: str, context: _Context) -> bool:
+    """Whether a short unit that stands by itself behind a number is one: "5 m", "5 in." and no "5 in the morning"."""
+    if unit in ("in", "s", "h", "l", "L", "V", "W"):
+        return unit == "in" and plain.startswith("in.") and context.following[:1].islower()
+    return True
+
+
+def _unit(match: re.Match[str], number: str, plain: str, context: _Context) -> _Piece:
+    name, end = _UNITS[match["unit"]], match.end()
+    words = [{"²": "square", "³": "cubic"}[match["power"]]] if match["power"] else []
+    one = re.fullmatch(r"1(?:\.0*)?", number) is not None
+    first, *rest = name.split()
+    words += [first if one else _PLURALS.get(first, f"{first}s"), *rest]
+    if match["unit"] in ("kWh",):
+        words = ["kilowatt", "hour" if one else "hours"]
+    if match["per"]:
+        words += ["per", *(["square"] if match["under"] == "²" else []), *_UNITS[match["per"]].split()]
+    if (
+        match["unit"] in _POINTED_UNITS
+        and plain[end : end + 1] == "."
+        and (context.following[:1].islower() or plain[end + 1 : end + 2])
+    ):
+        end += 1
+    letters = _fold(re.sub("[^A-Za-z]", "", match["unit"]))
+    singular = tuple(name.split())
+    readings: list[Reading] = [tuple(words), singular, *([tuple(letters), (letters,)] if letters else [])]
+    return _Piece(end, [tuple(dict.fromkeys(readings))], " ".join(words))

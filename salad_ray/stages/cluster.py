@@ -29,6 +29,7 @@ from salad_ray.tables import (
     Cluster,
     Membership,
     Table,
+    Totals,
     file_exists,
     read_bytes,
     schema_of,
@@ -123,14 +124,13 @@ class AssignShard:
         return self.kmeans.assign(vectors(embeddings))
 
 
-def _sizes(rows: pa.Table) -> dict[str, float]:
+def _sizes(rows: pa.Table) -> Totals:
     """Passages and characters of each cluster; what is kept aside for measuring does not count."""
     open_rows = rows.filter(pa.compute.not_equal(rows["split"], "test"))
     sums = open_rows.group_by("cluster_id").aggregate([("num_chars", "count"), ("num_chars", "sum")]).to_pylist()
     return {
-        f"{name} of cluster {row['cluster_id']}": float(row[f"num_chars_{how}"])
-        for row in sums
-        for name, how in (("passages", "count"), ("characters", "sum"))
+        "num_passages_by_cluster": {str(row["cluster_id"]): row["num_chars_count"] for row in sums},
+        "num_chars_by_cluster": {str(row["cluster_id"]): row["num_chars_sum"] for row in sums},
     }
 
 
@@ -143,7 +143,7 @@ def write_centroids(run: Run, step: Step, passages: Table, clusters: Table, fitt
         return
     stage.begin()
     kmeans, totals = load_kmeans(fitted), manifest["totals"]
-    sizes = [int(totals.get(f"passages of cluster {index}", 0)) for index in range(len(kmeans.prices))]
+    sizes = [totals["num_passages_by_cluster"].get(str(index), 0) for index in range(len(kmeans.prices))]
     if not sum(sizes):
         raise StageError(f"cluster: {passages.label} has none but those kept aside; lower ingest.heldout_share")
     rows = [
@@ -153,7 +153,7 @@ def write_centroids(run: Run, step: Step, passages: Table, clusters: Table, fitt
             price=float(kmeans.prices[index]),
             web_share=size / sum(sizes),
             num_passages=size,
-            num_chars=int(totals.get(f"characters of cluster {index}", 0)),
+            num_chars=totals["num_chars_by_cluster"].get(str(index), 0),
         )
         for index, size in enumerate(sizes)
     ]

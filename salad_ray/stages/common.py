@@ -26,6 +26,7 @@ from salad_ray.flow import Step, steps
 from salad_ray.names import CLUSTERS, PASSAGES, PROBE, STAGE1, TEACHER, WEB, measurements_of
 from salad_ray.runs import Run
 from salad_ray.selection.importance import ClusterLoss, distillation_by_cluster
+from salad_ray.speech.spoken import unsaid_signs
 from salad_ray.stages.ray_cluster import require_gpus, start_ray
 from salad_ray.stages.shards import ShardPart, StageError, Task, Worker, map_shards
 from salad_ray.tables import (
@@ -33,7 +34,9 @@ from salad_ray.tables import (
     Measurement,
     Passage,
     Table,
+    Totals,
     Utterance,
+    add_totals,
     each_shard,
     read_json,
     to_arrow,
@@ -41,10 +44,6 @@ from salad_ray.tables import (
 )
 
 Row = TypeVar("Row")
-
-SPEECH = "speech"
-TRAINED_ON = "training hours of domain "
-"""How the totals of `encode` begin that say what was heard in training."""
 
 
 class Begun(Protocol):
@@ -379,14 +378,18 @@ def condition_of(utt_id: str) -> tuple[str, str]:
     return (item, condition) if item and condition in get_args(Condition) else (utt_id, "clean")
 
 
-def hours_by_licence(rows: Iterable[Utterance]) -> dict[str, float]:
-    """Audio of each corpus and licence, in hours, for a shard's totals; `count_shards` makes the manifest's `speech` of
-    them. The names are JSON, as those of corpora and licences may hold anything."""
-    hours: dict[str, float] = {}
+def hours_by_corpus(rows: Iterable[Utterance]) -> Totals:
+    """Hours of audio of each corpus and licence."""
+    hours: dict[str, Any] = {}
     for row in rows:
-        key = json.dumps([SPEECH, row.corpus, row.license or "licence unknown"], ensure_ascii=False)
-        hours[key] = hours.get(key, 0.0) + row.duration_secs / 3600
-    return hours
+        add_totals(hours, {row.corpus: {row.license or "licence unknown": row.duration_secs / 3600}})
+    return {"hours_by_corpus": hours}
+
+
+def num_unsaid(rows: Iterable[Utterance]) -> Totals:
+    """The signs of the texts that are not said (emoji, "♪"), for a shard's totals; nothing where there are none."""
+    number = sum(len(unsaid_signs(row.text)) for row in rows)
+    return {"num_unsaid_signs": number} if number else {}
 
 
 def checked_counts(config: Config, stage: Stage, shards: Sequence[str]) -> dict[str, Any]:
@@ -403,26 +406,23 @@ def count_shards(table: Table, shards: Sequence[str]) -> dict[str, Any]:
     """Sum the counts that the shards carry in their footers.
 
     Returns:
-        `num_input`, `num_kept`, `num_rejected`, `num_rows`; `shards`, name → rows; `totals`, name → sum; and, of tables
-        of speech, `speech`: rows of corpus, license and hours.
+        `num_input`, `num_kept`, `num_rejected`, `num_rows`; `shards`, name → rows; and `totals`.
     """
     counts: dict[str, Any] = {"num_input": 0, "num_kept": 0, "num_rejected": 0, "num_rows": 0, "shards": {}}
-    totals: dict[str, float] = {}
+    totals: dict[str, Any] = {}
     with ThreadPoolExecutor(32) as threads:  # an object store answers one at a time too slowly for thousands
         for shard, (own, num_rows) in zip(shards, threads.map(partial(_footer, table), shards), strict=True):
-            for name, total in own.pop("totals", {}).items():
-                totals[name] = totals.get(name, 0.0) + total
+            add_totals(totals, own.pop("totals"))
             for name, value in own.items():
                 counts[name] += value
             counts["num_rows"] += num_rows
             counts["shards"][shard] = num_rows
-    sums = {name: round(total, 6) for name, total in sorted(totals.items())}
-    sources = [name for name in sums if name.startswith(f'["{SPEECH}", ')]
-    speech = [
-        dict(zip(("corpus", "license"), json.loads(name)[1:], strict=True)) | {"hours": sums.pop(name)}
-        for name in sources
-    ]
-    return counts | {"totals": sums} | ({"speech": speech} if speech else {})
+    return counts | {"totals": _rounded(totals)}
+
+
+def _rounded(totals: dict[str, Any]) -> dict[str, Any]:
+    pairs = sorted(totals.items())
+    return {name: _rounded(total) if isinstance(total, dict) else round(total, 6) for name, total in pairs}
 
 
 def _footer(table: Table, shard: str) -> tuple[dict[str, Any], int]:

@@ -18,9 +18,9 @@ from salad_ray.runs import Run
 from salad_ray.sequences.batch import store_frames
 from salad_ray.speech.audio import load_utterance
 from salad_ray.speech.augment import augment, distort
-from salad_ray.stages.common import TRAINED_ON, Ahead, Stage, Work, condition_of
+from salad_ray.stages.common import Ahead, Stage, Work, condition_of
 from salad_ray.stages.shards import ShardPart, StageError, WindowWorker, keep_or_reject
-from salad_ray.tables import Features, Reject, Table, Utterance, stable_hash, to_arrow
+from salad_ray.tables import Features, Reject, Table, Totals, Utterance, stable_hash, to_arrow
 
 WINDOW_BATCHES = 4
 """Batches of audio in a window, sorted by length within; three windows are in memory at once."""
@@ -88,14 +88,15 @@ class EncodeShard(WindowWorker):
         strict = self.config.strict
         kept, unusable = keep_or_reject(ENCODE, encoded, lambda each: each[0].utt_id, self._to_row, strict)
         secs = {row.utt_id: secs for row, _, secs in encoded}
-        hours = {
-            "hours": sum(secs[row.utt_id] for row in kept) / 3600,
-            "training hours": sum(secs[row.utt_id] for row in kept if row.split != "test") / 3600,
-        }
+        by_domain: dict[str, float] = {}
         for row in kept:
             if row.split != "test":
-                name = f"{TRAINED_ON}{row.domain}"
-                hours[name] = hours.get(name, 0.0) + secs[row.utt_id] / 3600
+                by_domain[row.domain] = by_domain.get(row.domain, 0.0) + secs[row.utt_id] / 3600
+        hours: Totals = {
+            "hours": sum(secs[row.utt_id] for row in kept) / 3600,
+            "training_hours": sum(by_domain.values()),
+            "training_hours_by_domain": by_domain,
+        }
         num_input = len(encoded) + len(rejects)
         return ShardPart(to_arrow(Features, kept), num_input, len(kept), rejects + unusable, hours)
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from salad_ray.config import Config
 from salad_ray.distill.step import DTYPES
 from salad_ray.evaluation.benchmarks import choices_alone, choose_exemplars, exemplar_of, swap_partners
-from salad_ray.evaluation.scoring import Query, batches, predict, score, speech_query, text_query
+from salad_ray.evaluation.scoring import Heard, Query, batches, predict, score, speech_query, text_query
 from salad_ray.flow import Step
 from salad_ray.model.encoder import Encoder, load_encoder
 from salad_ray.model.loading import load_tokenizer
@@ -30,6 +30,8 @@ from salad_ray.tables import Features, Item, Score, Table, Utterance, local_fold
 
 SPOKEN_RATE = 16000
 """At which recognisers listen, in Hz."""
+MAX_KEPT = 64
+"""Recordings that the cascade keeps decoded, a megabyte each; one is heard under several conditions in a row."""
 HEARD_FLOORS = ("silence", "swapped")
 
 Asked = tuple[Item, str, Query, dict[str, Any]]
@@ -79,7 +81,8 @@ class AskShard:
         device, dtype = "cuda" if config.evaluate.num_gpus else "cpu", DTYPES[config.distill.precision]
         with local_folder(model or teacher["path"]) as path:
             if model is None:
-                self.model: Any = load_text_lm(path, teacher["revision"], dtype).to(device)
+                llm = load_text_lm(path, teacher["revision"], dtype, context=config.pack.context)
+                self.model: Any = llm.to(device)
                 self.tokenizer = load_tokenizer(path, teacher["revision"])
             else:
                 self.model = SpeechLM.from_pretrained(path, dtype).to(device)
@@ -122,7 +125,9 @@ class AskShard:
             features = self.tables[FEATURES].read_rows(Features, shard)
             self._prepare_floors(features, [row.num_frames for row in features])
             rows = [(row, condition) for row in features for condition in self._conditions(row, ("clean",))]
-            return rows, partial(self._ask_speech, self._silence(max((row.num_frames for row in features), default=0)))
+            silence = self._silence(max((row.num_frames for row in features), default=0))
+            spoken = self._heard_exemplars(features) if self.config.evaluate.exemplars == "spoken" else None
+            return rows, partial(self._ask_speech, silence, spoken)
         utterances = self.tables[UTTERANCES].read_rows(Utterance, shard)
         self._prepare_floors(utterances, [row.duration_secs for row in utterances])
         conditions = [name for name in self.config.evaluate.conditions if name != "voice"]
@@ -147,6 +152,7 @@ class AskShard:
             for place, other in zip(clean, partners, strict=True)
             if other is not None
         }
+        self.audio: dict[str, NDArray[np.floating]] = {}
         self.heard: dict[str, str] = {}
 
     def _silence(self, num_frames: int) -> NDArray[np.floating]:
@@ -159,15 +165,40 @@ class AskShard:
         return frames
 
     @cached_property
+    def shard_of(self) -> dict[str, str]:
+        """Where the speech of each item is."""
+        table = self.tables[FEATURES]
+        ids = {shard: table.read(shard, ["utt_id"])["utt_id"].to_pylist() for shard in table.shards()}
+        return {name: shard for shard, own in ids.items() for name in own}
+
+    @cached_property
     def encoder(self) -> Encoder:
         encoder = load_encoder(self.config.encode, "cuda" if self.config.evaluate.num_gpus else "cpu")
         if encoder.weights != self.weights:
             raise StageError(f"evaluate: {self.config.encode.path} holds other weights than what encoded the items")
         return encoder
 
+    def _chosen(self, item: Item) -> list[Item]:
+        return choose_exemplars(self.pools[item.benchmark], item, self.config.evaluate.num_shots, self.config.seed)
+
     def _exemplars(self, item: Item) -> list[str]:
-        chosen = choose_exemplars(self.pools[item.benchmark], item, self.config.evaluate.num_shots, self.config.seed)
-        return [exemplar_of(row) for row in chosen]
+        return [exemplar_of(row) for row in self._chosen(item)]
+
+    def _heard_exemplars(self, rows: Sequence[Features]) -> dict[str, list[Heard]]:
+        """Of each item of a shard its exemplars with their speech, from whichever shards that is in; an exemplar whose
+        speech was rejected is left out."""
+        chosen = {item.item_id: self._chosen(item) for item in (self._item(row.utt_id)[0] for row in rows)}
+        wanted = {exemplar.item_id for exemplars in chosen.values() for exemplar in exemplars}
+        by_shard: dict[str, list[str]] = {}
+        for name in sorted(wanted & self.shard_of.keys()):
+            by_shard.setdefault(self.shard_of[name], []).append(name)
+        table = self.tables[FEATURES]
+        found = (row for place in by_shard.items() for row in table.read_where(Features, place[0], "utt_id", place[1]))
+        frames = {row.utt_id: frames_of(row) for row in found}
+        return {
+            name: [(exemplar, frames[exemplar.item_id]) for exemplar in exemplars if exemplar.item_id in frames]
+            for name, exemplars in chosen.items()
+        }
 
     def _ask_text(self, pair: tuple[Item, str]) -> Asked:
         item, condition = pair
@@ -175,14 +206,17 @@ class AskShard:
             return item, condition, text_query(self.tokenizer, [], choices_alone(item), self.context), {}
         return item, condition, text_query(self.tokenizer, self._exemplars(item), item, self.context), {}
 
-    def _ask_speech(self, silence: NDArray[np.floating], pair: tuple[Features, str]) -> Asked:
+    def _ask_speech(
+        self, silence: NDArray[np.floating], spoken: dict[str, list[Heard]] | None, pair: tuple[Features, str]
+    ) -> Asked:
         row, condition = pair
         item, _ = self._item(row.utt_id)
         frames = frames_of(self.swapped[row.utt_id] if condition == "swapped" else row)
         if condition == "silence":
             frames = silence[: len(frames)]
         stride = self.model.config.adapter.stride
-        query = speech_query(self.tokenizer, self._exemplars(item), item, frames, self.context, stride)
+        exemplars = self._exemplars(item) if spoken is None else spoken[item.item_id]
+        query = speech_query(self.tokenizer, exemplars, item, frames, self.context, stride)
         return item, condition, query, {}
 
     def _ask_cascade(self, pair: tuple[Utterance, str]) -> Asked:
@@ -199,10 +233,15 @@ class AskShard:
         return item, condition, query, {"heard": heard, "word_error_rate": word_error_rate(item.spoken, heard)}
 
     def _transcribe(self, row: Utterance, condition: str) -> str:
-        """What the recogniser hears; clean speech of the shard once, though it is heard in the place of others too."""
+        """What the recogniser hears; clean speech of the shard once, though it is heard in the place of others too. A
+        recording is decoded once for all conditions, and once more if it was heard in another's place long before."""
         name = f"{row.utt_id}@{condition}"
         if name not in self.heard:
-            audio = load_utterance(row, SPOKEN_RATE)
+            if row.utt_id not in self.audio:
+                while len(self.audio) >= MAX_KEPT:
+                    self.audio.pop(next(iter(self.audio)))
+                self.audio[row.utt_id] = load_utterance(row, SPOKEN_RATE)
+            audio = self.audio[row.utt_id]
             if condition == "silence":
                 audio = np.zeros_like(audio)
             elif condition not in ("clean", "voice"):

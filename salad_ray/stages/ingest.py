@@ -49,7 +49,7 @@ from salad_ray.stages.common import (
     check_strict,
     checked_counts,
     gather,
-    hours_by_licence,
+    hours_by_corpus,
     picked_shards,
     run_works,
 )
@@ -72,7 +72,9 @@ from salad_ray.tables import (
     Passage,
     Reject,
     Table,
+    Totals,
     Utterance,
+    add_totals,
     delete_folder,
     fingerprint,
     from_arrow,
@@ -154,9 +156,8 @@ def shard_names(config: Config) -> list[str]:
 
 
 def _require_domains(config: Config) -> None:
-    unknown = set(config.world.unheard) - set(DOMAINS)
-    if unknown:
-        raise ConfigError(f"world.unheard={sorted(unknown)}: the world's domains are {', '.join(DOMAINS)}")
+    if unknown := set(config.world.domains) - set(DOMAINS):
+        raise ConfigError(f"world.domains={sorted(unknown)}: the world's domains are {', '.join(DOMAINS)}")
 
 
 class WorldPassages:
@@ -164,11 +165,10 @@ class WorldPassages:
 
     def __init__(self, config: Config, set_name: str) -> None:
         world = config.world
-        heard = tuple(domain for domain in DOMAINS if domain not in world.unheard)
         number, domains, split = {
-            NATURAL: (world.num_natural, heard, "train"),
-            HELDOUT: (world.num_heldout, DOMAINS, "test"),
-        }.get(set_name, (world.num_web, DOMAINS, set_name))
+            NATURAL: (world.num_natural, world.heard, "train"),
+            HELDOUT: (world.num_heldout, world.domains, "test"),
+        }.get(set_name, (world.num_web, world.domains, set_name))
         self.passages = world_passages(number, domains, config.seed, split)
         self.num_shards = config.ingest.num_shards
 
@@ -183,12 +183,12 @@ class WorldText:
 
     def __init__(self, config: Config) -> None:
         world, num_drawn = config.world, config.world.num_text
-        web = {row.text: row.passage_id for row in world_passages(world.num_web, DOMAINS, config.seed, WEB)}
+        web = {row.text: row.passage_id for row in world_passages(world.num_web, world.domains, config.seed, WEB)}
         ngrams = benchmark_ngrams(_world_benchmark_texts(config), config.ingest.passages.ngram)
         self.num_shards = config.ingest.num_shards
         self.passages: list[Passage] = []
         while len(self.passages) < world.num_text:  # a longer draw begins with the shorter one
-            drawn = world_passages(num_drawn, DOMAINS, config.seed, TEXT)
+            drawn = world_passages(num_drawn, world.domains, config.seed, TEXT)
             checked = [_not_in_web(_decontaminated(row, ngrams), web) for row in drawn]
             usable = [replace(row, split="train") for row in checked if isinstance(row, Passage)]
             self.passages, num_drawn = usable[: world.num_text], 2 * num_drawn
@@ -223,7 +223,7 @@ class CheckShard(WindowWorker):
     def __call__(self, shard: str) -> Iterator[ShardPart]:
         for rows in self.windows(self.catalog.iterate(Utterance, shard), lambda row: row.utt_id, CHECK_ROWS):
             kept, rejects = keep_or_reject(INGEST, rows, lambda row: row.utt_id, self._checked, self.config.strict)
-            yield ShardPart(to_arrow(Utterance, kept), len(rows), len(kept), rejects, hours_by_licence(kept))
+            yield ShardPart(to_arrow(Utterance, kept), len(rows), len(kept), rejects, hours_by_corpus(kept))
 
     def _checked(self, row: Utterance) -> Utterance:
         try:
@@ -264,19 +264,11 @@ def make_catalog(run: Run, step: Step) -> None:
     if stage.done_already():
         return
     found = [(corpus, find_sources(corpus)) for corpus in config.ingest.corpora]
-    started = time.monotonic()
-    stage.begin()
-    items = [
-        {"source": json.dumps(asdict(source)), "corpus": corpus.model_dump_json()}
-        for corpus, sources in found
-        for source in sources
-    ]
     scan_source, write_group = partial(_scan, config, stage.table), partial(_write_group, config, stage.table)
-    counts = _deal(config, "ingest: catalog", stage, items, scan_source, write_group, Utterance)
-    seconds = round(time.monotonic() - started, 2)
-    stage.finish(**counts, seconds=seconds, attributions=attributions(config.ingest.corpora))
-    check_strict(config, stage)
-    say(f"ingest: {counts['num_kept']:,} utterances in {sum(len(s) for _, s in found):,} files, {seconds:.1f} s")
+    facts = {"attributions": attributions(config.ingest.corpora)}
+    made = _deal(config, stage, found, scan_source, write_group, Utterance, facts)
+    num_files = sum(len(sources) for _, sources in found)
+    say(f"ingest: {made['num_kept']:,} utterances in {num_files:,} files, {made['seconds']:.1f} s")
 
 
 def _text_stamp(corpus: WebTextConfig) -> str:
@@ -291,18 +283,31 @@ def _stamp(sources: list[Source]) -> str:
 
 def _deal(
     config: Config,
-    label: str,
     stage: Stage,
-    items: list[dict[str, Any]],
+    found: Sequence[tuple[CorpusConfig | WebTextConfig, Sequence[Source | TextSource]]],
     scan: Callable[[dict[str, Any]], Iterator[pa.Table]],
     write_group: Callable[[pa.Table], dict[str, Any]],
     row_type: type,
+    facts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Read the items on all machines and write the shards, which Ray Data groups; returns their counts.
+    """Make a table: read the corpora's sources on all machines and write the shards, which Ray Data groups.
+
+    Args:
+        facts: for the manifest.
+
+    Returns:
+        The manifest.
 
     Raises:
         StageError: rows were lost between machines, or too much of them is unusable.
     """
+    started = time.monotonic()
+    stage.begin()
+    items = [
+        {"source": json.dumps(asdict(source)), "corpus": corpus.model_dump_json()}
+        for corpus, sources in found
+        for source in sources
+    ]
     start_ray(config)
     scanned = f"{stage.table.url}/scanned"
     delete_folder(scanned)  # of a run that was interrupted, perhaps of other sources
@@ -313,16 +318,14 @@ def _deal(
     if config.ray.max_actors:  # of this data set alone; they hold CPUs, too
         sources.context.max_hash_shuffle_aggregators = min(config.ray.max_actors, MAX_AGGREGATORS)
     groups = (
-        sources.map_batches(
-            partial(_counted, partial(_metered, scan, tags), scanned), batch_size=1, num_cpus=1, compute=at_once
-        )
+        sources.map_batches(partial(_counted, scan, scanned, tags), batch_size=1, num_cpus=1, compute=at_once)
         .groupby("shard", num_partitions=min(len(names), MAX_PARTITIONS))
         .map_groups(write_group, batch_format="pyarrow", compute=at_once)
     )
     missing = set(names)
     with (
         DealingPace(stage.table, tags, len(items), len(names)) as pace,
-        progress(label, len(names), "shards") as advance,
+        progress(stage.label, len(names), "shards") as advance,
     ):
         for row in groups.iter_rows():
             missing.discard(row["shard"])
@@ -333,42 +336,34 @@ def _deal(
     counts = checked_counts(config, stage, names)
     if (num_scanned := _num_scanned(scanned)) != counts["num_input"]:
         raise StageError(
-            f"{label}: rows were lost ({num_scanned:,} were read, {counts['num_input']:,} came to shards); please "
-            "report this as a bug"
+            f"{stage.label}: rows were lost ({num_scanned:,} were read, {counts['num_input']:,} came to shards); "
+            "please report this as a bug"
         )
-    return counts
+    manifest = stage.finish(**counts, **facts, seconds=round(time.monotonic() - started, 2))
+    check_strict(config, stage)
+    return manifest
 
 
 def _counted(
-    scan: Callable[[dict[str, Any]], Iterator[pa.Table]], scanned: str, item: dict[str, Any]
+    scan: Callable[[dict[str, Any]], Iterator[pa.Table]], scanned: str, tags: dict[str, str], item: dict[str, Any]
 ) -> Iterator[pa.Table]:
-    """What a scan yields; how many rows that was goes to a file of the source's own, which a retry writes again."""
+    """What a scan yields. How many rows that was goes to a file of the source's own, which a retry writes again, and to
+    Ray's metrics, which count a source twice that is read twice."""
     source, corpus = str(item["source"][0]), str(item["corpus"][0])
     name = f"{stable_hash(source, corpus):016x}"
     note: dict[str, Any] = {"source": source, "num_rows": 0, "num_rejected": 0, "read": False}
     noted = time.monotonic()
     for piece in scan(item):
+        num_rejected = len(piece) - piece["reason"].null_count if "reason" in piece.column_names else 0
         note["num_rows"] += len(piece)
-        note["num_rejected"] += _num_rejected(piece)
+        note["num_rejected"] += num_rejected
+        count_rows(tags, len(piece), num_rejected)
         yield piece
         if time.monotonic() - noted > SCAN_NOTE_SECS:
             with suppress(OSError):  # a store that fails now may work at the next note
                 write_json(f"{scanned}/reading/{name}.json", note)
             noted = time.monotonic()
     write_json(f"{scanned}/{name}.json", note | {"read": True})
-
-
-def _num_rejected(piece: pa.Table) -> int:
-    return len(piece) - piece["reason"].null_count if "reason" in piece.column_names else 0
-
-
-def _metered(
-    scan: Callable[[dict[str, Any]], Iterator[pa.Table]], tags: dict[str, str], item: dict[str, Any]
-) -> Iterator[pa.Table]:
-    """What a scan yields, told to Ray's metrics; unlike the notes these count a source twice that is read twice."""
-    for piece in scan(item):
-        count_rows(tags, len(piece), _num_rejected(piece))
-        yield piece
 
 
 class DealingPace:
@@ -550,7 +545,7 @@ def _voices(config: Config) -> tuple[str, ...]:
 def _items(config: Config) -> list[Item | Reject]:
     """The items of all benchmarks; without any, the world's own questions."""
     if not config.evaluate.benchmarks:
-        return list(world_items(config.world.num_questions, DOMAINS, config.seed))
+        return list(world_items(config.world.num_questions, config.world.domains, config.seed))
     return [row for benchmark in config.evaluate.benchmarks for row in _chosen_items(config, benchmark)]
 
 
@@ -607,23 +602,14 @@ def make_passages(run: Run, step: Step) -> None:
     texts = _benchmark_texts(config)
     if not texts:
         say(f"{stage.label}: no benchmarks are named, so none is kept out of the text; {DECONTAMINATE}")
-    started = time.monotonic()
-    stage.begin()
-    items = [
-        {"source": json.dumps(asdict(source)), "corpus": corpus.model_dump_json()}
-        for corpus, sources in found
-        for source in sources
-    ]
     ngrams = benchmark_ngrams(texts, config.ingest.passages.ngram)
     start_ray(config)
     heldout_share = config.ingest.heldout_share if step.set == WEB else 0.0
     scan = partial(_scan_text, config, heldout_share, ray.put(ngrams))
     web = run.labelled(step.reads[0]) if step.reads else None
     write_group = partial(_write_passages, config, stage.table, web)
-    counts = _deal(config, stage.label, stage, items, scan, write_group, Passage)
-    stage.finish(**counts, seconds=round(time.monotonic() - started, 2))
-    check_strict(config, stage)
-    say(f"{stage.label}: {counts['num_kept']:,} passages in {time.monotonic() - started:.1f} s → {stage.table.url}")
+    made = _deal(config, stage, found, scan, write_group, Passage, {})
+    say(f"{stage.label}: {made['num_kept']:,} passages in {made['seconds']:.1f} s → {stage.table.url}")
 
 
 def _text_corpora(config: Config, set_name: str) -> tuple[WebTextConfig, ...]:
@@ -743,10 +729,13 @@ def _write_passages(config: Config, table: Table, web: Table | None, group: pa.T
             kept[row.text] = row
             ids.add(row.passage_id)
     rejects.sort(key=lambda reject: (reject.key, reject.reason))
-    totals: dict[str, float] = {"passages kept aside": sum(row.split == "test" for row in kept.values())}
+    num_cut: dict[str, int] = {}
     for cut in filter(None, group["cut"].to_pylist()):
-        for reason, number in json.loads(cut).items():
-            totals[f"characters cut out: {reason}"] = totals.get(f"characters cut out: {reason}", 0) + number
+        add_totals(num_cut, json.loads(cut))
+    totals: Totals = {
+        "num_kept_aside": sum(row.split == "test" for row in kept.values()),
+        "num_chars_cut": num_cut,
+    }
     write_shard(
         table, name, iter([ShardPart(to_arrow(Passage, kept.values()), len(group), len(kept), rejects, totals)])
     )
@@ -760,7 +749,7 @@ def keep_aside(run: Run, step: Step) -> None:
         return
     [(label, manifest)] = stage.inputs.items()
     passages = run.labelled(label)
-    number, there = config.ingest.passages.num_heldout, manifest["totals"]["passages kept aside"]
+    number, there = config.ingest.passages.num_heldout, manifest["totals"]["num_kept_aside"]
     if not there:
         raise StageError(f"{stage.label}: no passage of the web text is kept aside; raise ingest.heldout_share")
     bound = probe_bounds(np.array([there]), number)[0]

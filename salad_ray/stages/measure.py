@@ -19,9 +19,7 @@ from salad_ray.sequences.interleave import Segment
 from salad_ray.sequences.packing import pack
 from salad_ray.stages.common import Ahead, Stage, Work, teacher_of
 from salad_ray.stages.shards import ShardPart, StageError
-from salad_ray.tables import Features, Measurement, Reject, Table, local_folder, to_arrow
-
-WITHOUT_TIMES = "utterances without word times, not measured whole"
+from salad_ray.tables import Features, Measurement, Reject, Table, Totals, local_folder, to_arrow
 
 
 def work(run: Run, step: Step, ahead: Ahead) -> Work:
@@ -55,11 +53,11 @@ class MeasureShard:
         self.dtype, attention = DTYPES[config.distill.precision], config.model.attention
         revision = teacher["revision"]
         with local_folder(teacher["path"]) as path:
-            self.teacher = load_text_lm(path, revision, self.dtype, attention).to(self.device)
+            self.teacher = load_text_lm(path, revision, self.dtype, attention, config.pack.context).to(self.device)
             if model is None:
                 spec = EncoderSpec(**encoder)
                 student = SpeechLM.from_teacher(
-                    path, revision, config.model.adapter, spec, config.seed, self.dtype, attention
+                    path, revision, config.model.adapter, spec, config.seed, self.dtype, attention, config.pack.context
                 )
         if model is not None:
             with local_folder(model) as path:
@@ -83,7 +81,7 @@ class MeasureShard:
         if rejects and config.strict:
             raise StageError(f"measure: {rejects[0].key}: {rejects[0].reason}")
         num_input = len(PROTOCOLS) * len(utterances) - untimed
-        totals = {WITHOUT_TIMES: float(untimed)} if untimed else {}
+        totals: Totals = {"num_untimed": untimed}
         yield ShardPart(to_arrow(Measurement, measured), num_input, num_input - len(rejects), rejects, totals)
 
     def _measure(self, protocol: Protocol, samples: list[tuple[HeldOut, Segment]]) -> list[Measurement]:

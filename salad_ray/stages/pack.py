@@ -25,7 +25,7 @@ from salad_ray.sequences.plan import plan_lane, plan_shard_name, read_without_fe
 from salad_ray.sequences.text_rows import Text, plan_text_lane
 from salad_ray.stages.common import Stage, Work, make_shards, teacher_of
 from salad_ray.stages.shards import ShardPart, StageError
-from salad_ray.tables import PlanRow, Table, local_folder, to_arrow
+from salad_ray.tables import PlanRow, Table, Totals, local_folder, to_arrow
 
 
 def make(run: Run, step: Step) -> None:
@@ -40,16 +40,15 @@ def make(run: Run, step: Step) -> None:
     started = time.monotonic()
     stage.begin()
     worker = partial(PackLane, config, teacher_of(run), features, list(stage.inputs[features.label]["shards"]))
-    make_shards(run, Work(stage, epoch_items(config, [0]), worker))
+    num_epochs = done.get("num_epochs", 1)
+    counts = make_shards(run, Work(stage, epoch_items(config, range(num_epochs)), worker))
     budget = budget_of(config, plans)
     needed = natural_rows(config, budget) if step.set == NATURAL else active_rows(config, budget)
     if done.get("rows_per_lane", 0) >= needed:
         say(f"{stage.label}: done already, {stage.table.url}")
         return
-    num_epochs = max(epochs_for(stage.table, config, needed), done.get("num_epochs", 0))
-    counts = make_shards(run, Work(stage, epoch_items(config, range(num_epochs)), worker))
     while min(rows_of_lanes(config, counts["shards"])) < needed:  # later epochs have other rows
-        num_epochs += 1
+        num_epochs = max(num_epochs + 1, epochs_for(stage.table, config, needed))
         counts = make_shards(run, Work(stage, epoch_items(config, range(num_epochs)), worker))
     facts = {"rows_per_lane": min(rows_of_lanes(config, counts["shards"])), "num_epochs": num_epochs}
     stage.finish(**counts, **facts, seconds=round(time.monotonic() - started, 2))
@@ -145,7 +144,7 @@ class PackText(PackLane):
         if rejects and self.config.strict:
             raise StageError(f"pack: {rejects[0].key}: {rejects[0].reason}")
         num_planned = sum(len(row.segments) for row in rows)
-        totals = {"tokens cut off at the context": float(num_cut)}
+        totals: Totals = {"num_tokens_cut": num_cut}
         yield ShardPart(to_arrow(PlanRow, rows), num_input, num_planned, rejects, totals)
 
 

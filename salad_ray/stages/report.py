@@ -29,7 +29,7 @@ from salad_ray.report.headline import printed_tables, sentences
 from salad_ray.report.metrics import MEASURED, rankings, system_differences, system_metrics, unheard_auc
 from salad_ray.report.page import write_page
 from salad_ray.runs import Run, lead_to
-from salad_ray.stages.common import TRAINED_ON, finished, probe_losses
+from salad_ray.stages.common import finished, probe_losses
 from salad_ray.stages.shards import StageError
 from salad_ray.tables import Measurement, Score, Table, each_shard, table_label, write_json
 
@@ -37,7 +37,7 @@ from salad_ray.tables import Measurement, Score, Table, each_shard, table_label,
 def make(run: Run, step: Step) -> None:
     """Write the run's `report/metrics.json` and `report/page.html`; always anew, since it costs nothing."""
     config, url = run.config, run.places.report_url
-    heard = heard_domains(finished(run, table_label(NATURAL, FEATURES)))
+    heard = set(finished(run, table_label(NATURAL, FEATURES))["totals"]["training_hours_by_domain"])
     main, *recorded = config.measured_sets
     metrics = measured(run, main, heard)
     for name in recorded:  # beside web text that is spoken
@@ -117,12 +117,6 @@ def training_facts(run: Run, system: str) -> dict[str, Any]:
     model."""
     manifest = run.table("", system).manifest() or {}
     return {name: manifest.get(name, 0) for name in ("num_positions", "num_text_positions", "train_seconds")}
-
-
-def heard_domains(features: dict[str, Any]) -> set[str]:
-    """Domains of the natural training speech, from the manifest of its features."""
-    totals = features["totals"]
-    return {name.removeprefix(TRAINED_ON) for name in totals if name.startswith(TRAINED_ON)}
 
 
 def selection_metrics(run: Run, manifest: dict[str, Any], heard: set[str]) -> dict[str, Any]:

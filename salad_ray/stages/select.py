@@ -50,7 +50,7 @@ def _draw(run: Run, stage: Stage) -> None:
     started = time.monotonic()
     stage.begin()
     _, members, *_, features = stage.step.reads
-    budget_secs = budget_of(config, stage.inputs[features]["totals"]["training hours"])
+    budget_secs = budget_of(config, stage.inputs[features]["totals"]["training_hours"])
     clusters = measured_clusters(run)
     chosen = draw_within(run, list(stage.inputs[members]["shards"]), clusters, budget_secs)
     facts = selection_facts(config, clusters, chosen, budget_secs)

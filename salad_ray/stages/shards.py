@@ -1,7 +1,7 @@
 """Shards through Ray Data, whatever happens to a row, a process or a machine.
 
-An item is done by a worker inside an actor, which writes its shard itself, whole or not at all, under the item's name:
-an item that is done twice, after a lost machine say, is still there once.
+An item is done by a worker inside a Ray task, on GPUs inside an actor, which writes its shard itself, whole or not at
+all, under the item's name: an item that is done twice, after a lost machine say, is still there once.
 
 An error that a user has to mend ends the stage. Anything else (a bug that one row meets, a GPU that fell over, a killed
 process) costs a try: the process is replaced, since its GPU may be unusable from then on, and the shard is done again
@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -25,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -42,6 +43,8 @@ from salad_ray.tables import (
     BadInput,
     Reject,
     Table,
+    Totals,
+    add_totals,
     delete_file,
     file_exists,
     read_json,
@@ -77,6 +80,8 @@ WAIT_SECS = 120.0
 """Without a first shard, before it is said that no machine has what a stage asks for."""
 SEEN_SECS = 60.0
 """In which a machine has to see what the driver has begun."""
+IDLE_SECS = 20.0
+"""Without a shard, after which a process drops what its workers have loaded."""
 NOTE_SECS = 5.0
 """Between two notes of how far a stage is."""
 
@@ -93,8 +98,8 @@ class ShardPart:
     num_input: int
     num_kept: int
     rejects: list[Reject] = field(default_factory=list)
-    totals: dict[str, float] = field(default_factory=dict)
-    """Sums for the manifest, such as hours of audio."""
+    totals: Totals = field(default_factory=Totals)
+    """For the manifest, such as hours of audio."""
 
 
 Worker = Callable[[Any], Iterator[ShardPart]]
@@ -107,7 +112,7 @@ class WindowWorker:
     careful: str | None = None
     """URL of the note that says at which row it is; None for whole windows."""
     by = ""
-    """Whose passes they are; what another driver noted, before something was mended perhaps, does not count."""
+    """Id of the driver that runs it: what an earlier driver noted does not count, since the fault may be mended."""
     note: dict[str, Any] = {}  # noqa: RUF012 - replaced, never changed
     """At which row it is, and of the shard's rows how often they failed, and which are left out and why."""
     num_passed = 0
@@ -206,7 +211,7 @@ class Machines:
     """Which machines have actors of a stage, and how much fails there; in Ray's own store, which needs no disk.
 
     Args:
-        by: whose passes they are.
+        by: id of the driver.
     """
 
     def __init__(self, by: str) -> None:
@@ -295,7 +300,7 @@ def write_shard(table: Table, shard: str, parts: Iterator[ShardPart]) -> dict[st
     """
     first = next(parts)
     counts = {"num_input": 0, "num_kept": 0, "num_rejected": 0}
-    totals: dict[str, float] = {}
+    totals: dict[str, Any] = {}
     rejects: list[Reject] = []
     footer: dict[str, str] = {}
     with table.writer(shard, first.rows.schema, footer) as write:
@@ -304,8 +309,7 @@ def write_shard(table: Table, shard: str, parts: Iterator[ShardPart]) -> dict[st
             rejects += [replace(reject, reason=redact(reject.reason)) for reject in part.rejects]
             for name, number in zip(counts, (part.num_input, part.num_kept, len(part.rejects)), strict=True):
                 counts[name] += number
-            for name, total in part.totals.items():
-                totals[name] = totals.get(name, 0.0) + total
+            add_totals(totals, part.totals)
         footer["counts"] = json.dumps(counts | {"totals": totals})
         # Before the shard is there: a shard that is there is complete. A former try may have left others.
         if rejects:
@@ -356,11 +360,11 @@ def waiting_gauge() -> Gauge:
 
 
 class ShardWriter:
-    """The actor: turns items into shards, of each task in a chain; makes the workers of a chain when its first item
-    comes, and keeps them until another chain's comes."""
+    """Turns items into shards, of each task in a chain; makes the workers of a chain when its first item comes, and
+    keeps them until another chain's comes. On GPUs it is an actor, which ends with the stage and frees the device."""
 
     def __init__(self, tasks: Sequence[Task], by: str = "") -> None:
-        self.tasks, self.machines = tasks, Machines(by)
+        self.tasks, self.by, self.machines = tasks, by, Machines(by)
         self.machines.join()
         self.chain = -1
         self.workers: dict[int, Worker] = {}
@@ -453,6 +457,47 @@ class ShardWriter:
         hopeless = not row_id or (worker.num_passed == 0 and len(worker.left_out) >= ROW_FAILURES)
         hopeless = hopeless and not of_a_machine
         return {"failed": reason, "row": row_id, "hopeless": hopeless, "of_machine": of_a_machine}
+
+
+_writer: ShardWriter | None = None
+"""Of this process, while it is one for tasks."""
+_idle: threading.Timer | None = None
+"""Runs while the process has no shard."""
+_lock = threading.Lock()
+"""Of the two."""
+
+
+def write_shards(tasks: Sequence[Task], by: str, row: dict[str, Any]) -> list[dict[str, Any]]:
+    """What `ShardWriter` does, as a task: Ray keeps the processes of tasks for the stages that follow, so that they
+    start once in a run, with all that they import. What a worker has loaded is dropped with the next stage, or after a
+    while without work: a training may want the memory."""
+    global _writer, _idle
+    with _lock:
+        if _idle is not None:
+            _idle.cancel()
+        _idle, writer = None, _writer
+    if writer is None or (writer.by != by and not writer.broken):
+        _writer = None  # the former stage's workers go first
+        if (torch := sys.modules.get("torch")) is not None:  # which reads it when it is imported
+            torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        _writer = writer = ShardWriter(tasks, by)
+    results = writer(row)
+    with _lock:
+        _idle = threading.Timer(IDLE_SECS, _forget_writer)
+        _idle.daemon = True
+        _idle.start()
+    return results
+
+
+def _forget_writer() -> None:
+    """Drop what is loaded, and with what may be unusable the process."""
+    global _writer
+    with _lock:
+        if _idle is None or _writer is None:  # a shard came meanwhile
+            return
+        if _writer.broken:
+            os._exit(1)
+        _writer = None
 
 
 @dataclass
@@ -660,7 +705,7 @@ class Passes:
             self._missed(unseen)
             self.num_empty = 0
         self.pace.note()
-        actors = self.pace.max_actors or self.num_actors
+        actors = min(self.pace.max_actors or self.num_actors, self.num_actors)  # tasks change processes
         return {"num_actors": actors, "num_made": num_rows, "first_secs": round(first_secs, 2)}
 
     def _results(self) -> tuple[ray.data.Dataset, int]:
@@ -677,14 +722,26 @@ class Passes:
         num_actors = max(1, min(self.config.ray.max_actors or self.room, len(rows)))
         with warnings.catch_warnings():  # no other way yet to say how often a task is retried whose process died
             warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
-            results = ray.data.from_items(rows, override_num_blocks=len(rows)).flat_map(
-                ShardWriter,
-                fn_constructor_args=([replace(task, items={}) for task in self.tasks], self.by),
-                compute=ray.data.ActorPoolStrategy(min_size=max(1, min(self.room, num_actors)), max_size=num_actors),
-                num_cpus=self.num_cpus,
-                num_gpus=self.num_gpus or None,
-                max_task_retries=TASK_RETRIES,
-            )
+            items_to_do = ray.data.from_items(rows, override_num_blocks=len(rows))
+            tasks = [replace(task, items={}) for task in self.tasks]
+            if self.num_gpus:
+                results = items_to_do.flat_map(
+                    ShardWriter,
+                    fn_constructor_args=(tasks, self.by),
+                    compute=ray.data.ActorPoolStrategy(
+                        min_size=max(1, min(self.room, num_actors)), max_size=num_actors
+                    ),
+                    num_cpus=self.num_cpus,
+                    num_gpus=self.num_gpus,
+                    max_task_retries=TASK_RETRIES,
+                )
+            else:
+                results = items_to_do.flat_map(
+                    partial(write_shards, tasks, self.by),
+                    compute=ray.data.TaskPoolStrategy(num_actors),
+                    num_cpus=self.num_cpus,
+                    max_retries=TASK_RETRIES,
+                )
         results.context.max_errored_blocks = self.max_lost  # items whose processes keep dying; they are missing still
         results.context.max_consecutive_actor_init_deaths = num_actors  # a machine on which none can start is not all
         return results, num_actors

@@ -18,7 +18,7 @@ from salad_ray.flow import Step
 from salad_ray.names import BENCHMARK, HELDOUT, SYNTHESIZE
 from salad_ray.runs import Run
 from salad_ray.speech.audio import check_duration, check_speech, encode_audio, load_audio
-from salad_ray.stages.common import Ahead, Stage, Work, condition_of, hours_by_licence
+from salad_ray.stages.common import Ahead, Stage, Work, condition_of, hours_by_corpus, num_unsaid
 from salad_ray.stages.shards import ShardPart, StageError, WindowWorker, keep_or_reject
 from salad_ray.synthesis.espeak import EspeakSynthesizer
 from salad_ray.synthesis.speech import Speech
@@ -46,8 +46,9 @@ def work(run: Run, step: Step, ahead: Ahead) -> Work:
         SpeakShard, run.config, step.set, run.labelled(label), stage.table, run.facts_of(step)["weights"]
     )  # fmt: skip
     items = {name: name for name in passages["shards"]}
-    pieces = pieces_of(stage.table)
-    return Work(stage, items, worker, run.config.synthesize.num_gpus, clean_up=pieces.delete)
+    settings, pieces = run.config.synthesize, pieces_of(stage.table)
+    facts = {"synthesizer": settings.synthesizer}
+    return Work(stage, items, worker, settings.num_gpus, facts=facts, clean_up=pieces.delete)
 
 
 def load_synthesizer(config: Config, voices: tuple[str, ...], device: str) -> EspeakSynthesizer | KokoroSynthesizer:
@@ -114,8 +115,9 @@ class SpeakShard(WindowWorker):
         footer = self.pieces.metadata(name).metadata
         rejects = [Reject(**row) for row in json.loads(footer[b"rejects"])]
         utterances: list[Utterance] = self.pieces.read_rows(Utterance, name)
-        rows, hours = to_arrow(Utterance, utterances), hours_by_licence(utterances)
-        return ShardPart(rows, json.loads(footer[b"num_input"]), len(utterances), rejects, hours)
+        spoken = (row for row in utterances if row.words is not None)  # recordings may be in any script
+        rows, totals = to_arrow(Utterance, utterances), hours_by_corpus(utterances) | num_unsaid(spoken)
+        return ShardPart(rows, json.loads(footer[b"num_input"]), len(utterances), rejects, totals)
 
     def _speak(self, window: list[Passage]) -> tuple[list[Utterance], list[Reject]]:
         strict = self.config.strict
@@ -139,7 +141,7 @@ class SpeakShard(WindowWorker):
             passage_id=passage.passage_id,
             recording_id=passage.passage_id,
             source=passage.doc_id,
-            corpus=f"{passage.source} (recorded)",
+            corpus=passage.source,
             text=passage.text,
             license=passage.license,
             domain=passage.domain,
@@ -168,7 +170,7 @@ class SpeakShard(WindowWorker):
             cluster_id=passage.cluster_id,
             recording_id=passage.passage_id,
             source=passage.doc_id,
-            corpus=f"{passage.source or self.set} ({settings.synthesizer})",
+            corpus=passage.source or self.set,
             text=passage.text,
             words=speech.words,
             speaker=f"{settings.synthesizer}:{voice}",

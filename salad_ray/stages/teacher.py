@@ -8,8 +8,9 @@ from typing import Any
 
 from salad_ray.config import Config
 from salad_ray.console import progress, say
+from salad_ray.distill.step import num_active_parameters, told_parameters
 from salad_ray.flow import Step
-from salad_ray.model.loading import hub_commit, load_tokenizer, tokenizer_hash
+from salad_ray.model.loading import ModelError, hub_commit, load_tokenizer, tokenizer_hash
 from salad_ray.model.speech_lm import load_text_lm
 from salad_ray.model.tiny_lm import train_tiny_lm
 from salad_ray.runs import OWN_MODEL, Run
@@ -43,7 +44,8 @@ def make(run: Run, step: Step) -> None:
     path = f"{url}/{OWN_MODEL}" if stage.inputs else config.model.teacher
     facts |= _verify(path, config)
     stage.finish(**facts, seconds=round(time.monotonic() - started, 2))
-    say(f"teacher: {facts['num_parameters']:,} parameters, {facts['vocabulary']:,} tokens ← {path}")
+    parameters = told_parameters(facts["num_parameters"], facts["num_active_parameters"])
+    say(f"teacher: {parameters}, {facts['vocabulary']:,} tokens ← {path}")
 
 
 def _train_on_world(config: Config, passages: Table, url: str) -> dict[str, Any]:
@@ -62,10 +64,16 @@ def _verify(path: str, config: Config) -> dict[str, Any]:
     with local_folder(path) as local:
         revision = hub_commit(local, config.model.revision)
         tokenizer = load_tokenizer(local, revision)
-        llm = load_text_lm(local, revision, "auto", "sdpa")
+        llm = load_text_lm(local, revision, "auto", "sdpa", config.pack.context)
+    wanting = {"optimizer=adamw": config.distill.optimizer == "muon", "compile=false": config.distill.compile}
+    if any(wanting.values()) and getattr(llm.get_decoder(), "layers", None) is None:  # rather than when all is packed
+        settings = " and ".join(f"distill.{name}" for name, wanted in wanting.items() if wanted)
+        raise ModelError(f"{path}: keeps its layers where Muon and compile do not find them; set {settings}")
     return {
         "revision": revision,
         "num_parameters": llm.num_parameters(),
+        "num_active_parameters": num_active_parameters(llm),
         "vocabulary": llm.get_output_embeddings().weight.shape[0],
+        "trial": llm.trial,
         "tokenizer_hash": tokenizer_hash(tokenizer),
     }

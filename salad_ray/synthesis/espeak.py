@@ -24,6 +24,7 @@ from pathlib import Path
 import espeakng_loader
 import numpy as np
 
+from salad_ray.speech.spoken import read_words
 from salad_ray.store import scratch_folder
 from salad_ray.synthesis.speech import Speech
 from salad_ray.tables import BadInput, Word, stable_hash
@@ -136,7 +137,7 @@ class EspeakSynthesizer:
         """Speak each text with its voice.
 
         Args:
-            texts: plain text; markup is read out.
+            texts: plain English; numbers, signs and abbreviations are read as `read_words` says.
             voices: one for each text, see `voices()`, with or without a variant: "en-us", "en-us+f3".
             seed: draws rate and pitch for each text from (seed, text, voice); None speaks all alike. The same text,
                 voice and seed give the same samples, whatever else is spoken.
@@ -147,7 +148,7 @@ class EspeakSynthesizer:
             has zero length at the end of the word before it. Words end where the pause after them begins.
 
         Raises:
-            BadInput: a text that is empty or cannot be spoken.
+            BadInput: a text that is empty or has a word that cannot be read.
             ValueError: an unknown voice.
         """
         return [_speak(text, voice, seed) for text, voice in zip(texts, voices, strict=True)]
@@ -196,7 +197,10 @@ def _speech_or_reason(text: str, voice: str, seed: int | None) -> Speech | BadIn
 
 
 def _speak(text: str, voice: str, seed: int | None) -> Speech:
-    spoken = _speakable(text)
+    said = [spoken.text for spoken in read_words(_characters(text).split())]
+    if not any(said):
+        raise BadInput("nothing in the text can be spoken" if text.strip() else "empty text")
+    spoken = _speakable(" ".join(filter(None, said)))
     recording = _Recording()
     callback = _Callback(recording.listen)
     with _loaded(voice) as library:
@@ -209,7 +213,8 @@ def _speak(text: str, voice: str, seed: int | None) -> Speech:
     audio = recording.audio()
     if not recording.words:
         raise BadInput("nothing in the text can be spoken")
-    return Speech(audio, SAMPLING_RATE, _written_words(text, recording.words, len(audio)))
+    pieces = _piece_times(" ".join(filter(None, said)), recording.words, len(audio))
+    return Speech(audio, SAMPLING_RATE, _written_words(text.split(), said, pieces))
 
 
 def _manner(text: str, voice: str, seed: int | None) -> dict[int, int]:
@@ -220,17 +225,35 @@ def _manner(text: str, voice: str, seed: int | None) -> dict[int, int]:
     return {_RATE: rate, _PITCH: pitch}
 
 
+def _characters(text: str) -> str:
+    """The text itself, unless it is none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadInput("the text holds lone surrogates, which are no characters") from None
+    return text
+
+
 def _speakable(text: str) -> bytes:
     """UTF-8 of the text, character by character the same, but for what C or eSpeak would stumble over."""
     if not text.strip():
         raise BadInput("empty text")
-    try:
-        return re.sub(r"[^\S\n]|[\x00-\x08\x0e-\x1f\x7f]", " ", text).encode()
-    except UnicodeEncodeError:
-        raise BadInput("the text holds lone surrogates, which are no characters") from None
+    return re.sub(r"[^\S\n]|[\x00-\x08\x0e-\x1f\x7f]", " ", _characters(text)).encode()
 
 
-def _written_words(text: str, spoken: Sequence[_SpokenWord], num_samples: int) -> list[Word]:
+def _written_words(written: Sequence[str], said: Sequence[str], pieces: Sequence[Word]) -> list[Word]:
+    """Times of written words, each from its first to its last spoken piece; of one that is not said the end before."""
+    words: list[Word] = []
+    position, end = 0, 0.0
+    for word, text in zip(written, said, strict=True):
+        own = pieces[position : position + len(text.split())]
+        start, end = (own[0].start_secs, own[-1].end_secs) if own else (end, end)
+        words.append(Word(word, start, end))
+        position += len(own)
+    return words
+
+
+def _piece_times(text: str, spoken: Sequence[_SpokenWord], num_samples: int) -> list[Word]:
     """Times of the whitespace-separated pieces of a text, from the words that eSpeak said for them."""
     pieces = list(re.finditer(r"\S+", text))
     spans: dict[int, tuple[int, int]] = {}

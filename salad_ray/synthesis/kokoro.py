@@ -31,6 +31,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_se
 
 from salad_ray.config import ConfigError
 from salad_ray.model.loading import UNUSABLE, ModelError, is_hub_id, reason, require_whole, weights_fingerprint
+from salad_ray.sequences.packing import padded_batches
 from salad_ray.synthesis.phonemes import MAX_PHONEMES, Part, to_parts
 from salad_ray.synthesis.speech import Speech
 from salad_ray.tables import BadInput, Word, stable_hash
@@ -94,7 +95,7 @@ class KokoroSynthesizer:
         Args:
             path: a hub id, or a folder with config.json, kokoro-v1_0.pth and voices/<name>.pt.
             voices: names; those that begin with b speak British English, all others American.
-            revision: of a hub id; None is the main branch.
+            revision: of a hub id; unset: the main branch.
             batch_frames: frames (of 25 ms, padding included) that are computed at once. None is 16,000 on a GPU and on
                 the CPU one utterance at a time: its convolutions are no faster in batches, and padding costs.
             max_phonemes: longer texts are spoken in parts of at most so many.
@@ -187,11 +188,11 @@ class BatchedKokoro:
         The same as `KModel` gives after `torch.manual_seed(noise_seed)`.
         """
         prosodies: dict[int, _Prosody] = {}
-        for batch in _batches([len(utterance.phonemes) + 2 for utterance in utterances], self.batch_frames):
+        for batch in padded_batches([len(utterance.phonemes) + 2 for utterance in utterances], self.batch_frames):
             prosodies |= zip(batch, self._predict([utterances[i] for i in batch]), strict=True)
         order = range(len(utterances))
         audios: dict[int, np.ndarray] = {}
-        for batch in _batches([prosodies[i].num_frames for i in order], self.batch_frames):
+        for batch in padded_batches([prosodies[i].num_frames for i in order], self.batch_frames):
             audios |= zip(batch, self._decode([prosodies[i] for i in batch]), strict=True)
         return [(audios[i], prosodies[i].durations.numpy()) for i in order]
 
@@ -348,18 +349,6 @@ def _folded(model: KModel) -> KModel:
         if hasattr(module, "weight_g"):
             remove_weight_norm(module)
     return model
-
-
-def _batches(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
-    """Indices, longest first, so many at once that with their padding they stay within `limit`, but at least one."""
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and lengths[batch[0]] * (len(batch) + 1) > limit:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
 
 
 def _run_lstm(lstm: nn.LSTM, x: Tensor, lengths: Sequence[int]) -> Tensor:

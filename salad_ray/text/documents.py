@@ -5,16 +5,13 @@ Columns are those of FineWeb and its kin (text, id, url, language, language_scor
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
 import math
 import re
-import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, islice, pairwise
 from typing import Any, Literal
 from urllib.parse import quote
 
@@ -27,13 +24,24 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from salad_ray.config import ConfigError, WebTextConfig, path_name
 from salad_ray.names import INGEST
-from salad_ray.speech.readers import MAX_LINE_BYTES, language_code, lines_of
-from salad_ray.store import filesystem, is_of_storage, open_file
+from salad_ray.speech.readers import (
+    BROKEN,
+    COMPRESSIONS,
+    MAX_LINE_BYTES,
+    UNREAD,
+    decompressed,
+    language_code,
+    lines_at,
+)
+from salad_ray.store import BROKEN_LINK, filesystem, find_files, is_of_storage, open_file
 from salad_ray.tables import BadInput, Reject
 
 ENDS: dict[str, tuple[str, ...]] = {
     "parquet": (".parquet",),
-    "jsonl": (".jsonl", ".jsonl.gz", ".json.gz"),
+    "jsonl": (
+        *(f"{kind}{end}" for kind in (".jsonl", ".ndjson") for end in COMPRESSIONS),
+        *(f".json{end}" for end in COMPRESSIONS[1:]),
+    ),
 }
 SOURCE_BYTES = 2**28
 """Row groups of a Parquet file are handed out together up to this size (of all columns, uncompressed)."""
@@ -47,10 +55,10 @@ READ_BYTES = 2**20
 MAX_FILE_BYTES = 2**29
 """Of a file that is read whole, decompressed; benchmarks are files of some megabytes."""
 NUM_TRIED = 100
-"""A jsonl file none of whose first lines has the text column is not what the config says."""
+"""Lines of a jsonl file that are asked whether it has the text column."""
 FOOTER_THREADS = 16
 # A hub cannot be reached: an error of its HTTP client, whichever that is, which HfHubHTTPError derives from.
-_UNREACHABLE: tuple[Any, ...] = (OSError, *HfHubHTTPError.__bases__)
+UNREACHABLE: tuple[Any, ...] = (OSError, *HfHubHTTPError.__bases__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +79,7 @@ class TextSource:
     """What one task reads: a jsonl file, or the row groups [first, end) of a Parquet file (None: all there are)."""
 
     url: str
-    kind: Literal["parquet", "jsonl"]
+    kind: Literal["parquet", "jsonl", "unread"]
     name: str
     """The file's path within its corpus."""
     stamp: str
@@ -97,31 +105,38 @@ def find_text_sources(corpus: WebTextConfig) -> list[TextSource]:
     or without a folder or pattern behind it.
 
     Raises:
-        ConfigError: nothing is there, nothing that is known, or a hub that cannot be reached.
+        ConfigError: nothing is there, nothing that is known, no file with the columns that the config names, or a hub
+            that cannot be reached.
     """
-    url = _resolve(corpus)
+    url = hub_url(corpus.path, corpus.revision)
     try:
         fs, path = filesystem(url)
-        files = _list(fs, path.rstrip("/") or path)
+        files = find_files(fs, path.rstrip("/") or path)
     except ImportError as error:
         raise ConfigError(f"{corpus.path}: its protocol needs a package that is not installed ({error})") from None
-    except _UNREACHABLE as error:
+    except UNREACHABLE as error:
         here = "nothing is there, and as a data set of the hub it" if "://" not in corpus.path else "it"
         raise ConfigError(f"{corpus.path}: {here} cannot be listed ({url}: {type(error).__name__}: {error})") from None
     if not files:
         raise ConfigError(_nothing_there(corpus, url))
-    sources = [
-        TextSource(_url_of(fs, file), kind, _within(path, file), _stamp(info))
-        for file, info in sorted(files.items())
-        if (kind := _kind(file, corpus.format, sole=len(files) == 1 or "*" in path)) is not None
-    ]
-    if not sources:
+    sources = []
+    kinds = {file: _kind(file, corpus.format, sole=len(files) == 1 or "*" in path) for file in sorted(files)}
+    unclear = [file for file, kind in kinds.items() if kind is None and file.lower().endswith(".json")]
+    if corpus.format == "auto":
+        with ThreadPoolExecutor(FOOTER_THREADS) as pool:  # a small read each, slow over a network
+            kinds |= zip(unclear, pool.map(lambda file: _kind_of_json(_url_of(fs, file), corpus), unclear), strict=True)
+    for file, kind in kinds.items():
+        if kind is not None:
+            known = "unread" if files[file]["type"] == BROKEN_LINK else kind
+            sources.append(TextSource(_url_of(fs, file), known, _within(path, file), _stamp(files[file])))
+    if all(source.kind == "unread" for source in sources):
         ends = ENDS["parquet"] + ENDS["jsonl"] if corpus.format == "auto" else ENDS[corpus.format]
         raise ConfigError(
             f"{corpus.path}: {len(files)} files are there, but none ends in {', '.join(ends)}"
             + (f" (such as {_within(path, min(files))}); " if len(files) > 1 else "; ")
             + "point path at such files, or set format for a file of another ending"
         )
+    _check_columns(sources, corpus)
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:  # footers: a small read each, slow over a network
         return [part for parts in pool.map(_divided, sources) for part in parts]
 
@@ -131,13 +146,14 @@ def read_documents(source: TextSource, corpus: WebTextConfig) -> Iterator[Docume
 
     A file that breaks off is a reject of its own, after what was read of it; of Parquet, other row groups are still
     read. Documents without an id are named by file and row.
-
-    Raises:
-        ConfigError: the file has no such text column, or lacks a column that a filter needs.
     """
     name = text_corpus_name(corpus)
-    rows = _parquet_rows(source, corpus) if source.kind == "parquet" else _json_rows(source, corpus)
-    for place, row in rows:
+    if source.kind == "unread":
+        ends = ", ".join(ENDS["parquet"] + ENDS["jsonl"])
+        reason = source.stamp if source.stamp == BROKEN_LINK else f"it is none of {ends}; convert it"
+        yield Reject(INGEST, f"{name}/{source.name}", f"a file that is not read: {reason}")
+        return
+    for place, row in _parquet_rows(source, corpus) if source.kind == "parquet" else _json_rows(source):
         key = f"{name}/{_text_of(row.get(corpus.id_column)) or place}" if isinstance(row, dict) else f"{name}/{place}"
         try:
             if isinstance(row, BadInput):
@@ -150,6 +166,8 @@ def read_documents(source: TextSource, corpus: WebTextConfig) -> Iterator[Docume
 def _document(doc_id: str, row: Mapping[str, Any], corpus: WebTextConfig) -> Document:
     text = row.get(corpus.text_column)
     if not isinstance(text, str):
+        if corpus.text_column not in row:
+            raise BadInput(f"it has no '{corpus.text_column}', only {', '.join(row) or 'nothing'}")
         reason = "null" if text is None else f"{type(text).__name__}, not text"
         raise BadInput(f"its '{corpus.text_column}' is {reason}")
     if not text.strip():
@@ -201,10 +219,50 @@ def _wanted(corpus: WebTextConfig) -> list[str]:
     ]  # fmt: skip
 
 
-def _check_columns(url: str, columns: list[str], corpus: WebTextConfig) -> None:
+def _check_columns(sources: list[TextSource], corpus: WebTextConfig) -> None:
+    """Raises `ConfigError` where no file has the columns that are needed; of a file beside one that has, each row is a
+    reject. Mostly the first file has them, and no other is opened.
+    """
+    faults = []
+    for source in sources:
+        if source.kind != "unread" and (fault := _fault(source, corpus)) is not None:
+            if not fault:
+                return
+            faults.append(f"{source.url}: {fault}")
+    if faults:
+        raise ConfigError(faults[0])
+
+
+def _fault(source: TextSource, corpus: WebTextConfig) -> str | None:
+    """What keeps a file's texts from being found, "" if nothing does; None for one that nobody can tell of."""
+    if source.kind == "jsonl":
+        records = [json_record(line) for _, line in islice(lines_at(source.url), NUM_TRIED)]
+        names = dict.fromkeys(chain.from_iterable(record for record in records if isinstance(record, dict)))
+        return _missing(list(names), corpus) if names else None
+    with open_file(source.url) as file:
+        try:
+            return _parquet_fault(pq.ParquetFile(file), corpus)
+        except (pa.ArrowException, OSError) as error:
+            _damage(error)
+            return None
+
+
+def _missing(columns: list[str], corpus: WebTextConfig) -> str:
     for column, key in _needed(corpus).items():
         if column not in columns:
-            raise ConfigError(f"{url} has no column '{column}', only {', '.join(columns)}; set {key} to the right one")
+            return f"no column '{column}', only {', '.join(columns)}; set {key} to the right one"
+    return ""
+
+
+def _parquet_fault(parquet: pq.ParquetFile, corpus: WebTextConfig) -> str:
+    if fault := _missing(parquet.schema_arrow.names, corpus):
+        return fault
+    [column_type, *others] = [field.type for field in parquet.schema_arrow if field.name == corpus.text_column]
+    if others:
+        return f"{len(others) + 1} columns are called '{corpus.text_column}'"
+    if _is_text(column_type) or _is_null(parquet, corpus.text_column):
+        return ""
+    return f"column '{corpus.text_column}' holds {column_type}, not text; set text_column"
 
 
 def _parquet_rows(source: TextSource, corpus: WebTextConfig) -> Iterator[tuple[str, dict[str, Any] | BadInput]]:
@@ -216,16 +274,13 @@ def _parquet_rows(source: TextSource, corpus: WebTextConfig) -> Iterator[tuple[s
         except (pa.ArrowException, OSError) as error:
             yield source.name, _damage(error)
             return
-        columns = parquet.schema_arrow.names
-        _check_columns(source.url, columns, corpus)
-        column_type = parquet.schema_arrow.field(corpus.text_column).type
-        if not _is_text(column_type):
-            raise ConfigError(
-                f"{source.url}: its column '{corpus.text_column}' holds {column_type}, not text; set text_column"
-            )
         first, end = source.row_groups or (0, parquet.num_row_groups)
         row = sum(parquet.metadata.row_group(group).num_rows for group in range(first))
-        wanted = [column for column in columns if column in _wanted(corpus)]
+        if fault := _parquet_fault(parquet, corpus):
+            lost = sum(parquet.metadata.row_group(group).num_rows for group in range(first, end))
+            yield f"{source.name}:{row}", BadInput(f"the file cannot be used: {fault} ({lost:,} rows are not read)")
+            return
+        wanted = [column for column in parquet.schema_arrow.names if column in _wanted(corpus)]
         for group in range(first, end):
             yield from _row_group(parquet, group, wanted, source.name, row)
             row += parquet.metadata.row_group(group).num_rows
@@ -256,7 +311,7 @@ def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | BadInput]:
         if is_large and part.nbytes > MAX_LINE_BYTES:
             yield BadInput(f"a row of more than {MAX_LINE_BYTES:,} bytes")
             continue
-        for values in zip(*map(_values, part.columns), strict=True):
+        for values in zip(*map(column_values, part.columns), strict=True):
             yield dict(zip(part.schema.names, values, strict=True))
 
 
@@ -267,40 +322,44 @@ def _damage(error: Exception, detail: str = "") -> BadInput:
     return BadInput(f"the file is truncated or damaged ({error}){detail}")
 
 
-def _values(column: pa.Array) -> list[Any]:
+def column_values(column: pa.Array) -> list[Any]:
+    if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):  # text, as some programs write it
+        return [None if value is None else value.decode("utf-8", "surrogateescape") for value in column.to_pylist()]
     if pa.types.is_dictionary(column.type):  # each of its texts once, and shared by its rows
         used = pc.unique(column.indices.drop_null())
-        texts = dict(zip(used.to_pylist(), _values(column.dictionary.take(used)), strict=True))
+        texts = dict(zip(used.to_pylist(), column_values(column.dictionary.take(used)), strict=True))
         return [None if index is None else texts[index] for index in column.indices.to_pylist()]
     try:
         return column.to_pylist()
-    except UnicodeDecodeError:  # not UTF-8: becomes surrogates, by which `_document` knows it
-        values = pc.cast(column, pa.large_binary()).to_pylist()
-        return [None if value is None else value.decode("utf-8", "surrogateescape") for value in values]
+    except UnicodeDecodeError:  # not UTF-8: becomes surrogates, by which items and documents know it
+        return column_values(pc.cast(column, pa.large_binary()))
 
 
 def _is_text(column_type: pa.DataType) -> bool:
     if pa.types.is_dictionary(column_type):
         column_type = column_type.value_type
-    return any(test(column_type) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
+    types = pa.types
+    tests = (types.is_string, types.is_large_string, types.is_string_view, types.is_binary, types.is_large_binary)
+    return any(test(column_type) for test in tests)
 
 
-def _json_rows(source: TextSource, corpus: WebTextConfig) -> Iterator[tuple[str, dict[str, Any] | BadInput]]:
-    """(file:line, record); a file none of whose first records has the columns is a `ConfigError`."""
-    unseen, names, number = set(_needed(corpus)), dict[str, None](), 0
-    for number, line in _lines(source.url):
-        record = _record(line)
-        if unseen and isinstance(record, dict):
-            unseen -= record.keys()
-            names.update(dict.fromkeys(record))
-        if unseen and names and number >= NUM_TRIED:
-            break
-        yield f"{source.name}:{number}", record
-    if unseen and names:
-        _check_columns(f"{source.url} (its first {number} lines)", list(names), corpus)
+def _is_null(parquet: pq.ParquetFile, column: str) -> bool:
+    """Whether a column holds nothing at all: a part of a corpus without any text has no type for it."""
+    if pa.types.is_null(parquet.schema_arrow.field(column).type):
+        return True
+    index, metadata = parquet.schema_arrow.names.index(column), parquet.metadata
+    if metadata.num_columns != len(parquet.schema_arrow.names):  # nested ones: their places are others
+        return False
+    chunks = [metadata.row_group(group).column(index) for group in range(metadata.num_row_groups)]
+    return all(chunk.statistics is not None and chunk.statistics.null_count == chunk.num_values for chunk in chunks)
 
 
-def _record(line: bytes | BadInput) -> dict[str, Any] | BadInput:
+def _json_rows(source: TextSource) -> Iterator[tuple[str, dict[str, Any] | BadInput]]:
+    """(file:line, record)."""
+    return ((f"{source.name}:{number}", json_record(line)) for number, line in lines_at(source.url))
+
+
+def json_record(line: bytes | BadInput) -> dict[str, Any] | BadInput:
     if isinstance(line, BadInput):
         return line
     try:
@@ -310,44 +369,26 @@ def _record(line: bytes | BadInput) -> dict[str, Any] | BadInput:
     return record if isinstance(record, dict) else BadInput(f"a JSON {type(record).__name__}, not an object")
 
 
-def _lines(url: str) -> Iterator[tuple[int, bytes | BadInput]]:
-    """Numbered lines that are not blank; a file that breaks off ends with what is wrong with it."""
-    number = 0
-    with open_file(url) as file:
-        stream = io.BufferedReader(gzip.GzipFile(fileobj=file)) if _is_gzip(file) else file
-        try:
-            for number, line in lines_of(stream):
-                if isinstance(line, BadInput) or line.strip():
-                    yield number, line
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            yield number + 1, BadInput(f"the file is truncated or damaged after line {number} ({error})")
-
-
 def read_whole(url: str) -> bytes:
-    """A file, decompressed if it is a gzip.
+    """A file, decompressed.
 
     Raises:
-        ConfigError: a truncated or damaged gzip, or a file of more than `MAX_FILE_BYTES`.
+        ConfigError: a truncated or damaged one, or a file of more than `MAX_FILE_BYTES`.
         OSError: and what else its storage raises.
     """
     data = bytearray()
     with open_file(url) as file:
-        stream = gzip.GzipFile(fileobj=file) if _is_gzip(file) else file
+        stream = decompressed(file)
         try:
             while chunk := stream.read(READ_BYTES):
                 data += chunk
                 if len(data) > MAX_FILE_BYTES:
                     raise ConfigError(f"{url} holds more than {MAX_FILE_BYTES:,} bytes, which no benchmark does")
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        except BROKEN as error:
+            if is_of_storage(error):
+                raise
             raise ConfigError(f"{url} is truncated or damaged ({error}); fetch it again") from None
     return bytes(data)
-
-
-def _is_gzip(file: Any) -> bool:
-    """By its first bytes: files are called .gz that some download has decompressed."""
-    start = file.read(2)
-    file.seek(0)
-    return bool(start == b"\x1f\x8b")
 
 
 def _text_of(value: Any) -> str:
@@ -355,42 +396,32 @@ def _text_of(value: Any) -> str:
 
 
 def _number(value: Any) -> float | None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if is_number else None
+    """A finite number, also a decimal or one that is written out; else None."""
+    try:
+        number = math.nan if isinstance(value, bool) or value is None else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _legible(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _resolve(corpus: WebTextConfig) -> str:
-    """The path as a URL: a hub id, which is no local path, becomes hf://datasets/<id>@<revision>/…"""
-    path = corpus.path
-    if "://" not in path:
+def hub_url(path: str, revision: str | None) -> str:
+    """The path as a URL: a hub id, which is no local path, becomes hf://datasets/<id>@<revision>/…
+
+    Raises:
+        ConfigError: a revision of something else than a hub id.
+    """
+    url = path
+    if "://" not in path and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(/.*)?", path):
         fs, local = filesystem(path)
-        found = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)((?:/.*)?)", path)
-        if found is None or fs.exists(local) or fs.glob(local):
-            return _unpinned(path, corpus)
-        path = f"hf://datasets/{path}"
-    found = re.fullmatch(r"(hf://datasets/[^/@]+/[^/@]+)((?:/.*)?)", path)
-    if found is None:
-        return _unpinned(path, corpus)
-    return found[1] + (f"@{quote(corpus.revision, safe='')}" if corpus.revision else "") + found[2]
-
-
-def _unpinned(path: str, corpus: WebTextConfig) -> str:
-    if corpus.revision is not None:
-        raise ConfigError(f"{path} is no hub id, so it has no revision '{corpus.revision}'; drop it")
-    return path
-
-
-def _list(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, dict[str, Any]]:
-    """Files at or below a path, or that match it, with what the file system knows of them."""
-    try:
-        found = fs.glob(path, detail=True) if "*" in path else fs.find(path, detail=True)
-    except FileNotFoundError:
-        return {}
-    return {name: info for name, info in found.items() if info["type"] == "file"}
+        url = path if fs.exists(local) or fs.glob(local) else f"hf://datasets/{path}"
+    found = re.fullmatch(r"(hf://datasets/[^/@]+/[^/@]+)((?:/.*)?)", url)
+    if found is None and revision is not None:
+        raise ConfigError(f"{path} is no hub id, so it has no revision '{revision}'; drop it")
+    return url if found is None or not revision else f"{found[1]}@{quote(revision, safe='')}{found[2]}"
 
 
 def _within(path: str, file: str) -> str:
@@ -406,15 +437,33 @@ def _url_of(fs: fsspec.AbstractFileSystem, path: str) -> str:
 
 
 def _stamp(info: Mapping[str, Any]) -> str:
+    if info["type"] == BROKEN_LINK:
+        return BROKEN_LINK
     changed = next((info[key] for key in ("ETag", "etag", "blob_id", "mtime", "LastModified") if info.get(key)), "")
     return f"{info['size']} bytes, {changed}"
 
 
-def _kind(file: str, wanted: str, sole: bool) -> Literal["parquet", "jsonl"] | None:
-    """A file's format; its ending decides, but for a single file or a pattern the config may."""
+def _kind(file: str, wanted: str, sole: bool) -> Literal["parquet", "jsonl", "unread"] | None:
+    """A file's format; its ending decides, but for a single file or a pattern the config may. None: holds no text."""
+    file = file.lower()
     if wanted != "jsonl" and (file.endswith(ENDS["parquet"]) or (sole and wanted == "parquet")):
         return "parquet"
-    return "jsonl" if wanted != "parquet" and (file.endswith(ENDS["jsonl"]) or (sole and wanted == "jsonl")) else None
+    if wanted != "parquet" and (file.endswith(ENDS["jsonl"]) or (sole and wanted == "jsonl")):
+        return "jsonl"
+    return "unread" if wanted == "auto" and UNREAD.search(file) else None
+
+
+def _kind_of_json(url: str, corpus: WebTextConfig) -> Literal["jsonl", "unread"] | None:
+    """JSON lines may be called `.json`; a list is none of ours, and a lone object describes a data set."""
+    try:
+        lines = [line for _, line in islice(lines_at(url), NUM_TRIED)]
+    except FileNotFoundError:  # a link that leads nowhere
+        return None
+    records = [record for record in map(json_record, lines) if isinstance(record, dict)]
+    if any(corpus.text_column in record for record in records):
+        return "jsonl"
+    is_list = bool(lines) and (not isinstance(lines[0], bytes) or lines[0].lstrip().startswith(b"["))
+    return "unread" if is_list or len(records) > 1 else None
 
 
 def _divided(source: TextSource) -> list[TextSource]:

@@ -18,6 +18,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from salad_ray.names import INGEST
+from salad_ray.speech.spoken import is_unsaid, unreadable
 from salad_ray.tables import Passage, Reject
 from salad_ray.text.documents import Document
 
@@ -81,7 +82,7 @@ def cut_passages(document: Document, limits: Limits, count_pieces: Counts | None
 
     Args:
         count_pieces: word pieces of each text, without special ones, that add up when texts are joined by a space;
-            none takes `estimated_word_pieces`.
+            unset: `estimated_word_pieces`.
     """
     cut: Counter[str] = Counter()
     texts = list(_sentences_of(document.text, cut))
@@ -229,7 +230,7 @@ def _passage(document: Document, index: int, text: str) -> Passage:
 def _sentences_of(text: str, cut: Counter[str]) -> Iterator[str]:
     """The sentences that can be spoken, in their order, and "" wherever something was cut out between them."""
     for paragraph, reason in _paragraphs(_normalized(text)):
-        plain = "" if reason else _without_marks(paragraph)
+        plain = "" if reason else _without_marks(paragraph, cut)
         reason = reason or _paragraph_fault(plain)
         if reason:
             cut[reason] += len(paragraph)
@@ -403,10 +404,11 @@ _OLD_QUOTE = re.compile(r"(?<!\w)`(?=\w[^`]*')")
 _EMPTY_BRACKETS = re.compile(r"\s\((?:see|e\.g\.|cf\.)?[\s,;]*\)")
 _HEADING_END = re.compile(r"(?<!\s)\s+#+\s*$")
 _ESCAPED = re.compile(r"\\([\\`*_{}\[\]()#+.!|>~-])")
-_DECORATION = re.compile(r"[\u2600-\u27bf\ufe0f\u200d\u21a9\u2b00-\u2bff\U0001f000-\U0001faff®™©†‡¶§•■●▪]")
+_DECORATION = re.compile(r"[\u2600-\u27bf\ufe0f\u200d\u21a9\u2b00-\u2bff\U0001f000-\U0001faff®™©†‡¶•■●▪]")
+"""What is taken off beside the signs that nobody says (`is_unsaid`)."""
 
 
-def _without_marks(paragraph: str) -> str:
+def _without_marks(paragraph: str, cut: Counter[str]) -> str:
     """A paragraph without the marks of Markdown, HTML, lists and references, on one line."""
     text = paragraph
     if "&" in text and ";" in text:
@@ -431,7 +433,10 @@ def _without_marks(paragraph: str) -> str:
     if "#" in text:
         text = _HEADING_END.sub("", text)
     if not text.isascii():
-        text = _DECORATION.sub("", text)
+        signs = {sign for sign in set(text) if _DECORATION.match(sign) or is_unsaid(sign)}
+        if signs:
+            cut[SYMBOLS] += sum(map(text.count, signs))
+            text = text.translate(dict.fromkeys(map(ord, signs)))
     return " ".join(text.split())
 
 
@@ -497,6 +502,8 @@ def _sentence_fault(sentence: str) -> str:
     """Why a sentence cannot be spoken; "" if it can."""
     if (_ODD.search(sentence) or _INNER_STOP.search(sentence)) and (found := _FAULT.search(sentence)):
         return next(_REASONS[name] for name in _REASONS if found[name])
+    if sign := unreadable(sentence):
+        return SCRIPT if sign.isalpha() else SYMBOLS
     words = sentence.split(" ")
     if max(map(len, words)) > MAX_WORD_CHARS and _LONG_WORD.search(sentence):
         return SYMBOLS

@@ -36,7 +36,7 @@ def step_and_destroy(folder: str, zero_stage: int) -> None:
     destroy(engine)
 
 
-@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+@pytest.mark.parametrize("zero_stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)), 3])
 def test_an_engine_that_is_destroyed_leaves_no_tensors(zero_stage: int, tmp_path: Path) -> None:
     """In a process of its own, where nothing else makes tensors."""
     place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": "lo"}

@@ -14,8 +14,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from salad_ray.distill.losses import distillation_loss, divergence, loss_and_each_kl
+from salad_ray.model.head import Head
 
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Inputs = tuple[Tensor, Tensor | Head, Tensor, Tensor | Head, Tensor]
+HEADS: dict[str, dict[str, Any]] = {
+    "bias": {"bias": True},  # Phi-1 and 2
+    "scale": {"scale": 0.125},  # Granite, Cohere
+    "scale near 1": {"scale": 1.015},
+    "cap": {"cap": 3.0},  # Gemma 2 and 3n; low, so that most logits feel it
+    "all": {"bias": True, "scale": 1.7, "cap": 4.0},
+}
 
 
 def make_inputs(
@@ -37,12 +45,39 @@ def make_inputs(
     return *student, normal(num, dims[1]), normal(vocabs[1], dims[1]), labels
 
 
+def bend(inputs: Inputs, kind: str) -> Inputs:
+    """The same inputs with heads that do more than a product, the teacher's in another way than the student's."""
+
+    def head(weight: Tensor, bias: bool = False, scale: float = 1.0, cap: float | None = None) -> Head:
+        values = torch.randn(len(weight), generator=torch.Generator().manual_seed(9)).to(weight.dtype)
+        return Head(weight, values.requires_grad_(weight.requires_grad) if bias else None, scale, cap)
+
+    hidden, weight, teacher_hidden, teacher_weight, labels = inputs
+    teacher_kind = {"cap": "all", "all": "cap"}.get(kind, kind)
+    return hidden, head(weight, **HEADS[kind]), teacher_hidden, head(teacher_weight, **HEADS[teacher_kind]), labels
+
+
+def learnt(inputs: Inputs) -> list[Tensor]:
+    """What gets a gradient."""
+    hidden, head = inputs[:2]
+    return [hidden, *(head.parameters if isinstance(head, Head) else [head])]
+
+
+def dense_logits(hidden: Tensor, head: Tensor | Head) -> Tensor:
+    """By the definition, in float64."""
+    if isinstance(head, Tensor):
+        return hidden.double() @ head.double().T
+    logits = hidden.double() @ head.weight.double().T
+    logits = head.scale * (logits if head.bias is None else logits + head.bias.double())
+    return logits if head.cap is None else head.cap * torch.tanh(logits / head.cap)
+
+
 def dense(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """KL and NLL (N,) by the definition, on all logits at once, in float64."""
     hidden, head, teacher_hidden, teacher_head, labels = inputs
     vocab = min(len(head), len(teacher_head))
-    log_p = (hidden.double() @ head.double().T)[:, :vocab].log_softmax(-1)
-    log_q = (teacher_hidden.double() @ teacher_head.double().T)[:, :vocab].log_softmax(-1)
+    log_p = dense_logits(hidden, head)[:, :vocab].log_softmax(-1)
+    log_q = dense_logits(teacher_hidden, teacher_head)[:, :vocab].log_softmax(-1)
     kl = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
     return kl, F.nll_loss(log_p, labels, reduction="none")
 
@@ -50,7 +85,7 @@ def dense(inputs: Inputs) -> tuple[Tensor, Tensor]:
 def dense_gradients(inputs: Inputs, alpha: float) -> tuple[Tensor, tuple[Tensor, ...]]:
     kl, nll = dense(inputs)
     loss = (alpha * kl + (1 - alpha) * nll).mean()
-    return loss, torch.autograd.grad(loss, inputs[:2])
+    return loss, torch.autograd.grad(loss, learnt(inputs))
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:
@@ -61,7 +96,7 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
 
 def assert_conforms(inputs: Inputs, alpha: float, chunk_size: int | None, tolerance: float) -> None:
     result = distillation_loss(*inputs, alpha, chunk_size)
-    gradients = torch.autograd.grad(result.loss, inputs[:2])
+    gradients = torch.autograd.grad(result.loss, learnt(inputs))
     loss, expected = dense_gradients(inputs, alpha)
     kl, nll = dense(inputs)
     for value, reference in ((result.loss, loss), (result.kl, kl.mean()), (result.nll, nll.mean())):
@@ -78,6 +113,49 @@ def test_value_and_gradients_are_those_of_the_dense_loss(
     alpha: float, vocabs: tuple[int, int], chunk_size: int | None
 ) -> None:
     assert_conforms(make_inputs(vocabs=vocabs), alpha, chunk_size, 1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("vocabs", [(50, 50), (50, 64), (64, 50)])
+@pytest.mark.parametrize("chunk_size", [None, 4])
+@pytest.mark.parametrize("kind", HEADS)
+def test_heads_with_a_bias_a_scale_or_a_cap_conform(
+    kind: str, alpha: float, vocabs: tuple[int, int], chunk_size: int | None
+) -> None:
+    assert_conforms(bend(make_inputs(vocabs=vocabs), kind), alpha, chunk_size, 1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("kind", HEADS)
+def test_such_heads_lose_no_more_in_bfloat16_than_its_rounding(kind: str, alpha: float) -> None:
+    inputs = make_inputs(64, (500, 512), (32, 32), torch.bfloat16, scale=0.5)
+    assert_conforms(bend(inputs, kind), alpha, 8, 1e-2)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_gradcheck_of_such_heads(kind: str) -> None:
+    inputs = bend(make_inputs(5, (11, 13), (3, 4), torch.float64), kind)
+
+    def loss(hidden: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
+        head = Head(weight, *(bias or [None]), inputs[1].scale, inputs[1].cap)
+        return distillation_loss(hidden, head, *inputs[2:], 0.3, 2).loss
+
+    assert torch.autograd.gradcheck(loss, learnt(inputs))
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_head_gives_the_logits_of_its_definition(kind: str) -> None:
+    hidden, head, *_ = bend(make_inputs(), kind)
+    for found in (head.logits(hidden), hidden @ head.T):
+        torch.testing.assert_close(found, dense_logits(hidden, head).float(), rtol=1e-5, atol=1e-5)
+    assert head.logits(hidden.bfloat16()).dtype == torch.float32
+    assert head.logits(hidden[None, None]).shape == (1, 1, 13, 50)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_such_heads_measure_the_kl_to_themselves_as_zero(kind: str) -> None:
+    hidden, head, *_, labels = bend(make_inputs(64, (1000, 1000)), kind)
+    assert divergence(hidden, head, hidden, head, labels)[0].abs().max() <= 1e-6
 
 
 @settings(max_examples=60, deadline=None)
@@ -295,9 +373,11 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("kind", [None, *HEADS])
 @pytest.mark.parametrize("num", [16, 64, 1000, 9000])
-def test_logits_never_exist_as_a_whole(num: int) -> None:
+def test_logits_never_exist_as_a_whole(num: int, kind: str | None) -> None:
     inputs = make_inputs(num, (300, 300), (2, 2))
+    inputs = inputs if kind is None else bend(inputs, kind)
     with LargestTensor() as largest:
         distillation_loss(*inputs, 0.5).loss.backward()
     assert 0 < largest.num_elements <= max(num * 300 / 8, num * 2)

@@ -15,7 +15,15 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from salad_ray.config import AdapterConfig
 from salad_ray.distill.losses import distillation_loss
-from salad_ray.distill.step import batch_loss, global_scale, label_weight, learning_rate_factor, training_flops
+from salad_ray.distill.step import (
+    batch_loss,
+    global_scale,
+    head_share,
+    label_weight,
+    learning_rate_factor,
+    told_parameters,
+    training_flops,
+)
 from salad_ray.model.adapter import Adapter
 from salad_ray.model.speech_lm import (
     EncoderSpec,
@@ -53,13 +61,13 @@ def make_student(teacher: Qwen2ForCausalLM) -> SpeechLM:
     return SpeechLM(SpeechLMConfig("t", None, encoder, config), student, adapter, make_tokenizer("byte_level"))
 
 
-def make_batch(num_rows: int) -> Batch:
+def make_batch(num_rows: int, context: int = 128) -> Batch:
     tokenizer, rng = make_tokenizer("byte_level"), np.random.default_rng(0)
     rows = []
     for i in range(num_rows):
         utterances = [make_features("she said the people of the café opened 12 times and more so on", f"u{i}")]
         rows.append([sample_of(interleave(utterances, tokenizer, (2, 4), (2, 4), rng), utterances)])
-    return collate(rows, 128)
+    return collate(rows, context)
 
 
 def test_warm_up_constant_decay() -> None:
@@ -97,6 +105,18 @@ def test_the_teacher_gets_no_gradient_and_the_student_all_of_it() -> None:
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert all(parameter.grad is not None for parameter in student.parameters())
     assert loss.kl > 0
+
+
+def test_padding_changes_nothing() -> None:
+    teacher = make_teacher(400)
+    student = make_student(teacher)
+    plain, padded = (
+        batch_loss(student, student.head, teacher, make_batch(2, context), alpha=0.7, word_end_weight=0.5).loss
+        for context in (128, 224)
+    )
+    assert float(plain) == pytest.approx(float(padded), abs=1e-6)
+    for one, other in zip(gradients(student, plain), gradients(student, padded), strict=True):
+        assert (one - other).norm() <= 1e-5 * one.norm()
 
 
 def dense_loss(
@@ -185,6 +205,16 @@ def test_a_student_that_reads_everything_agrees_with_its_teacher() -> None:
         kl, _ = divergence(heard, student.head, read, student.head, batch.labels)
     assert kl[early].abs().max() < 1e-5
     assert kl[~early].mean() > 0.01
+
+
+def test_a_larger_vocabulary_takes_more_of_the_work() -> None:
+    teacher = make_teacher(400)
+    layers = sum(parameter.numel() for parameter in teacher.model.layers.parameters()) + 16  # and the last norm
+    of_head = 8 * 400 * 16 / 3
+    assert head_share(teacher, 1000) == pytest.approx(of_head / (of_head + 6 * (layers + 1000) + layers))
+    assert head_share(teacher, 1000) < head_share(make_teacher(4000), 1000) < 1
+    assert told_parameters(3000, 3000) == "3,000 parameters"
+    assert told_parameters(3000, 2000) == "3,000 parameters, 2,000 of them active"
 
 
 def test_flops_count_work_not_padding() -> None:

@@ -90,6 +90,7 @@ def manifests(config: Config) -> list[Path]:
     return sorted(Path(trunk_of(config), "checkpoints").glob("step-*/manifest.json"))
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_before_the_update(finished_run: Config, tmp_path: Path) -> None:
     config = untrained_copy(finished_run, tmp_path / "run", learning_rate=1e30, warmup_steps=0)
     with pytest.raises(
@@ -99,12 +100,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(finished_run: Config,
     assert not (trunk_of(config) / "manifest.json").exists()
 
 
-def test_every_start_says_what_was_loaded_and_that_the_student_is_its_teacher(
-    undisturbed: Config, finished_run: Config
-) -> None:
-    [start] = starts(undisturbed)
+def test_every_start_says_what_was_loaded_and_that_the_student_is_its_teacher(finished_run: Config) -> None:
+    [start] = starts(finished_run)
     assert start["student_weights"] == start["teacher_weights"] != ""
-    teacher = table_of(undisturbed, "", "teacher").manifest() or {}
+    teacher = table_of(finished_run, "", "teacher").manifest() or {}
     assert start["tokenizer_hash"] == teacher["tokenizer_hash"]
     assert start["llm_parameters"] == teacher["num_parameters"]
     assert (start["resumed_from"], start["num_workers"]) == (None, 2)
@@ -142,6 +141,7 @@ def test_a_killed_driver_continues_from_its_checkpoint_with_the_same_losses(
     assert losses(config) == losses(undisturbed)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_the_losses_are_the_same(undisturbed: Config, tmp_path: Path) -> None:
     config = untrained_copy(undisturbed, tmp_path / "run")
     killed: list[int] = []
@@ -163,6 +163,7 @@ def test_a_killed_worker_is_replaced_and_the_losses_are_the_same(undisturbed: Co
     assert losses(config) == losses(undisturbed)
 
 
+@pytest.mark.slow
 def test_trunk_and_stage1_in_one_job_make_the_same_model_as_two_jobs(undisturbed: Config, tmp_path: Path) -> None:
     config = untrained_copy(undisturbed, tmp_path / "run")
     train_to_stage1(config)
@@ -174,7 +175,8 @@ def test_trunk_and_stage1_in_one_job_make_the_same_model_as_two_jobs(undisturbed
     assert [[Path(start["begun_from"]).name.split("-")[1] for start in own] for own in begun] == [["00000032"]] * 2
 
 
-@pytest.mark.parametrize("max_failures", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("max_failures", [0, 1])
 def test_a_job_that_is_killed_in_stage1_continues_there_and_leaves_the_trunk_done(
     undisturbed: Config, tmp_path: Path, max_failures: int
 ) -> None:
@@ -268,6 +270,7 @@ def test_bf16_with_accumulation_checkpointing_and_all_losses(finished_run: Confi
     assert first["kl"] == pytest.approx(reference["kl"], abs=0.02)
 
 
+@pytest.mark.slow
 def test_word_ends_whole_samples_and_pairs_of_frames_from_the_plan_to_the_scores(
     finished_run: Config, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,6 @@ from salad_ray.evaluation.analysis import (
     Effect,
     analyse,
     analysis_grid,
-    analysis_json,
     leave_one_out_r2,
     partial_correlation,
     read_table,
@@ -244,7 +244,7 @@ def test_the_table_fits_a_terminal_and_json_holds_everything() -> None:
     assert "log M given F" in text
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text
-    data = json.loads(json.dumps(analysis_json(found), allow_nan=False))
+    data = json.loads(json.dumps(asdict(found), allow_nan=False))
     assert len(data["effects"]) == 6
     assert len(data["points"]) == 12
     assert data["effects"][0]["r2"] == found.effects[0].r2

@@ -361,6 +361,29 @@ def test_a_file_that_is_something_else_is_told_in_one_sentence(tmp_path: Path, s
         read_items("mmlu", f"{tmp_path}/a.jsonl")
 
 
+def test_a_data_set_that_is_a_script_has_a_remedy(tmp_path: Path) -> None:
+    (tmp_path / "piqa.py").write_text("class Piqa: ...")
+    with pytest.raises(ConfigError, match=r"it holds a script: set revision to refs/convert/parquet"):
+        list(read_items("piqa", str(tmp_path)))
+
+
+@pytest.mark.parametrize("key", ["B", 2, "2", "text 1"])
+def test_answers_may_be_letters_integers_or_texts(tmp_path: Path, key: str | int) -> None:
+    """Of MMLU numbers count from 0, of ARC they are labels."""
+    texts = [f"text {number}" for number in range(5)]
+    labels = [1, 2, 3, 4, 5] if isinstance(key, int) else list("12345") if key == "2" else list("ABCDE")
+    if key != "text 1":
+        rows = {"id": "x", "question": "Who?", "choices": {"text": texts, "label": labels}, "answerKey": key}
+        (tmp_path / "arc.jsonl").write_text(json.dumps(rows) + "\n")
+        [item] = items_of("arc_challenge", tmp_path / "arc.jsonl")
+        assert (item.choices, item.answer) == (texts, 1)
+    number = {2: 1, "2": "1"}.get(key, key)
+    row = {"question": "Who?", "subject": "law", "choices": texts, "answer": number}
+    (tmp_path / "mmlu.jsonl").write_text(json.dumps(row) + "\n")
+    [item] = items_of("mmlu_spoken", tmp_path / "mmlu.jsonl")
+    assert (item.choices, item.answer) == (texts, 1)
+
+
 def test_a_hub_that_cannot_be_reached_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match=r"as a data set of the hub it cannot be listed .*local copy"):

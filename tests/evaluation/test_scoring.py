@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,11 @@ import transformers
 from factories import TOKENIZERS, make_tokenizer
 from tokenizers import Tokenizer, models
 from tokenizers import pre_tokenizers as pre
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from salad_ray.config import AdapterConfig
-from salad_ray.evaluation.benchmarks import choices_alone, world_items
+from salad_ray.evaluation.benchmarks import choices_alone, exemplar_of, world_items
 from salad_ray.evaluation.scoring import Query, batches, predict, score, speech_query, text_query
 from salad_ray.evaluation.statistics import hearing_margins
 from salad_ray.model.adapter import Adapter
@@ -106,17 +108,23 @@ def _choice_alone(llm: PreTrainedModel, query: Query, choice: list[int]) -> floa
 def speech_alone(model: SpeechLM, query: Query) -> list[float]:
     """Each choice through `SpeechLM.forward`, one sample a batch, as in training."""
     assert query.frames is not None
+    shots = [part for shot in query.shots for part in shot]
+    return heard_alone(model, [*shots, query.before, query.frames, query.after], query.choices)
+
+
+def heard_alone(model: SpeechLM, prompt: list[list[int] | np.ndarray], choices: list[list[int]]) -> list[float]:
+    spans = [part for part in prompt if isinstance(part, np.ndarray)]
+    marked = [part if isinstance(part, list) else [-1] * len(part) for part in prompt]
     values = []
-    for choice in query.choices:
-        start, num = len(query.before), len(query.frames)
-        ids = torch.tensor([query.before + [0] * num + query.after + choice])
+    for choice in choices:
+        ids = torch.tensor([[*chain(*marked), *choice]])
         empty = torch.zeros(0, dtype=torch.long)
         batch = Batch(
-            token_ids=ids,
+            token_ids=ids.clamp(min=0),
             position_ids=torch.arange(ids.shape[1])[None],
-            speech_index=torch.arange(start, start + num),
-            frames=torch.from_numpy(query.frames.astype(np.float32))[None],
-            frame_mask=torch.ones(1, num, dtype=torch.bool),
+            speech_index=(ids[0] == -1).nonzero()[:, 0],
+            frames=pad_sequence([torch.from_numpy(span.astype(np.float32)) for span in spans], batch_first=True),
+            frame_mask=pad_sequence([torch.ones(len(span), dtype=torch.bool) for span in spans], batch_first=True),
             teacher_ids=ids,
             teacher_position_ids=torch.arange(ids.shape[1])[None],
             **dict.fromkeys(("student_index", "teacher_index", "labels", "distance", "segment"), empty),
@@ -206,6 +214,31 @@ def test_frames_stand_where_the_words_were() -> None:
     assert heard.num_positions == heard.num_prompt + max(map(len, heard.choices)) - 1
     model = make_speech_lm(tokenizer)
     assert score(model, [heard]) != score(model, [replace(heard, frames=frames[::-1].copy())])
+
+
+def test_exemplars_are_heard_as_items_are() -> None:
+    tokenizer = make_tokenizer("byte_level")
+    shots = [(replace(ITEMS[0], answer=1), make_frames(9)), (ITEMS[1], make_frames(4))]
+    query = speech_query(tokenizer, shots, ITEMS[2], make_frames(7), 1000)
+    assert [spell(tokenizer, ids) for ids, _ in query.shots] == [
+        "Question:",
+        f"\nAnswer: {ITEMS[0].choices[1]}\n\n",
+    ]
+    assert spell(tokenizer, query.before) == f" {ITEMS[1].choices[ITEMS[1].answer]}\n\nQuestion:"
+    assert query.num_shots == 2
+    read = text_query(tokenizer, [exemplar_of(item) for item, _ in shots], ITEMS[2], 1000)
+    assert query.choices == read.choices
+    model = make_speech_lm(tokenizer)
+    (first, heard), (second, also_heard) = query.shots
+    prompt = [first, heard, second, also_heard, query.before, make_frames(7), query.after]
+    others = make_queries(tokenizer, speech=True)
+    (values, *_) = score(model, [query, *others])
+    assert_close([values], [heard_alone(model, prompt, query.choices)], 1e-4)
+    fewer = speech_query(tokenizer, shots, ITEMS[2], make_frames(7), query.num_positions - 1)
+    assert (fewer.num_shots, len(fewer.shots)) == (1, 1)
+    assert len(speech_query(tokenizer, shots, ITEMS[2], make_frames(7), 1000, stride=3).shots[0][1]) == 3
+    with pytest.raises(BadInput, match="no token of what is spoken"):
+        speech_query(tokenizer, [(replace(ITEMS[0], spoken=""), make_frames(2))], ITEMS[2], make_frames(7), 1000)
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)

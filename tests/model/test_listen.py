@@ -245,7 +245,7 @@ def test_the_text_ends_where_the_llm_ends_it(model: SpeechLM) -> None:
 def test_padding_rows_of_the_head_are_never_written(tmp_path: Path) -> None:
     model = make_model(tmp_path, vocab_size=512)  # more rows than tokens, as Qwen has
     with torch.no_grad():
-        model.head[len(model.tokenizer) :] *= 20
+        model.head.weight[len(model.tokenizer) :] *= 20
     start = prompt_embeddings(model, [], LogMelEncoder().encode([tone()])[0], [])
     assert int(last_logits(model, start).argmax()) >= len(model.tokenizer), "the test needs a padding row that wins"
     assert max(next_tokens(model, start, 20)) < len(model.tokenizer)

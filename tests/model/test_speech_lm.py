@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.gpu.shapes import varlen_on_cpu
 from salad_ray.config import AdapterConfig, DistillConfig
-from salad_ray.model import speech_lm
+from salad_ray.model import packed, speech_lm
 from salad_ray.model.loading import load_tokenizer
 from salad_ray.model.speech_lm import (
     EncoderSpec,
@@ -147,7 +147,7 @@ def set_attention(llm: PreTrainedModel, attention: str, monkeypatch: pytest.Monk
     flash_module = transformers.modeling_flash_attention_utils
     functions = ((refuse, flash, refuse, refuse, refuse), (process, refuse))
     monkeypatch.setattr(flash_module, "lazy_import_flash_attention", lambda name: functions)
-    monkeypatch.setattr(speech_lm, "varlen_attn", varlen_on_cpu)
+    monkeypatch.setattr(packed, "varlen_attn", varlen_on_cpu)
     llm.config._attn_implementation = attention
 
 
@@ -402,10 +402,6 @@ def test_an_attention_that_is_not_installed_ends_in_one_sentence(teacher: str) -
 @pytest.mark.parametrize(
     ("shape", "settings", "words"),
     [
-        ("Gemma2", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
-        ("Cohere", {"logit_scale": 0.5}, "logit_scale=0.5"),
-        ("Granite", {"logits_scaling": 8.0}, "logits_scaling=8.0"),
-        ("Phi", {}, "lm_head has a bias"),
         ("Mamba", {"state_size": 4}, "cannot keep packed samples apart"),
         ("Bloom", {"n_head": 4, "n_layer": 2}, "cannot keep packed samples apart"),
     ],
@@ -419,13 +415,20 @@ def test_models_that_the_method_cannot_use_are_refused(
 
 @pytest.mark.parametrize(
     ("shape", "settings"),
-    [("Cohere", {"logit_scale": 1.0}), ("Granite", {"logits_scaling": 1.0}), ("Mistral", {}), ("OPT", {})],
+    [
+        *[("Cohere", {"logit_scale": scale}) for scale in (1.0, 0.5, 0.0625)],
+        *[("Granite", {"logits_scaling": scale}) for scale in (1.0, 8.0, 1.015)],
+        *[("Gemma2", {"final_logit_softcapping": cap}) for cap in (30.0, 2.0)],
+        *[("Mistral", {}), ("OPT", {}), ("Phi", {})],
+    ],
 )
 def test_other_models_are_welcome(shape: str, settings: dict[str, Any], tmp_path: Path) -> None:
     path = save_teacher(tmp_path, shape, word_embed_proj_dim=32, **settings)
     llm = load_text_lm(path, None, torch.bfloat16)
     assert "forward" not in vars(llm.get_decoder())
     assert torch.isfinite(hidden_states(llm, torch.ones(1, 4, dtype=torch.long), torch.arange(4)[None])).all()
+    llm, ids, positions = load_text_lm(path, None), torch.arange(3, 20)[None], torch.arange(17)[None]
+    torch.testing.assert_close(hidden_states(llm, ids, positions) @ lm_head(llm).T, llm(ids).logits, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("files", [["tokenizer.json"], ["tokenizer.json", "tokenizer_config.json"]])
@@ -498,7 +501,7 @@ def test_parameter_groups_hold_every_weight_once(tied: bool, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_muon_takes_the_matrices_inside_the_layers_and_nothing_else(tied: bool, tmp_path: Path) -> None:
+def test_muon_takes_the_matrices_of_the_adapter_and_inside_the_layers(tied: bool, tmp_path: Path) -> None:
     student = make_student(save_teacher(tmp_path, tie_word_embeddings=tied))
     groups = parameter_groups(student, DistillConfig(optimizer="muon"))
     names = {id(parameter): name for name, parameter in student.named_parameters()}
@@ -506,7 +509,8 @@ def test_muon_takes_the_matrices_inside_the_layers_and_nothing_else(tied: bool, 
     assert sorted(grouped) == sorted(names.values())
     found = {names[id(p)]: group for group in groups if "momentum" in group for p in group["params"]}
     projections = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    assert found.keys() == {n for n in names.values() if n.endswith(tuple(f".{p}.weight" for p in projections))}
+    inside = {n for n in names.values() if n.endswith(tuple(f".{p}.weight" for p in projections))}
+    assert found.keys() == inside | {"adapter.input.weight", "adapter.output.weight"}
     assert {(name.partition(".")[0], group["lr"]) for name, group in found.items()} == {
         ("llm", 7e-3),
         ("adapter", 0.02),

@@ -134,10 +134,11 @@ def _loss_after(model: Qwen2ForCausalLM, sample: list[int], positions: np.ndarra
 def test_the_world_is_read_and_cannot_be_guessed(tmp_path: Path) -> None:
     """The quickstart's text LLM: at least nine in ten with the prompt, and chance without it."""
     quickstart = yaml.safe_load((Path(__file__).parents[2] / "configs" / "quickstart.yaml").read_text())
-    texts = [passage.text for passage in world_passages(quickstart["world"]["num_web"], DOMAINS, seed=0, split="web")]
+    num_web, domains = quickstart["world"]["num_web"], quickstart["world"]["domains"]
+    texts = [passage.text for passage in world_passages(num_web, domains, seed=0, split="web")]
     config = TinyLMConfig(**quickstart["model"]["tiny_lm"])
     train_tiny_lm(texts, config, seed=0, folder=tmp_path)
-    items = world_items(2000, DOMAINS, seed=0)
+    items = world_items(2000, domains, seed=0)
     unread = [replace(item, spoken="") for item in items]
     assert abs(accuracy_of(tmp_path, unread) - 0.25) <= 0.03
     assert accuracy_of(tmp_path, items[:600]) >= 0.9

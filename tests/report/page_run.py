@@ -141,7 +141,7 @@ def utterances(set_name: str, texts: dict[int, str], domains: tuple[str, str]) -
             text=f"{text} Number {number}.",
             duration_secs=SECS,
             recording_id=f"{set_name}-{cluster}-{number}",
-            corpus="world (espeak)",
+            corpus="world",
             speaker="espeak:en-gb",
             domain=domains[cluster],
             cluster_id=cluster,
@@ -213,7 +213,7 @@ def make_run(
     ]
     finish(hand_table(run_dir, "probe/measurements_stage1"), Measurement, measured, "measure")
     encoder = {"name": "log_mel", "frame_rate": 12.5, "dim": 640, "path": None}
-    totals = {"hours": 10.7, "training hours": 10.5}
+    totals = {"hours": 10.7, "training_hours": 10.5}
     manifest(hand_table(run_dir, "natural/features"), "encode", totals=totals, encoder=encoder, num_rows=3000)
     manifest(hand_table(run_dir, "teacher"), "teacher", num_parameters=773_760, path="model", seconds=30.0)
     for name, start, num_steps in (("stage1", 10.0, 100), ("stage2", 5.0, 50), ("control", 4.0, 50)):

@@ -17,7 +17,7 @@ import torch
 import yaml
 from factories import HAND, hand_table, keep_run, make_tokenizer
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from salad_ray.config import AdapterConfig, ConfigError
 from salad_ray.configfile import parse_config
@@ -25,9 +25,9 @@ from salad_ray.model.listen import load_listener
 from salad_ray.model.loading import ModelError, tokenizer_hash, weights_fingerprint
 from salad_ray.model.speech_lm import EncoderSpec, SpeechLM, hidden_states
 from salad_ray.report import export as exporting
-from salad_ray.report.card import speech_of_run
+from salad_ray.report.card import SpeechData, speech_of_run
 from salad_ray.report.export import export
-from salad_ray.stages.common import count_shards, hours_by_licence
+from salad_ray.stages.common import count_shards, hours_by_corpus
 from salad_ray.stages.shards import ShardPart, write_shard
 from salad_ray.tables import (
     SCHEMA_VERSION,
@@ -63,20 +63,17 @@ def write_manifest(run: Path | str, label: str, inputs: Sequence[str], config: A
     write_json(f"{hand_table(run, label).url}/manifest.json", content | facts)
 
 
-def write_speech(run: Path, name: str, sources: list[dict[str, Any]]) -> None:
+def write_speech(run: Path, name: str, hours_by_corpus: dict[str, dict[str, float]], **facts: Any) -> None:
     """Utterances, features and plan of a set."""
-    hours = sum(source["hours"] for source in sources)
-    write_manifest(run, f"{name}/utterances", [f"{name}/passages"], speech=sources, num_rows=8, shards={"a": 8})
+    facts |= {"totals": {"hours_by_corpus": hours_by_corpus}, "num_rows": 8, "shards": {"a": 8}}
+    write_manifest(run, f"{name}/utterances", [f"{name}/passages"], **facts)
+    hours = sum(sum(by_license.values()) for by_license in hours_by_corpus.values())
     encode = {"encode": {"encoder": "log_mel", "backend": "transformers"}}
-    totals = {"hours": hours, "training hours": 0.75 * hours}
+    totals = {"hours": hours, "training_hours": 0.75 * hours}
     facts = {"encoder": LOG_MEL, "totals": totals, "sources": {"weights": ""}}
     write_manifest(run, f"{name}/features", [f"{name}/utterances"], encode, **facts)
     write_manifest(run, f"{name}/plan", [f"{name}/features", "teacher"])
     write_manifest(run, f"{name}/passages", [])
-
-
-def source(corpus: str, license: str, hours: float) -> dict[str, Any]:
-    return {"corpus": corpus, "license": license, "hours": hours}
 
 
 def write_system(run: Path, name: str, inputs: Sequence[str], model: SpeechLM, **facts: Any) -> None:
@@ -139,7 +136,7 @@ def make_teacher(folder: Path) -> None:
     torch.manual_seed(0)
     shape = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
-    Qwen2ForCausalLM(Qwen2Config(**shape)).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(folder)
     make_tokenizer("byte_level").save_pretrained(folder)
 
 
@@ -147,7 +144,7 @@ def make_teacher(folder: Path) -> None:
 def made_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a run with both stages leaves, on paper: true weights and manifests, no rows but a few."""
     run = tmp_path_factory.mktemp("runs") / "small"
-    given = {"run_dir": "/where/it/ran", "ingest": {"web": [WEB], "corpora": ["reads", "talks"]}}
+    given = {"run_dir": "/where/it/ran", "ingest": {"web": [WEB], "corpora": ["emilia", "smith"]}}
     given |= {"distill": {"precision": "fp32"}, "stage2": {"alpha": 0.5}}
     places = keep_run(run, parse_config(given).model_dump(mode="json"), LABELS)
     teacher = f"{hand_table(run, 'teacher').url}/model"
@@ -156,9 +153,9 @@ def made_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     facts = {"path": teacher, "revision": None, "num_parameters": 20000, "vocabulary": 400}
     facts["tokenizer_hash"] = tokenizer_hash(students[0].tokenizer)
     write_manifest(run, "teacher", [], {"model.teacher": teacher}, **facts)
-    write_manifest(run, "natural/catalog", [], attributions={"reads": "the readers of LibriVox", "talks": ""})
-    write_speech(run, "natural", [source("reads", "CC BY 4.0", 12.5), source("talks", "CC BY-NC 4.0", 4.0)])
-    write_speech(run, "active", [source("books (kokoro)", "CC BY 4.0", 1.25)])
+    write_manifest(run, "natural/catalog", [], attributions={"Emilia (EN)": "the readers of LibriVox", "Smith, J": ""})
+    write_speech(run, "natural", {"Emilia (EN)": {"CC BY 4.0": 12.5}, "Smith, J": {"CC BY-NC 4.0": 4.0}})
+    write_speech(run, "active", {"books": {"CC BY 4.0": 1.25}}, synthesizer="kokoro")
     languages = pa.table({"utt_id": ["a", "b", "c"], "language": ["en", "en-GB", "de"]})
     hand_table(run, "natural/utterances").write("a", languages)
     read = ["teacher", "natural/features", "natural/plan"]
@@ -303,8 +300,8 @@ def test_the_card_tells_data_licences_and_numbers(exported: Path) -> None:
     assert front["language"] == ["de", "en"]
     assert front["pipeline_tag"] == "audio-text-to-text"
     assert "base_model" not in front, "a folder on the machine of training is not on a hub"
-    assert "| reads | CC BY 4.0 | 12.50 | the readers of LibriVox |" in text
-    assert "| talks | CC BY-NC 4.0 | 4.00 |  |" in text
+    assert "| Emilia (EN) | CC BY 4.0 | 12.50 | the readers of LibriVox |" in text
+    assert "| Smith, J | CC BY-NC 4.0 | 4.00 |  |" in text
     assert "| books (kokoro) | CC BY 4.0 | 1.25 | the authors of the books |" in text
     assert "non-commercial use only" in text
     assert "13.31 hours" in text
@@ -335,7 +332,7 @@ def test_the_card_of_a_hub_model_on_one_licence(run: Path, tmp_path: Path) -> No
     assert "`Qwen/Qwen2.5-0.5B` at revision 0123abcd" in text
     assert "books (kokoro)" not in text
     write_json(f"{run}/teacher/{HAND}/manifest.json", manifest | {"config": {"model.teacher": "world"}, "path": "/a/b"})
-    write_manifest(run, "natural/utterances", [], speech=[source("world (espeak)", "CC0-1.0", 1.0)])
+    write_speech(run, "natural", {"world": {"CC0-1.0": 1.0}}, synthesizer="espeak")
     front, text = card_of(export(str(run), str(tmp_path / "out"), system="stage1"))
     assert front["license"] == "cc0-1.0"
     assert "base_model" not in front
@@ -343,24 +340,23 @@ def test_the_card_of_a_hub_model_on_one_licence(run: Path, tmp_path: Path) -> No
 
 
 def test_a_corpus_keeps_its_licence_and_attribution_whatever_it_is_called(tmp_path: Path) -> None:
-    """Names with commas and brackets, spoken and synthesised."""
-    names = ["Smith, J", "Emilia (EN)", '["speech", "a"]', "plain"]
-    rows = [
-        replace(utterance(name), license=license, duration_secs=3600.0)
-        for name, license in [*((name, f"licence, of {name}") for name in names), ("Emilia (EN) (kokoro)", "CC BY 4.0")]
-    ]
-    places = keep_run(tmp_path, {}, ["natural/utterances", "natural/catalog"])
-    table = places.table("natural", "utterances")
-    write_shard(table, "a", iter([ShardPart(to_arrow(Utterance, rows), 5, 5, totals=hours_by_licence(rows))]))
-    manifest = count_shards(table, ["a"])
-    write_json(f"{table.url}/manifest.json", manifest)
-    credits = {name: f"by {name}" for name in names}
+    """Recorded, and text of the same name that is spoken."""
+    names = sorted(["Smith, J", "Emilia (EN)", "books (kokoro)", '["speech", "a"]', "plain"])
+    rows = [replace(utterance(name), license=f"licence, of {name}", duration_secs=3600.0) for name in names]
+    places = keep_run(tmp_path, {}, ["natural/utterances", "natural/catalog", "active/utterances"])
+    for set_name, facts in {"natural": {}, "active": {"synthesizer": "kokoro"}}.items():
+        table = places.table(set_name, "utterances")
+        parts = [ShardPart(to_arrow(Utterance, each), 5, 5, totals=hours_by_corpus(each)) for each in (rows, rows[:1])]
+        write_shard(table, "a", iter(parts))
+        write_json(f"{table.url}/manifest.json", count_shards(table, ["a"]) | facts)
+    credits = {name: f"read by {name}" for name in names}
     write_json(f"{places.table('natural', 'catalog').url}/manifest.json", {"attributions": credits})
-    found = {row.corpus: row for row in speech_of_run(places, ["natural"], {})}
-    for name in names:
-        assert (found[name].license, found[name].attribution) == (f"licence, of {name}", f"by {name}")
-        assert found[name].hours == 1.0
-    assert found["Emilia (EN) (kokoro)"].attribution == "by Emilia (EN)"
+    web = [{"path": "a", "name": name, "attribution": f"written by {name}"} for name in names]
+    assert speech_of_run(places, ["natural", "active"], {"web": web}) == [
+        SpeechData(name + voice, f"licence, of {name}", 2.0 if name == names[0] else 1.0, f"{who} by {name}")
+        for voice, who in (("", "read"), (" (kokoro)", "written"))
+        for name in names
+    ]
 
 
 def utterance(corpus: str) -> Utterance:

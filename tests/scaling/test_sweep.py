@@ -321,7 +321,7 @@ def test_names_of_trials_are_names_of_files() -> None:
         ({"grid": {"run_dir": ["a"]}}, "cannot vary 'run_dir'"),
         ({"grid": {"seed": [1, 2]}}, "name seeds"),
         ({"grid": {"distill.alpha": [1]}, "num_steps": [1], "num_positions": [1.0]}, "give one of them"),
-        ({"grid": {"distill.alpha": [1]}, "num_steps": [0]}, "above 0"),
+        ({"grid": {"distill.alpha": [1]}, "num_steps": [0]}, "greater than 0"),
         ({"grid": {"select.gamma": [1]}, "num_steps": [4]}, "does not change"),
         ({"grid": {"set": ["web"]}}, "cannot vary 'set'"),
     ],

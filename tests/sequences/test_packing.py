@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from salad_ray.sequences.packing import pack, pack_window
+from salad_ray.sequences.packing import pack, pack_window, padded_batches
 
 CAPACITY = 100
 lengths_lists = st.lists(st.tuples(st.integers(1, CAPACITY), st.integers(0, CAPACITY)), max_size=200)
@@ -45,3 +47,19 @@ def test_rows_are_full_at_the_lengths_of_read_books(mean_utterances: int) -> Non
 def test_too_long_a_segment_is_an_error() -> None:
     with pytest.raises(ValueError, match="101 positions"):
         pack([(10, 10), (50, 101)], CAPACITY)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 12), max_size=20), st.integers(1, 60), st.sampled_from((0.0, 0.75, 1.0)))
+def test_batches_with_their_padding_stay_within_the_limit(lengths: list[int], limit: int, min_fill: float) -> None:
+    batches = list(padded_batches(lengths, limit, min_fill))
+    order = [index for batch in batches for index in batch]
+    assert sorted(order) == list(range(len(lengths)))
+    assert [lengths[index] for index in order] == sorted(lengths, reverse=True)
+    for batch in batches:
+        longest = lengths[batch[0]]
+        assert len(batch) == 1 or len(batch) * longest <= limit
+        assert lengths[batch[-1]] >= min_fill * longest
+    for batch, following in pairwise(batches):  # none ends before it must
+        longest = lengths[batch[0]]
+        assert (len(batch) + 1) * longest > limit or lengths[following[0]] < min_fill * longest

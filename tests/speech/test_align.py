@@ -61,6 +61,18 @@ def test_words_keep_their_writing(aligner: PocketsphinxAligner, jfk: np.ndarray)
     assert all(0.03 <= word.end_secs - word.start_secs < 1.5 for word in words if any(map(str.isalnum, word.text)))
 
 
+@pytest.mark.parametrize("note", ["[the king]", "[door slams]", "[s]", "[Speaker 2]"])
+def test_the_recording_tells_whether_words_in_brackets_are_said(
+    aligner: PocketsphinxAligner, jfk: np.ndarray, note: str
+) -> None:
+    """An editor's words are said, notes are not; neither costs the utterance."""
+    said = JFK.replace("my fellow", "[my fellow]").replace("you, ask", "[you,] ask")
+    assert all(word.start_secs < word.end_secs for word in aligner.align(jfk, said))
+    unsaid = aligner.align(jfk, JFK.replace("what your", f"what {note} your"))
+    assert [word.text for word in unsaid if word.start_secs == word.end_secs] == note.split()
+    assert [word for word in unsaid if word.text not in note.split()] == aligner.align(jfk, JFK)
+
+
 def test_the_long_pauses_lie_between_the_words(aligner: PocketsphinxAligner, jfk: np.ndarray) -> None:
     words = aligner.align(jfk, JFK)
     loud = np.square(jfk).mean()

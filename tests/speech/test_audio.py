@@ -13,7 +13,7 @@ import pytest
 import soundfile
 
 from salad_ray.config import RecordedQualityConfig
-from salad_ray.speech.audio import check_recording, check_transcript, encode_audio, load_audio
+from salad_ray.speech.audio import check_recording, check_transcript, encode_audio, load_audio, mono
 from salad_ray.speech.readers import read_folder
 from salad_ray.store import StoreError
 from salad_ray.tables import BadInput, Utterance
@@ -107,11 +107,17 @@ def test_truncated_files_are_found(codec: tuple[str, str], share: float) -> None
     assert "truncated" in reason(data[: int(len(data) * share)])
 
 
-@pytest.mark.parametrize("codec", [("WAV", "PCM_16"), ("OGG", "VORBIS")])
-def test_a_cut_before_the_break_of_a_truncated_recording_is_fine(codec: tuple[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("codec", "is_length_found"), [(("WAV", "PCM_16"), True), (("OGG", "VORBIS"), True), (("OGG", "VORBIS"), False)]
+)
+def test_a_cut_before_the_break_of_a_truncated_recording_is_fine(
+    codec: tuple[str, str], is_length_found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     noise = 0.1 * np.random.default_rng(0).standard_normal(10 * RATE)
     data = encoded(noise, codec=codec)
     half = data[: len(data) // 2]
+    if not is_length_found:  # as libsndfile says where it finds no last page; seen once, with this very input
+        monkeypatch.setattr(soundfile.SoundFile, "frames", 2**63 - 1)
     assert check_recording(utterance(half, duration_secs=2.0), QUALITY).duration_secs == 2.0
     with pytest.raises(BadInput):
         check_recording(utterance(half, duration_secs=8.0), QUALITY)
@@ -285,3 +291,230 @@ def test_a_recording_that_grows_beyond_measure_when_it_is_resampled_is_refused()
     with pytest.raises(BadInput, match=r"20,000 samples at 1 Hz are too many at 16000 Hz"):
         load_audio(data, sampling_rate=16_000)
     assert len(load_audio(data, 0, 100, 16_000)[0]) == 1_600_000
+
+
+# ---- lengths that headers state wrongly or not at all, and files that hold more than one recording
+
+
+def mp3(audio: np.ndarray, rate: int = RATE, bitrate_mode: str = "VARIABLE") -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, audio, rate, format="MP3", bitrate_mode=bitrate_mode, compression_level=0.5)
+    return file.getvalue()
+
+
+def without_index(data: bytes) -> bytes:
+    """An MP3 without its first frame, in which the number of frames is."""
+    assert b"Xing" in data[:64] or b"Info" in data[:64]
+    return data[data.index(data[:2], 4) :]
+
+
+def speech_like(secs: float = 10.0, rate: int = RATE) -> np.ndarray:
+    """Loud noise first, then near silence: an estimate by the first frames' size is wrong by much."""
+    noise = 0.2 * np.random.default_rng(0).standard_normal(int(secs * rate)).astype(np.float32)
+    noise[len(noise) // 2 :] *= 1e-3
+    return noise
+
+
+def heard(data: bytes, text: str = "many words " * 12, **cut: float) -> np.ndarray:
+    """What training hears; it must be what was checked, sample by sample."""
+    checked = check_recording(utterance(data, text, **cut), QUALITY)
+    audio, rate = load_audio(data, checked.offset_secs, checked.duration_secs)
+    assert len(audio) == round(checked.duration_secs * rate)
+    return audio
+
+
+@pytest.mark.parametrize("rate", [16000, 44100])
+@pytest.mark.parametrize("bitrate_mode", ["CONSTANT", "VARIABLE"])
+@pytest.mark.parametrize(("turn", "tail"), [(1, b""), (-1, b"APETAGEX" + bytes(24)), (-1, b"TAG" + bytes(125))])
+def test_an_mp3_without_a_header_is_kept_whole(rate: int, bitrate_mode: str, turn: int, tail: bytes) -> None:
+    audio = speech_like(rate=rate)[::turn]
+    data = without_index(mp3(audio, rate, bitrate_mode)) + tail
+    whole = heard(data)
+    assert len(whole) / rate == pytest.approx(10.0, abs=0.15)
+    np.testing.assert_array_equal(heard(data, duration_secs=9.5), whole[: round(9.5 * rate)])
+    cut, _ = load_audio(data, 4.0, 3.0)
+    np.testing.assert_array_equal(cut, whole[4 * rate : 7 * rate])
+    assert "beyond its recording, which has 10.0" in reason(data, "many words " * 12, duration_secs=11.0)
+    assert "beyond its recording, which has 10.0" in reason(data, "many words " * 12, offset_secs=60.0)
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_a_long_mp3_is_found_so_before_it_is_decoded_whole(index: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = mp3(np.tile(chirp(), 30))
+    assert "too long: " in reason(data if index else without_index(data))
+    monkeypatch.setattr("salad_ray.speech.audio.MAX_SAMPLES", 20 * RATE)
+    with pytest.raises(BadInput, match="cut the recording into parts"):
+        load_audio(data if index else without_index(data))
+
+
+@pytest.mark.parametrize("first", [1, 100])
+def test_a_damaged_mp3_says_so(first: int) -> None:
+    data = bytearray(without_index(mp3(speech_like()[::-1])))
+    frames = [at for at in range(len(data) - 4) if data[at : at + 2] == data[:2]]
+    for at in frames[first : first + 60]:  # headers that promise data, without the data
+        data[at + 4 : at + 20] = b"\xff" * 16
+    assert "damaged" in reason(bytes(data), "many words " * 12)
+
+
+@pytest.mark.parametrize("junk", [bytes(4000), np.random.default_rng(1).bytes(4000)])
+@pytest.mark.parametrize("index", [True, False])
+def test_an_mp3_with_a_hole_is_damaged_and_one_with_junk_behind_is_not(junk: bytes, index: bool) -> None:
+    data = mp3(speech_like()) if index else without_index(mp3(speech_like()))
+    third = len(data) // 3
+    assert "damaged: " in reason(data[:third] + junk + data[third + len(junk) :], "many words " * 12)
+    assert len(heard(data + junk)) / RATE == pytest.approx(10.0, abs=0.15)
+
+
+def test_joined_mp3s_of_different_kinds_say_so() -> None:
+    first = mp3(chirp())
+    for second in (mp3(chirp(rate=44100), 44100), mp3(np.stack([chirp()] * 2, axis=1))):
+        assert "changes on the way; split the file there" in reason(first + second)
+
+
+def test_an_mp3_behind_tags_and_zeros_is_found() -> None:
+    tag = b"ID3\x04\x00\x00" + bytes([0, 0, 1, 0]) + bytes(128)
+    for before in (tag, tag + tag, bytes(1000), tag + bytes(1000)):
+        assert len(heard(before + mp3(speech_like()))) / RATE == pytest.approx(10.0, abs=0.15)
+    tagged = mp3(speech_like()) + b"TAG" + bytes(125)
+    assert len(heard(2 * (tag + tagged))) / RATE == pytest.approx(20.0, abs=0.3)
+
+
+@pytest.mark.parametrize("codec", [codec for codec in CODECS if codec[0] != "WAV"])
+def test_of_recordings_that_follow_each_other_all_is_kept(codec: tuple[str, str]) -> None:
+    audio = speech_like()
+    first, second = encoded(audio, codec=codec), encoded(chirp(5.0), codec=codec)
+    whole = heard(first + second)
+    assert len(whole) / RATE == pytest.approx(15.0, abs=0.0 if codec[0] != "MP3" else 0.15)
+    expected = chirp(5.0)[: 4 * RATE]
+    match = np.correlate(whole[-5 * RATE - 4000 :], expected, "valid").max() / np.square(expected).sum()
+    assert match == pytest.approx(1.0, abs=0.03)
+    np.testing.assert_array_equal(load_audio(first + second, 8.0, 3.0)[0], whole[8 * RATE : 11 * RATE])
+    if codec[0] in ("FLAC", "OGG"):
+        assert "truncated" in reason(first + second[: len(second) // 2])
+        stereo = encoded(np.stack([chirp()] * 2, axis=1), codec=codec)
+        assert "different rates or channels" in reason(first + stereo)
+
+
+def test_wavs_that_follow_each_other_are_told_from_damaged_ones() -> None:
+    data = encoded(chirp())
+    assert f"another recording follows in the same file at byte {len(data):,}" in reason(data + data)
+
+
+@pytest.mark.parametrize(("channels", "subtype"), [(1, "PCM_16"), (1, "PCM_24"), (6, "PCM_16"), (6, "PCM_24")])
+@pytest.mark.parametrize("size", [0x7FFFF000, 0x80000000, 0xFFFFFFFF])
+def test_a_wav_from_a_pipe_has_its_samples_not_its_headers(channels: int, subtype: str, size: int) -> None:
+    data = bytearray(encoded(np.stack([chirp()] * channels, axis=1), codec=("WAV", subtype)))
+    frame = channels * int(subtype[-2:]) // 8
+    struct.pack_into("<I", data, data.index(b"data") + 4, size - size % frame)
+    assert len(heard(bytes(data), text="some words that were said here")) == 3 * RATE
+
+
+def test_a_wav_whose_header_was_never_completed_is_not_called_empty() -> None:
+    data = bytearray(encoded(chirp()))
+    struct.pack_into("<I", data, data.index(b"data") + 4, 0)
+    assert "no samples, but 96,000 bytes follow" in reason(bytes(data))
+
+
+def test_a_flac_without_a_length_is_read_where_the_table_gives_it() -> None:
+    data = bytearray(encoded(chirp(), codec=("FLAC", "PCM_16")))
+    data[21] &= 0xF0
+    data[22:26] = bytes(4)
+    assert len(heard(bytes(data), duration_secs=2.5, text="some words that were said here")) == 5 * RATE // 2
+    assert "header without a length" in reason(bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (b"\xff\xf1\x60\x40" + bytes(500), "AAC"),
+        (b"\x1aE\xdf\xa3" + bytes(500), "WebM"),
+        (b"\0\0\0\x20ftypisom" + bytes(500), "MP4"),
+        (b"#!AMR\n" + bytes(500), "AMR"),
+        (encoded(chirp()).replace(b"\x01\x00\x01\x00", b"\xff\x00\x01\x00", 1), "AAC in a WAV"),
+    ],
+)
+def test_what_is_not_decoded_is_named(data: bytes, name: str) -> None:
+    assert f"{name} " in reason(data)
+    assert "cannot be decoded here" in reason(data)
+
+
+def test_gsm_in_a_wav_is_decoded() -> None:
+    data = encoded(chirp(rate=8000), 8000, codec=("WAV", "GSM610"))
+    assert len(heard(data, text="some words that were said here")) / 8000 == pytest.approx(3.0, abs=0.05)
+    assert len(load_audio(data, 1.0, 1.0)[0]) == 8000
+
+
+# ---- what is checked is what is heard
+
+
+@pytest.mark.parametrize("codec", [("WAV", "PCM_16"), ("MP3", "MPEG_LAYER_III")])
+@pytest.mark.parametrize("residue", [0.0, 0.03])
+def test_channels_that_cancel_each_other_are_refused(codec: tuple[str, str], residue: float) -> None:
+    noise = residue * np.random.default_rng(1).standard_normal(3 * RATE)
+    assert "opposite phase" in reason(encoded(np.stack([chirp(), noise - chirp()], axis=1), codec=codec))
+
+
+def test_one_channel_of_six_is_enough() -> None:
+    silent = np.zeros_like(chirp())
+    assert (
+        len(heard(encoded(np.stack([silent, chirp(), *[silent] * 4], axis=1)), text="some words were said")) == 3 * RATE
+    )
+
+
+@pytest.mark.parametrize("offset", [0.02, 0.3, -0.6])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_constant_offset_is_not_heard(offset: float, channels: int) -> None:
+    data = encoded(np.stack([chirp() + offset] * channels, axis=1), codec=("WAV", "FLOAT"))
+    audio = heard(data, text="some words that were said here")
+    assert abs(audio.mean()) < 1e-6
+    np.testing.assert_allclose(audio, chirp() - chirp().mean(), atol=1e-5)
+
+
+def test_a_sound_recording_keeps_its_samples() -> None:
+    audio = chirp() + np.float32(0.005)
+    np.testing.assert_array_equal(mono(audio[:, None]), audio)
+
+
+@pytest.mark.parametrize(("peak", "fine"), [(1.0005, True), (1.2, True), (1.5, False)])
+def test_floats_may_overshoot(peak: float, fine: bool) -> None:
+    data = encoded(chirp() * np.float32(peak / np.abs(chirp()).max()), codec=("WAV", "FLOAT"))
+    quality = RecordedQualityConfig(max_clipped_share=1.0)
+    if fine:
+        assert check_recording(utterance(data), quality).duration_secs == 3.0
+    else:
+        with pytest.raises(BadInput, match=r"samples reach 1\.5"):
+            check_recording(utterance(data), quality)
+
+
+# ---- files that were read wrongly
+
+
+@pytest.mark.parametrize(
+    ("name", "secs"),
+    [
+        ("headerless_vbr_speech_first.mp3", 12.8),
+        ("headerless_vbr_silence_first.mp3", 12.924),
+        ("headerless_cbr_44100.mp3", 12.878),
+        ("headerless_cbr_ape_tag.mp3", 12.888),
+        ("two_mp3_joined.mp3", 25.7),
+        ("chained_vorbis.ogg", 12.831),
+        ("sox_pipe_24bit_mono.wav", 12.831),
+        ("float_peak_1.0005.wav", 12.831),
+    ],
+)
+@pytest.mark.parametrize("duration_secs", [0.0, 12.7])
+def test_files_that_were_read_wrongly_are_kept_whole(cases: Path, name: str, secs: float, duration_secs: float) -> None:
+    text = (cases / "audio/transcript.txt").read_text().strip()
+    row = utterance(uri=str(cases / "audio" / name), text=text, duration_secs=duration_secs)
+    checked = check_recording(row, QUALITY)
+    assert checked.duration_secs == pytest.approx(duration_secs or secs, abs=0.1 if secs in (12.8, 25.7) else 0.001)
+    audio, rate = load_audio(row.uri, 0.0, checked.duration_secs)
+    assert len(audio) == round(checked.duration_secs * rate)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("opposite_phase.wav", "opposite phase"), ("a.webm", "WebM .* cannot be decoded")]
+)
+def test_files_that_cannot_be_used_say_why(cases: Path, name: str, words: str) -> None:
+    with pytest.raises(BadInput, match=words):
+        check_recording(utterance(uri=str(cases / "audio" / name)), QUALITY)

@@ -18,7 +18,7 @@ import pytest
 import soundfile
 
 from salad_ray.config import ConfigError, CorpusConfig, RecordedQualityConfig
-from salad_ray.speech import archives
+from salad_ray.speech import archives, readers
 from salad_ray.speech.audio import check_recording, load_audio, load_utterance
 from salad_ray.speech.corpora import (
     EMILIA,
@@ -319,12 +319,19 @@ def test_the_older_layout_pairs_lines_and_members(tmp_path: Path) -> None:
 
 def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archives, "FREE_BYTES", 2**16)
-    monkeypatch.setattr(archives, "CHUNK_BYTES", 2**14)
+    monkeypatch.setattr(readers, "READ_BYTES", 2**14)
     folder = raw_layout(tmp_path / "raw", [record(id="k", wav="k.mp3")], [("k.mp3", b"\0" * 2**20)])
     utterances, rejects = read(folder, str(tmp_path / "unpacked"))
     assert not utterances
     assert any("decompression bomb" in row.reason for row in rejects)
     assert not list((tmp_path / "unpacked").rglob("*.tar"))
+
+
+def test_bytes_behind_a_whole_tar_gz_cost_nothing(tmp_path: Path) -> None:
+    folder = raw_layout(tmp_path / "raw", [record(id="k", wav="k.mp3")], [("k.mp3", bytes(50))])
+    path = folder / "B.tar.gz"
+    path.write_bytes(path.read_bytes() + b"trailing")
+    assert [row.utt_id for row in read(folder, str(tmp_path / "unpacked"))[0]] == ["raw/k"]
 
 
 @pytest.mark.parametrize("cut", [True, False])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import struct
 import tarfile
 from collections.abc import Callable
@@ -15,12 +17,13 @@ from typing import Any
 import fsspec
 import lhotse
 import numpy as np
+import pyarrow as pa
 import pytest
 import soundfile
 
-from salad_ray.config import ConfigError, CorpusConfig
-from salad_ray.speech.audio import load_audio, load_utterance
-from salad_ray.speech.corpora import find_sources, scan
+from salad_ray.config import ConfigError, CorpusConfig, RecordedQualityConfig
+from salad_ray.speech.audio import check_recording, load_audio, load_utterance
+from salad_ray.speech.corpora import find_sources, scan, source_stamp
 from salad_ray.speech.lhotse_cuts import write_cuts
 from salad_ray.speech.readers import IdSet
 from salad_ray.tables import BadInput, Reject, Utterance, Word, from_arrow, to_arrow
@@ -314,6 +317,13 @@ def test_kaldi_tables_may_be_in_any_order(tmp_path: Path) -> None:
     assert rejects == {"c/a": "text has a line of this id already", "c/extra": "a segment without a line in text"}
 
 
+def test_a_recording_of_kaldi_without_text_is_told(tmp_path: Path) -> None:
+    scp = "r audio/r.flac\nlost audio/r.flac\n"
+    rows, rejects = read(kaldi(tmp_path / "k", **{"wav.scp": scp, "text": "r one two\n"}))
+    assert [row.utt_id for row in rows] == ["c/r"]
+    assert rejects == {"c/lost": "a recording of wav.scp that no line of text is of"}
+
+
 def test_lines_of_kaldis_tables_end_at_line_feeds_only(tmp_path: Path) -> None:
     text = "a one\u2028two\x0bthree\nb ".encode() + b"\xff\n"
     [row], rejects = read(kaldi(tmp_path / "k", segments="a r 0 1\nb r 1 2\n", text=text))
@@ -420,3 +430,121 @@ def test_a_set_of_ids_agrees_with_pythons() -> None:
         assert ids.add(name) == (name not in known)
         known.add(name)
     assert len(known) > 2**10, "the table did not have to grow"
+
+
+# ---- manifests
+
+
+def missing_first(folder: Path, num_missing: int) -> Path:
+    lost = [
+        cut(
+            id=f"a{i}", recording={"id": f"r{i}", "sources": [{"type": "file", "channels": [0], "source": f"{i}.flac"}]}
+        )
+        for i in range(num_missing)
+    ]
+    return manifest(folder, *lost, cut(id="b"))
+
+
+@pytest.mark.parametrize("settings", [{}, {"root": True}])
+def test_a_corpus_may_lack_its_first_recordings(tmp_path: Path, settings: dict[str, bool]) -> None:
+    path = missing_first(tmp_path, 120)
+    utterances, rejects = read(path, **({"root": str(tmp_path)} if settings else {}))
+    assert len(utterances) == 121
+    assert not rejects
+    assert len(load_utterance(utterances[-1], RATE)) == RATE
+    with pytest.raises(BadInput, match="no such audio file"):
+        load_utterance(utterances[0], RATE)
+    (tmp_path / "audio/r.flac").unlink()
+    with pytest.raises(ConfigError, match=r"points nowhere: 0\.flac is not under"):
+        read(path)
+
+
+def test_a_second_manifest_has_the_audio(tmp_path: Path) -> None:
+    manifest(tmp_path, cut(id="b")).rename(tmp_path / "z.jsonl")
+    lost = cut(id="a", recording={"sources": [{"type": "file", "channels": [0], "source": "lost.flac"}]})
+    manifest(tmp_path, lost)
+    assert {row.utt_id for row in read(tmp_path)[0]} == {"c/a", "c/b"}
+
+
+@pytest.mark.parametrize("end", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.bz2", ".jsonl.xz"])
+@pytest.mark.parametrize("packing", ["none", "gzip", "zstd", "bz2", "xz"])
+def test_a_manifest_is_what_its_bytes_say(tmp_path: Path, end: str, packing: str) -> None:
+    """Also with a byte order mark, which some editors leave."""
+    path = manifest(tmp_path, cut(id="a"), cut(id="b"))
+    data = b"\xef\xbb\xbf" + path.read_bytes()
+    path.unlink()
+    (tmp_path / f"cuts{end}").write_bytes(
+        {
+            "none": lambda: data,
+            "gzip": lambda: gzip.compress(data) + b"junk",
+            "zstd": lambda: pa.compress(data, "zstd", asbytes=True),
+            "bz2": lambda: bz2.compress(data),
+            "xz": lambda: lzma.compress(data),
+        }[packing]()
+    )
+    utterances, rejects = read(tmp_path)
+    assert [row.utt_id for row in utterances] == ["c/a", "c/b"]
+    assert not rejects
+
+
+def test_files_of_other_kinds_beside_manifests_and_tars_are_told(tmp_path: Path) -> None:
+    """Beside a manifest that is packed in another way: no word of it would be a loss that nobody sees."""
+    manifest(tmp_path, cut(id="a"))
+    packed = manifest(tmp_path / "other", cut(id="b")).read_bytes()
+    (tmp_path / "more.jsonl.xz").write_bytes(lzma.compress(packed))
+    for name in ("cuts.jsonl.lz4", "cuts.json.gz", "recordings.tar.zst", "cuts_dev.yaml", "README.md", "info.json"):
+        (tmp_path / name).write_bytes(b"x")
+    utterances, rejects = read(tmp_path)
+    assert [row.utt_id for row in utterances] == ["c/a", "c/b"]
+    assert [key.rpartition("/")[2] for key in rejects] == [
+        "cuts.json.gz", "cuts.jsonl.lz4", "cuts_dev.yaml", "recordings.tar.zst",
+    ]  # fmt: skip
+    assert all("not read" in reason for reason in rejects.values())
+    assert all(source_stamp(source) for source in find_sources(CorpusConfig(path=str(tmp_path))))
+
+
+def test_tars_in_linked_folders_are_found(shared_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "EN").symlink_to(shared_data / "formats/emilia/Emilia/EN")
+    (tmp_path / "EN-B000001.tar.bz2").write_bytes(b"x")
+    utterances, rejects = read(tmp_path)
+    assert len(utterances) == 21
+    assert list(rejects) == [f"c/{tmp_path}/EN-B000001.tar.bz2"]
+
+
+def test_scores_that_are_written_out_are_scores(tmp_path: Path) -> None:
+    path = manifest(tmp_path, cut(custom={"dnsmos": "2.5"}), cut(id="none", custom={"dnsmos": "unknown"}))
+    assert [row.dnsmos for row in read(path)[0]] == [2.5, None]
+
+
+def test_a_manifest_with_bytes_behind_its_gzip_is_read_whole(cases: Path) -> None:
+    utterances, rejects = read(cases / "manifest_gz/trailing_junk.jsonl.gz")
+    assert (len(utterances), rejects) == (300, {})
+
+
+@pytest.mark.parametrize("with_root", [True, False])
+def test_a_missing_first_book_costs_its_cuts(cases: Path, with_root: bool) -> None:
+    folder = cases / "corpus_missing_first_book"
+    utterances, rejects = read(folder, **({"root": str(folder)} if with_root else {}))
+    assert not rejects
+    kept, lost = [], []
+    for row in utterances:
+        try:
+            check_recording(row, RecordedQualityConfig())
+            kept.append(row.utt_id)
+        except BadInput as error:
+            lost.append(str(error))
+    assert (len(kept), len(lost)) == (70, 60)
+    assert all("no such audio file" in reason for reason in lost)
+
+
+def test_an_exported_mp3_without_a_header_has_its_true_length(tmp_path: Path) -> None:
+    noise = samples(4.0)
+    file = io.BytesIO()
+    soundfile.write(file, noise, RATE, format="MP3", bitrate_mode="VARIABLE")
+    data = file.getvalue()
+    headerless = data[data.index(data[:2], 4) :]
+    row = replace(plain(Path(), duration_secs=0.0), uri=None, audio=headerless)
+    write_cuts([row], str(tmp_path / "e.jsonl.gz"))
+    [loaded] = lhotse.CutSet.from_file(tmp_path / "e.jsonl.gz")
+    assert loaded.recording.num_samples == len(load_utterance(row, RATE))
+    assert loaded.duration == pytest.approx(4.0, abs=0.15)

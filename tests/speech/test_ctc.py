@@ -41,6 +41,7 @@ from salad_ray.speech.align import Alignment, PocketsphinxAligner
 from salad_ray.speech.ctc import CTC_MIN_SCORE, CTCAligner, Speller, best_path
 from salad_ray.speech.recognise import Recogniser as HearingTest
 from salad_ray.speech.recognise import word_error_rate
+from salad_ray.speech.spoken import spoken_tokens
 from salad_ray.synthesis.espeak import EspeakSynthesizer
 from salad_ray.tables import BadInput, Word
 
@@ -413,9 +414,19 @@ def test_what_is_no_ctc_model_is_refused_in_a_sentence(shared_data: Path, tmp_pa
         CTCAligner(str(pickled))
 
 
+def test_the_recording_tells_whether_words_in_brackets_are_said(recogniser: Recogniser) -> None:
+    audio = recogniser.audios[0]
+    said, unsaid = (
+        CTCAligner(recogniser.folder).align(audio, text)
+        for text in ("the cat [sat on] a mat", "the cat sat [old books] on a mat [bird]")
+    )
+    assert all(word.start_secs < word.end_secs for word in said)
+    assert [word.text for word in unsaid if word.start_secs == word.end_secs] == ["[old", "books]", "[bird]"]
+
+
 def test_texts_become_labels(recogniser: Recogniser) -> None:
     tokenizer = Wav2Vec2CTCTokenizer.from_pretrained(recogniser.folder)
-    script = Speller("here", tokenizer, config()).script(["Dr.", "Jo's", "—", "25"])
+    script = Speller("here", tokenizer, config()).script(words := ["Dr.", "Jo's", "—", "25"], spoken_tokens(words))
     assert "".join(LABELS[label] for label in script.labels) == "DOCTOR|JOS|TWENTY|FIVE"
     assert script.owners == [0] * 6 + [-1] + [1] * 3 + [-1] + [3] * 6 + [-1] + [3] * 4
 
@@ -429,7 +440,7 @@ def test_subwords_come_from_the_tokenizer() -> None:
     plain = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>"))
     plain.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>", pad_token="<pad>")
-    script = Speller("here", tokenizer, config(vocab_size=14)).script(["The", "cat"])
+    script = Speller("here", tokenizer, config(vocab_size=14)).script(words := ["The", "cat"], spoken_tokens(words))
     assert tokenizer.convert_ids_to_tokens(script.labels) == ["▁the", "▁c", "at"]
     assert script.owners == [0, 1, 1]
 

@@ -1,12 +1,19 @@
 from __future__ import annotations
 
+import csv
+import gzip
+import io
+import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import fsspec
+import pyarrow as pa
 import pytest
 
 from salad_ray.config import ConfigError
-from salad_ray.speech.readers import read_folder, split_of
+from salad_ray.speech.readers import decompressed, inflated, inside, normalize_text, read_folder, split_of
+from salad_ray.tables import BadInput
 
 
 def write_table(folder: Path, *lines: str) -> str:
@@ -126,3 +133,90 @@ def test_real_folders(shared_data: Path) -> None:
         assert not rejects
         sizes[name] = len(utterances)
     assert sizes == {"lj_text_male": 95, "ljspeech": 22, "spoken_digits": 300, "mixed_read": 33}
+
+
+TEXTS = ['he said "yes" twice', '"No."', "two\nlines", "a\ttab", "plain", '"open', 'shut"', '""']
+
+
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_table_that_was_quoted_gives_what_was_written(tmp_path: Path, quoting: int, end: str) -> None:
+    file = io.StringIO(newline="")
+    writer = csv.writer(file, delimiter="\t", quoting=quoting, lineterminator=end)  # pandas writes with this, too
+    writer.writerow(["utt_id", "audio", "text"])
+    writer.writerows([f"u{number}", "a.wav", text] for number, text in enumerate(TEXTS))
+    (tmp_path / "transcripts.tsv").write_bytes(file.getvalue().encode())
+    utterances, rejects = read_folder(str(tmp_path), "")
+    assert [row.text for row in utterances] == [" ".join(text.split()) for text in TEXTS]
+    assert not rejects
+
+
+def test_quotation_marks_of_a_text_stay_where_nothing_was_quoted(tmp_path: Path) -> None:
+    texts = ['"No."', '"open', "then", 'shut"', '"Yes," he said.', 'the 5" disk', '""']
+    lines = (f"u{number}\ta.wav\t{text}" for number, text in enumerate(texts))
+    utterances, rejects = read_folder(write_table(tmp_path / "x", "utt_id\taudio\ttext", *lines), "")
+    assert [row.text for row in utterances] == texts
+    assert not rejects
+
+
+def test_invisible_characters_are_no_part_of_a_text() -> None:
+    assert normalize_text("\ufeffco\u00adop\u00aderate \u200band\u2060 \u202ago\u202c") == "cooperate and go"
+    assert normalize_text("\u0645\u06cc\u200c\u0631\u0648\u062f") == "\u0645\u06cc\u200c\u0631\u0648\u062f"
+
+
+@pytest.mark.parametrize("allow_outside", [True, False])
+def test_a_path_with_a_nul_is_a_reject(allow_outside: bool) -> None:
+    with pytest.raises(BadInput, match="holds a NUL"):
+        inside("a\0.wav", "/corpus", allow_outside)
+
+
+LINES = b"".join(b"line %d\n" % number for number in range(50_000))
+
+
+@pytest.mark.parametrize("after", [b"", b"trailing", bytes(600), bytes(70_000) + b"junk", b"x" * 200_000])
+@pytest.mark.parametrize("members", [1, 3])
+def test_what_lies_behind_a_gzip_costs_nothing(after: bytes, members: int) -> None:
+    assert decompressed(io.BytesIO(gzip.compress(LINES) * members + after)).read() == LINES * members
+
+
+def test_a_gzip_gives_all_before_it_breaks_off() -> None:
+    packed = gzip.compress(LINES)
+    stream, got = inflated(io.BytesIO(packed[:-9])), b""
+    with suppress(EOFError):
+        for block in stream:
+            got += block
+        pytest.fail("an end that is missing was not noticed")
+    assert got == LINES[: len(got)]
+    assert len(got) > len(LINES) - 100
+    with pytest.raises(EOFError, match="perhaps by another"):
+        decompressed(io.BytesIO(packed + b"junk" + packed)).read()
+    with pytest.raises(zlib.error):
+        decompressed(io.BytesIO(packed[:-8] + bytes(8))).read()
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+def test_zstandard_is_read_by_its_first_bytes(frames: int) -> None:
+    packed = pa.compress(LINES, "zstd", asbytes=True) * frames
+    assert decompressed(io.BytesIO(packed)).read() == LINES * frames
+    with pytest.raises(OSError, match="runcated"):
+        decompressed(io.BytesIO(packed[:-50])).read()
+
+
+# ---- corpora that were read wrongly
+
+
+def test_a_quoted_table_is_unquoted(cases: Path) -> None:
+    utterances, rejects = read_folder(str(cases / "corpus_quoted"), "", "c")
+    assert [(row.utt_id, row.text) for row in utterances] == [
+        ("c/u1", 'hello "there" you'),
+        ("c/u2", "he said it"),
+        ("c/u3", "first half second half"),
+        ("c/u4", "hello zerowidth"),
+    ]
+    assert not rejects
+
+
+def test_a_nul_in_a_path_costs_its_row(cases: Path) -> None:
+    utterances, rejects = read_folder(str(cases / "corpus_nul_path"), "", "c")
+    assert [row.utt_id for row in utterances] == ["c/u1"]
+    assert [row.key for row in rejects] == ["c/u2"]

@@ -87,7 +87,7 @@ def test_the_probe_is_the_lowest_priorities_of_each_cluster_and_is_never_selecte
 
 def test_the_selection_follows_the_target_within_the_budget(finished_run: Config) -> None:
     manifest = manifest_of(finished_run, "active", "selection")
-    natural = manifest_of(finished_run, "natural", "features")["totals"]["training hours"]
+    natural = manifest_of(finished_run, "natural", "features")["totals"]["training_hours"]
     assert manifest["budget_hours"] == pytest.approx(natural / 4)
     assert manifest["hours"] <= manifest["budget_hours"]
     chosen = rows_of(finished_run, "active", "selection", Selected)

@@ -126,7 +126,7 @@ def test_silence_is_as_long_as_the_speech_and_swapped_speech_is_anothers(
     monkeypatch.setattr(evaluate, "score", hear)
     shards = table_of(finished_run, "benchmark", "features").shards()
     rows = [row for shard in shards for part in asker(("speech", shard)) for row in from_arrow(Score, part.rows)]
-    quiet = [query.frames for query in asked if np.array_equal(query.frames, silence[: query.num_frames])]
+    quiet = [query.frames for query in asked if np.array_equal(query.frames, silence[: len(query.frames)])]
     assert sorted(map(len, quiet)) == sorted(map(len, features.values()))
     assert not any(np.array_equal(frames, silence[: len(frames)]) for frames in features.values())
     right = {name: [row.item_id for row in rows if row.condition == name and row.prediction == row.answer]
@@ -137,6 +137,33 @@ def test_silence_is_as_long_as_the_speech_and_swapped_speech_is_anothers(
     [whole, *_] = hearing_margins(rows)
     assert not whole["deaf"]
     assert whole["swapped"] == len(right["swapped"]) / len(items)
+
+
+def test_exemplars_are_heard_from_whichever_shard_they_are_in(
+    finished_run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = copy_of(finished_run, tmp_path)
+    table = table_of(config, "benchmark", "features")
+    features = {row.utt_id: frames_of(row) for row in rows_of(config, "features", Features)}
+    first, *_ = table.shards()
+    rows = table.read(first)
+    table.write(first, rows.slice(0, 5))
+    table.write("z", rows.slice(5))
+    asked: list[Query] = []
+
+    def score(_: Any, queries: list[Query]) -> list[list[float]]:
+        asked.extend(queries)
+        return [[0.0, -1.0, -2.0, -3.0]] * len(queries)
+
+    monkeypatch.setattr(evaluate, "score", score)
+    asker = shard_asker(config, exemplars="spoken", num_shots=2)
+    asker.context = 4096  # room for all
+    [part] = asker(("speech", first))
+    heard = [frames for query in asked for _, frames in query.shots]
+    whose = {name for name, own in features.items() if any(np.array_equal(own, frames) for frames in heard)}
+    assert len(heard) == 2 * len(asked) == 2 * part.rows.num_rows
+    assert all(any(np.array_equal(own, frames) for own in features.values()) for frames in heard)
+    assert whose - {row.item_id for row in from_arrow(Score, part.rows)}
 
 
 def test_floors_are_a_choice(finished_run: Config) -> None:

@@ -62,7 +62,8 @@ def test_ingest_tells_how_far_it_is_and_max_actors_changes_no_row(web: Path, tmp
 def test_status_reads_the_note_of_an_ingest_at_work(web: Path, tmp_path: Path) -> None:
     config = web_config(tmp_path, web)
     table = a_table(tmp_path, "web", "passages")
-    pace = ingest.DealingPace(table, {"run": config.run_dir, "stage": "ingest", "set": "web"}, 2, 3)
+    tags = {"run": config.run_dir, "stage": "ingest", "set": "web"}
+    pace = ingest.DealingPace(table, tags, 2, 3)
     pace.note()
     assert read_json(f"{table.url}/progress.json") is None
 
@@ -70,7 +71,7 @@ def test_status_reads_the_note_of_an_ingest_at_work(web: Path, tmp_path: Path) -
         yield pa.table({"reason": pa.array([None] * 9 + ["empty"], pa.string())})
 
     item = {"source": np.array(["a"]), "corpus": np.array(["{}"])}
-    assert len(list(ingest._counted(scan, f"{table.url}/scanned", item))) == 1
+    assert len(list(ingest._counted(scan, f"{table.url}/scanned", tags, item))) == 1
     pace.note()
     row = pipeline._table_status(table)
     assert row["state"].startswith("1/2 sources read, 0 shards, ")
@@ -80,14 +81,14 @@ def test_status_reads_the_note_of_an_ingest_at_work(web: Path, tmp_path: Path) -
 
 def test_a_source_that_is_being_read_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ingest, "SCAN_NOTE_SECS", 0.0)
-    item = {"source": np.array(["a"]), "corpus": np.array(["{}"])}
-    pieces = ingest._counted(lambda _: iter([pa.table({"a": [1, 2]})] * 2), f"{tmp_path}/scanned", item)
+    item, tags = {"source": np.array(["a"]), "corpus": np.array(["{}"])}, {"run": "", "stage": "ingest", "set": "web"}
+    pieces = ingest._counted(lambda _: iter([pa.table({"a": [1, 2]})] * 2), f"{tmp_path}/scanned", tags, item)
     next(pieces), next(pieces)
     [note] = (tmp_path / "scanned/reading").glob("*.json")
     assert read_json(str(note)) == {"source": "a", "num_rows": 2, "num_rejected": 0, "read": False}
     assert ingest._num_scanned(f"{tmp_path}/scanned") == 0
     list(pieces)
-    again = ingest._counted(lambda _: iter([pa.table({"a": [1, 2]})] * 2), f"{tmp_path}/scanned", item)
+    again = ingest._counted(lambda _: iter([pa.table({"a": [1, 2]})] * 2), f"{tmp_path}/scanned", tags, item)
     next(again), next(again)  # after a machine was lost; what was read is still what it was
     assert ingest._num_scanned(f"{tmp_path}/scanned") == 4
 

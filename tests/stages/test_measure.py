@@ -16,7 +16,7 @@ from salad_ray.configfile import parse_config
 from salad_ray.report.headline import sentences
 from salad_ray.runs import Run
 from salad_ray.stages.common import probe_losses
-from salad_ray.stages.measure import WITHOUT_TIMES, MeasureShard
+from salad_ray.stages.measure import MeasureShard
 from salad_ray.stages.report import selection_metrics
 from salad_ray.stages.select import measured_clusters, selection_facts
 from salad_ray.stages.shards import ShardPart, StageError
@@ -74,7 +74,7 @@ def test_a_shard_is_measured_by_both_protocols_and_nothing_is_lost(
     assert {reject.key: reject.reason.split(":")[0] for reject in part.rejects} == {"u9": "whole", "u10": "interleaved"}
     # Ten utterances under two protocols, but for the one without word times, which is no input of `whole`.
     assert (part.num_input, part.num_kept, len(part.rejects)) == (19, 17, 2)
-    assert part.totals == {WITHOUT_TIMES: 1.0}
+    assert part.totals == {"num_untimed": 1}
     assert {row.source for row in rows} == names["interleaved"]  # of make_features each has a recording of its own
     assert all(np.isfinite([row.misalignment, row.forgetting, row.distillation]).all() for row in rows)
     forgotten = sum(abs(row.forgetting) for row in rows)

@@ -22,7 +22,7 @@ from salad_ray.configfile import parse_config
 from salad_ray.speech.audio import encode_audio
 from salad_ray.stages.shards import StageError
 from salad_ray.stages.synthesize import SpeakShard, load_synthesizer
-from salad_ray.tables import BadInput, Passage, Utterance
+from salad_ray.tables import BadInput, Passage, Utterance, to_arrow
 
 VOICES = ("af_one", "am_two", "bf_three")
 
@@ -100,7 +100,8 @@ def test_another_batch_size_finds_other_pieces(tmp_path: Path) -> None:
         assert [row for part in parts for row in part.rows["utt_id"].to_pylist()] == expected
 
 
-def test_a_killed_actor_is_replaced_and_each_passage_is_there_once(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_killed_process_is_replaced_and_each_passage_is_there_once(tmp_path: Path) -> None:
     config = spoken_config(tmp_path, 96, batch_size=1)
     config = config.model_copy(update={"ray": config.ray.model_copy(update={"max_actors": 1})})
     run_stage(config, "ingest", "natural")
@@ -112,7 +113,7 @@ def test_a_killed_actor_is_replaced_and_each_passage_is_there_once(tmp_path: Pat
         while time.monotonic() < deadline and not killed:
             if len(list(pieces.glob("*.parquet"))) >= 5:
                 for process in psutil.Process().children(recursive=True):
-                    if "MapWorker" in " ".join(process.cmdline()):
+                    if "write_shards" in " ".join(process.cmdline()):
                         killed.append(process.pid)
                         os.kill(process.pid, signal.SIGKILL)
                         break
@@ -142,3 +143,16 @@ def test_a_benchmarks_own_recording_is_of_a_length_that_can_be_heard(tmp_path: P
     assert worker._recording(row).duration_secs == 1
     with pytest.raises(BadInput, match=r"too long: 3\.0 s, above max_duration_secs=2"):
         worker._recording(replace(row, uri=str(tmp_path / "3.flac")))
+
+
+def test_signs_that_are_not_said_are_counted(tmp_path: Path) -> None:
+    config = spoken_config(tmp_path)
+    passages, utterances = (a_table(tmp_path, "natural", name) for name in ("passages", "utterances"))
+    texts = ["The boy 😀 went home to see his dog ♪ again.", "The girl went home to see her cat."]
+    rows = to_arrow(Passage, [Passage(passage_id=text, doc_id="d", text=text) for text in texts])
+    with passages.writer("part-00000", rows.schema) as write:
+        write(rows)
+    weights = load_synthesizer(config, config.synthesize.voices, "cpu").weights
+    parts = list(SpeakShard(config, "natural", passages, utterances, weights)("part-00000"))
+    assert sum(part.num_kept for part in parts) == 2
+    assert sum(part.totals.get("num_unsaid_signs", 0) for part in parts) == 2

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from factories import table_of
 
-from salad_ray.config import Config
+from salad_ray.config import Config, ConfigError
 from salad_ray.configfile import parse_config
 from salad_ray.stages import ingest
-from salad_ray.stages.ingest import WorldText
+from salad_ray.stages.ingest import WorldPassages, WorldText
 from salad_ray.tables import Item, Passage, PlanRow
 from salad_ray.text.decontaminate import benchmark_ngrams, contaminated
 from salad_ray.text.world import DOMAINS, world_passages
@@ -59,13 +59,35 @@ def test_documents_of_the_web_are_passed_over(monkeypatch: pytest.MonkeyPatch) -
     assert [row.passage_id for row in worker.passages] == kept[:300]
 
 
+def test_a_smaller_world_is_smaller_everywhere() -> None:
+    world = {"domains": ["animals", "music", "law"], "unheard": ["music"], "num_web": 60, "num_text": 30}
+    config = parse_config({"world": world})
+    sets = {"natural": {"animals", "law"}} | {name: set(world["domains"]) for name in ("heldout", "web")}
+    for name, domains in sets.items():
+        assert {row.domain for row in WorldPassages(config, name).passages} == domains, name
+    assert {row.domain for row in WorldText(config).passages} == set(world["domains"])
+    assert {item.domain for item in ingest._items(config) if isinstance(item, Item)} == set(world["domains"])
+
+
+@pytest.mark.parametrize(
+    ("world", "message"),
+    [
+        ({"domains": ["animals", "law"]}, r"world\.unheard=\['music'\] are not among world\.domains="),
+        ({"domains": ["law"], "unheard": ["law"]}, "leave one of world.domains to be heard"),
+    ],
+)
+def test_domains_that_do_not_fit_each_other(world: dict[str, list[str]], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config({"world": world})
+
+
 def test_the_plan_of_text_is_one_epoch_of_all_passages(finished_run: Config) -> None:
     plan = table_of(finished_run, "text", "plan")
     rows = [row for shard in plan.shards() for row in plan.read_rows(PlanRow, shard)]
     assert {row.epoch for row in rows} == {0}
     placed = [(segment.shard, *segment.rows) for row in rows for segment in row.segments]
     assert len(placed) == len(set(placed)) == len(passages_of(finished_run, "text"))
-    assert (plan.manifest() or {})["totals"] == {"tokens cut off at the context": 0}
+    assert (plan.manifest() or {})["totals"] == {"num_tokens_cut": 0}
 
 
 @pytest.mark.parametrize("name", ["trunk", "stage1", "stage2", "control"])

@@ -18,7 +18,7 @@ TEXTS = (
     "In 1984, 25 cats — naïve café 😀 ended: $3.50 & 7%.\n\nA new line (“word”), e.g. the U.S.A.",
     "he said -- that is so -- that it was in the end of the war",
     "the yard. four. I saw 1,234,567.89 and the 3rd at 10:30, €5 million",
-    "Привет мир hello 日本語 end",
+    "Ｏｄｄ words ① hello ½ end",
     'tabs\tand\r\nlines\n\n\n  spaces\u00a0and\u2028more <b>tags</b> &amp; [[fri:]] "the end"',
     "a\u200bb c\u0301d \ufeffe 👩\u200d👩\u200d👧 g — – … x x x x x",
     "and then it ran " * 120,
@@ -81,6 +81,26 @@ def test_repetition_adds_up() -> None:
     once, thrice = speak("Birds sing."), speak("Birds sing. " * 3)
     lengths = [b.end_secs - a.start_secs for a, b in zip(thrice.words[::2], thrice.words[1::2], strict=True)]
     assert lengths == pytest.approx([once.words[-1].end_secs] * 3, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("text", "spelled", "pieces"),
+    [
+        ("He is 5′ 2″ tall in town.", "He is five feet two inches tall in town.", [1, 1, 2, 2, 1, 1, 1]),
+        ("It costs $3.50 in town.", "It costs three dollars and fifty cents in town.", [1, 1, 5, 1, 1]),
+        ("King Henry VIII was old.", "King Henry the eighth was old.", [1, 1, 2, 1, 1]),
+        ("It was ① and 10–15 of them.", "It was one and ten to fifteen of them.", [1, 1, 1, 1, 3, 1, 1]),
+        ("He said [laughter] to them — so.", "He said to them — so.", [1, 1, 0, 1, 1, 1, 1]),
+    ],
+)
+def test_a_written_word_has_the_time_of_what_is_said_for_it(text: str, spelled: str, pieces: list[int]) -> None:
+    written, said = speak(text), speak(spelled)
+    assert written.audio.tobytes() == said.audio.tobytes()
+    end, words = 0.0, iter(said.words)
+    for word, number in zip(written.words, pieces, strict=True):
+        own = [next(words) for _ in range(number)]
+        start, end = (own[0].start_secs, own[-1].end_secs) if own else (end, end)
+        assert (word.start_secs, word.end_secs) == (start, end)
 
 
 def test_words_spoken_as_one_share_its_time() -> None:
@@ -161,7 +181,9 @@ def timbre(speech: Speech) -> np.ndarray:
     return np.concatenate([power.mean(axis=0), power.std(axis=0)])
 
 
-@pytest.mark.parametrize("text", ["", " \n\t", "...", "—", "\ud800 hello"])
+@pytest.mark.parametrize(
+    "text", ["", " \n\t", "...", "—", "\ud800 hello", "Привет мир hello 日本語 end", "The sign 水 is here."]
+)
 def test_what_cannot_be_spoken_is_bad_input(text: str) -> None:
     with pytest.raises(BadInput):
         speak(text)

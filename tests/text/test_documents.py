@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
+import decimal
 import gzip
 import json
+import lzma
+import shutil
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -292,7 +296,7 @@ def test_nothing_there_says_what_was_looked_for(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_hub_ids_become_urls(path: str, revision: str | None, url: str) -> None:
-    assert documents._resolve(corpus(path, revision=revision)) == url
+    assert documents.hub_url(path, revision) == url
 
 
 def test_a_local_folder_comes_before_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,3 +318,139 @@ def test_real_documents(shared_data: Path) -> None:
     assert len({document.doc_id for document in found}) == 8348
     assert len({document.domain for document in found}) == 15
     assert all(document.license != "unknown" for document in found)
+
+
+PACKINGS: dict[str, Callable[[bytes], bytes]] = {
+    "none": bytes,
+    "gzip": lambda data: gzip.compress(data) + b"trailing",
+    "zstd": lambda data: pa.compress(data, "zstd", asbytes=True),
+    "bz2": lambda data: bz2.compress(data[:700]) + bz2.compress(data[700:]) + b"trailing",
+    "xz": lambda data: lzma.compress(data) + b"\0" * 8,
+}
+
+
+@pytest.mark.parametrize("end", [".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".jsonl.bz2", ".ndjson.xz", ".JSONL"])
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_file_is_what_its_bytes_say(tmp_path: Path, end: str, packing: str) -> None:
+    data = b"\xef\xbb\xbf" + write_jsonl(tmp_path / "plain", rows()).read_bytes()
+    (tmp_path / f"a{end}").write_bytes(PACKINGS[packing](data))
+    found, rejects = read(tmp_path)
+    assert [row.text for row in found] == [row["text"] for row in rows()]
+    assert not rejects
+
+
+@pytest.mark.parametrize("packing", ["zstd", "bz2", "xz"])
+def test_a_compressed_file_that_breaks_off_says_so_after_what_was_there(tmp_path: Path, packing: str) -> None:
+    compress = {"zstd": PACKINGS["zstd"], "bz2": bz2.compress, "xz": lzma.compress}[packing]
+    packed = compress(write_jsonl(tmp_path / "plain", rows(5000)).read_bytes())
+    (tmp_path / "a.jsonl.zst").write_bytes(packed[: -100 if packing == "zstd" else -5])
+    found, rejects = read(tmp_path)
+    assert len(found) > (0 if packing == "zstd" else 4900)
+    assert any("truncated or damaged" in reason for reason in rejects.values())
+
+
+def test_files_of_other_kinds_that_hold_text_are_told(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", rows())
+    for name in ("b.jsonl.lz4", "c.csv", "d.txt.xz", "e.warc.gz", "README.md", "dataset_info.json", ".gitattributes"):
+        (tmp_path / name).write_bytes(b"x")
+    found, rejects = read(tmp_path)
+    assert len(found) == len(rows())
+    assert set(rejects) == {f"web/{name}" for name in ("b.jsonl.lz4", "c.csv", "d.txt.xz", "e.warc.gz")}
+    assert all("not read" in reason for reason in rejects.values())
+
+
+def test_json_lines_may_be_called_json(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.json", rows(2))
+    (tmp_path / "list.json").write_text('[\n{"text": "one"}]')
+    (tmp_path / "dataset_info.json").write_text('{"features": 7}')
+    (tmp_path / "pretty.json").write_text('{\n "features": 7}')
+    (tmp_path / "spaced.json").write_text(' [{"text": "one"}]')
+    lines = [json.dumps(row) for row in rows(4)[2:]]
+    (tmp_path / "late.json").write_text("\n".join(['{"meta": 1}', '{"text": "brok', *lines]))
+    (tmp_path / "other.json").write_text('{"body": "one"}\n{"body": "two"}\n')
+    found, rejects = read(tmp_path)
+    assert sorted(row.text for row in found) == sorted(row["text"] for row in rows(4))
+    assert set(rejects) == {
+        f"web/{name}" for name in ("list.json", "spaced.json", "other.json", "late.json:1", "late.json:2")
+    }
+
+
+@pytest.mark.parametrize("type", [pa.null(), pa.float64(), pa.string()])
+def test_a_part_without_any_text_costs_its_rows_only(tmp_path: Path, type: pa.DataType) -> None:
+    write_parquet(tmp_path / "a.parquet", rows(3))
+    empty = {"text": pa.array([None] * 3, type), "id": pa.array(["x", "y", "z"])}
+    pq.write_table(pa.table(empty), tmp_path / "b.parquet")
+    found, rejects = read(tmp_path)
+    assert len(found) == 3
+    assert rejects == {f"web/{name}": "its 'text' is null" for name in "xyz"}
+
+
+@pytest.mark.parametrize("type", [None, pa.int64(), pa.list_(pa.string())])
+def test_a_part_without_the_text_column_is_a_reject_with_its_columns(tmp_path: Path, type: pa.DataType | None) -> None:
+    write_parquet(tmp_path / "b.parquet", rows(3))
+    other = {"url": pa.array(["x", "y"])} | ({} if type is None else {"text": pa.array([None, None], type)})
+    if type is not None:
+        other["text"] = pa.array([7, 8] if type == pa.int64() else [["a"], ["b"]], type)
+    pq.write_table(pa.table(other), tmp_path / "a.parquet")
+    write_jsonl(tmp_path / "c.jsonl", [{"content": "other"}, {"text": "A line."}])
+    found, rejects = read(tmp_path)
+    assert [row.text for row in found] == [*(row["text"] for row in rows(3)), "A line."]
+    what = "no column 'text', only url" if type is None else f"column 'text' holds {str(type)[:4]}"
+    assert what in rejects["web/a.parquet:0"]
+    assert "2 rows are not read" in rejects["web/a.parquet:0"]
+    assert rejects["web/c.jsonl:1"] == "it has no 'text', only content"
+
+
+def test_text_in_a_column_of_bytes_is_read(tmp_path: Path) -> None:
+    table = {
+        "text": pa.array(["é".encode(), b"\xff", None], pa.binary()),
+        "id": pa.array([b"a", b"b", b"c"], pa.binary()),
+    }
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    found, rejects = read(tmp_path)
+    assert [(row.doc_id, row.text) for row in found] == [("web/a", "é")]
+    assert sorted(rejects) == ["web/b", "web/c"]
+
+
+def test_links_are_followed_and_one_that_leads_nowhere_is_told(tmp_path: Path) -> None:
+    """The hub's cache is made of them: files of a snapshot lead to blobs."""
+    write_jsonl(tmp_path / "blobs/one", rows(1))
+    write_jsonl(tmp_path / "more/b.jsonl", rows(2))
+    folder = tmp_path / "snapshot"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "a %20 é.jsonl").symlink_to("../blobs/one")
+    (folder / "deep/linked").symlink_to("../../more")
+    (folder / "deep/round").symlink_to("..")
+    (folder / "gone.parquet").symlink_to("nowhere")
+    found, rejects = read(folder)
+    assert len(found) == 3
+    assert rejects == {"web/gone.parquet": "a file that is not read: a link that leads nowhere"}
+    shutil.copytree(folder, tmp_path / "copied", ignore=shutil.ignore_patterns("round", "gone*"))
+    names = [[source.name for source in find_text_sources(corpus(tmp_path / at))] for at in ("snapshot", "copied")]
+    assert names[0] == [*names[1], "gone.parquet"]
+    assert len(read(f"{folder}/*.jsonl")[0]) == 1
+
+
+def test_decimals_and_written_numbers_are_scores(tmp_path: Path) -> None:
+    table = {"text": ["one", "two", "three"], "score": [decimal.Decimal(text) for text in ("3.5", "1.5", "4")]}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    write_jsonl(tmp_path / "b.jsonl", [{"text": "four", "score": "3.25"}, {"text": "five", "score": "high"}])
+    found, rejects = read(tmp_path, min_score=2.0)
+    assert [(row.text, row.score) for row in found] == [("one", 3.5), ("three", 4.0), ("four", 3.25)]
+    assert sorted(rejects.values()) == ["no score", "score 1.5 is below 2"]
+
+
+# ---- corpora that were read wrongly
+
+
+@pytest.mark.parametrize(
+    ("path", "num_documents", "reasons"),
+    [
+        ("web_folder_with_zst", 6, []),
+        ("web_folder_null_part", 3, ["its 'text' is null"] * 3),
+        ("web/gzjunk.jsonl.gz", 5000, []),
+    ],
+)
+def test_corpora_that_were_read_wrongly(cases: Path, path: str, num_documents: int, reasons: list[str]) -> None:
+    found, rejects = read(cases / path)
+    assert (len(found), list(rejects.values())) == (num_documents, reasons)

@@ -16,6 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from salad_ray.speech.spoken import read_words
+from salad_ray.tables import BadInput
 from salad_ray.text import passages
 from salad_ray.text.documents import Document
 from salad_ray.text.passages import (
@@ -65,6 +67,20 @@ def test_a_short_document_is_one_passage_with_its_origin() -> None:
         "rivers",
         "CC0",
     )
+
+
+@pytest.mark.parametrize("sign", ["⏰", "😀", "♪", "¦", "⠸", "\u20e3", "🫨"])
+def test_signs_that_nobody_says_are_taken_out_and_counted(sign: str) -> None:
+    cut = cut_passages(Document("d", f"The river {sign} rises {sign} in the hills above the town."), LIMITS)
+    assert [row.text for row in cut.passages] == ["The river rises in the hills above the town."]
+    assert cut.cut_chars == {SYMBOLS: 2}
+
+
+@pytest.mark.parametrize("digit", ["፰", "𒐆", "⓰"])
+def test_numerals_of_other_scripts_are_not_dropped_in_silence(digit: str) -> None:
+    assert not cut_passages(Document("d", f"The river rises in {digit} hills above the town."), LIMITS).passages
+    with pytest.raises(BadInput, match="no English reading"):
+        read_words([digit])
 
 
 @given(st.lists(st.integers(3, 30), min_size=1, max_size=60), st.integers(30, 80))
