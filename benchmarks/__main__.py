@@ -35,6 +35,7 @@ BENCHMARKS = {
     ),
     "alignment": Benchmark(2, "Word alignment at known joins of recordings", "errors within a frame of 80 ms"),
     "loss": Benchmark(2, "distillation_loss beside dense PyTorch and Liger", "memory ≤ 1/8 of dense; time ≤ both"),
+    "attention": Benchmark(1, "Packed rows on a CPU, sample by sample, beside a masked row", "ours/bare ≥ 1"),
     "training": Benchmark(4, "Training loop beside a bare PyTorch loop", "ours/bare ≥ 0.95"),
     "checkpoint": Benchmark(2, "Checkpoints beside DeepSpeed's own", "stalled < 2 % of the steps between two"),
     "memory": Benchmark(4, "The planner's memory beside a real training step", "within 15 %"),

@@ -29,7 +29,7 @@ from salad_ray import pipeline
 from salad_ray.config import Config
 from salad_ray.configfile import load_config
 from salad_ray.distill.budget import budget_of, decay_start
-from salad_ray.distill.step import DTYPES, batch_loss, learning_rate_factor
+from salad_ray.distill.step import DTYPES, batch_loss, label_weight, learning_rate_factor, weight_of_word_ends
 from salad_ray.distill.trainer import Job, train
 from salad_ray.model.speech_lm import EncoderSpec, SpeechLM, load_text_lm, parameter_groups
 from salad_ray.sequences.batch import Batch
@@ -76,6 +76,7 @@ def prepare(folder: str, num_steps: int, num_documents: int) -> Config:
         f"distill.log_every={LOG_EVERY}",
         "distill.checkpoint_every=1000000",
         "distill.optimizer=adamw",
+        "pack.text_share=0",  # it has a plan and a table of its own, which the bare loop does not read
         "distill.num_workers=1",
         "distill.micro_batch_rows=4",
     )
@@ -120,12 +121,16 @@ def bare_loop(job: Job) -> Rows:
         lambda step: learning_rate_factor(step, job.num_steps, job.warmup_steps, job.decay_steps),
     )
     rows: Rows = []
+    of_word_ends = weight_of_word_ends(settings)
     num_positions, kl_sum, num_labels = 0, 0.0, 0
     with closing(iter(reader(job.config, student))) as steps:
         started = time.monotonic()
         for step in range(1, job.num_steps + 1):
-            for batch, share in shares(next(steps)):
-                loss = batch_loss(student, student.head, teacher, batch, settings.alpha, settings.loss_chunk_size)
+            for batch, share in shares(next(steps), of_word_ends):
+                loss = batch_loss(
+                    student, student.head, teacher, batch, settings.alpha, settings.loss_chunk_size,
+                    word_end_weight=of_word_ends,
+                )  # fmt: skip
                 (loss.loss * share).backward()
                 num_positions += batch.num_positions
                 num_labels += len(batch.labels)
@@ -159,13 +164,14 @@ def reader(config: Config, student: SpeechLM) -> LaneReader:
         student.tokenizer,
         config.pack,
         micro_batch_rows=config.distill.micro_batch_rows,
+        stride=config.model.adapter.stride,
     )
 
 
-def shares(batches: list[Batch]) -> Iterator[tuple[Batch, float]]:
-    """Each micro-batch with its share of the step's labels."""
-    total = sum(len(batch.labels) for batch in batches)
-    return ((batch, len(batch.labels) / total) for batch in batches)
+def shares(batches: list[Batch], of_word_ends: float) -> Iterator[tuple[Batch, float]]:
+    """Each micro-batch with its share of the step's labels and word ends."""
+    weights = [label_weight(batch, of_word_ends) for batch in batches]
+    return ((batch, weight / sum(weights)) for batch, weight in zip(batches, weights, strict=True))
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ import torch
 
 from benchmarks.gpu import correctness
 from benchmarks.gpu.correctness import make_step_engine
-from benchmarks.gpu.shapes import varlen_anywhere
 from benchmarks.gpu.worker import Context
 from salad_ray.model.speech_lm import SpeechLM
 
@@ -25,7 +24,7 @@ def rows(context: Context) -> Iterator[dict[str, Any]]:
         "no gradient of k": partial(make_engine_without, "k_proj"),
     }
     for name, make in makers.items():
-        with varlen_anywhere(context), patch.object(correctness, "make_step_engine", make):
+        with patch.object(correctness, "make_step_engine", make):
             for row in correctness.step_rows(context):
                 yield row | {"name": f"{name}: {row['name'].partition(': ')[2]}"}
 

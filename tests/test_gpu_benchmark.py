@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import signal
@@ -22,11 +23,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.gpu import correctness
 from benchmarks.gpu.__main__ import SECTIONS, BadRequest, Results, Section, choose, run_sections
-from benchmarks.gpu.shapes import make_batches, make_pair, product_flops, shape_of, varlen_anywhere, varlen_on_cpu
+from benchmarks.gpu.shapes import make_batches, make_pair, product_flops, shape_of
 from benchmarks.gpu.summary import markdown, rows_of, verdicts
 from benchmarks.gpu.worker import Context
 from salad_ray.distill.engine import compile_layers
 from salad_ray.distill.step import batch_loss
+from salad_ray.model import packed
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = Context(torch.device("cpu"), tiny=True, folder=Path())
@@ -427,34 +429,25 @@ def test_a_step_that_leaves_something_out_is_noticed(with_sections: None, tmp_pa
     }
 
 
-def test_the_stand_in_for_the_kernel_takes_what_the_kernel_takes() -> None:
-    states, bounds = torch.randn(3, 8, 2, 4), torch.tensor([0, 3, 8], dtype=torch.int32)
-    settings = {"window_size": (-1, 0), "scale": None}
-    assert varlen_on_cpu(*states, bounds, bounds, 5, 5, **settings).shape == (8, 2, 4)
-    with pytest.raises(TypeError, match="scaling"):
-        varlen_on_cpu(*states, bounds, bounds, 5, 5, scaling=1.0, **settings)
-    with pytest.raises(TypeError, match="max_k"):
-        varlen_on_cpu(*states, bounds, bounds, 5, **settings)
-
-
-def test_attention_without_grouped_heads_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch 2.11 has no `enable_gqa`."""
-    from salad_ray.model import packed
+@pytest.mark.parametrize("knows_gqa", [True, False])
+def test_the_kernel_takes_what_it_is_given(knows_gqa: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch 2.11 has no `enable_gqa`: heads are repeated there, and nothing else changes."""
+    from torch.nn.attention.varlen import varlen_attn as kernel
 
     shape = shape_of(TINY)
     [batch] = make_batches(shape, num_rows=2, num_batches=1)
-    with varlen_anywhere(TINY):
-        _, student = make_pair(shape, torch.device("cpu"), torch.float32, "varlen")
-        expected = student.text_hidden(batch.teacher_ids, batch.teacher_position_ids)
-        seen = []
+    _, student = make_pair(shape, torch.device("cpu"), torch.float32, "varlen")
+    expected = student.text_hidden(batch.teacher_ids, batch.teacher_position_ids)
+    repeated = []
 
-        def older(*args: Any, **settings: Any) -> torch.Tensor:
-            assert "enable_gqa" not in settings
-            seen.append(args[0].shape[1] == args[1].shape[1])
-            return varlen_on_cpu(*args, **settings)
+    def stand_in(*states: Any, **settings: Any) -> torch.Tensor:
+        inspect.signature(kernel).bind(*states, **settings)
+        assert ("enable_gqa" in settings) == knows_gqa
+        repeated.append(states[0].shape[1] == states[1].shape[1])
+        return packed.segment_by_segment(*states, **settings)
 
-        monkeypatch.setattr(packed, "varlen_attn", older)
-        monkeypatch.setattr(packed, "_knows_gqa", lambda: False)
-        found = student.text_hidden(batch.teacher_ids, batch.teacher_position_ids)
-    assert seen == [True] * shape.llm.num_hidden_layers
+    monkeypatch.setattr(packed, "varlen_attn", stand_in)
+    monkeypatch.setattr(packed, "_knows_gqa", lambda: knows_gqa)
+    found = student.text_hidden(batch.teacher_ids, batch.teacher_position_ids)
+    assert repeated == [not knows_gqa] * shape.llm.num_hidden_layers
     torch.testing.assert_close(found, expected)

@@ -6,26 +6,18 @@ Shape letters as in `salad_ray.sequences.batch`.
 from __future__ import annotations
 
 import copy
-import inspect
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from benchmarks.gpu.worker import Context
 from salad_ray.config import AdapterConfig
 from salad_ray.distill.step import head_dim, training_flops
-from salad_ray.model import packed
 from salad_ray.model.adapter import Adapter
 from salad_ray.model.speech_lm import EncoderSpec, SpeechLM, SpeechLMConfig
 from salad_ray.sequences.batch import Batch, Sample, collate
@@ -84,7 +76,9 @@ def make_pair(shape: Shape, device: torch.device, dtype: torch.dtype, attention:
     teacher = make_llm(shape, device, dtype, attention).requires_grad_(False)
     llm = copy.deepcopy(teacher).requires_grad_(True)
     rms = shape.llm.initializer_range
-    adapter = Adapter(shape.adapter, shape.encoder_dim, shape.llm.hidden_size, rms).to(device, dtype)
+    adapter = Adapter(shape.adapter, shape.encoder_dim, shape.llm.hidden_size, rms, attention=attention).to(
+        device, dtype
+    )
     encoder = EncoderSpec("random", None, None, 24_000, 12.5, shape.encoder_dim)
     config = SpeechLMConfig("random", None, encoder, shape.adapter)
     return teacher, SpeechLM(config, llm, adapter, None).train()  # nothing asks for text
@@ -93,35 +87,6 @@ def make_pair(shape: Shape, device: torch.device, dtype: torch.dtype, attention:
 def use_attention(model: PreTrainedModel, attention: str) -> None:
     """Change an LLM's attention; `hidden_states` looks it up at every forward."""
     model.config._attn_implementation = attention
-
-
-@torch.compiler.disable  # its loop would be compiled anew for every batch; the true kernel is one operator
-def varlen_on_cpu(*inputs: Any, **settings: Any) -> Tensor:
-    """What torch's `varlen_attn` computes, which has no kernel for CPUs: causal attention within each segment.
-
-    query (positions, heads, head_dim), key and value (positions, kv_heads, head_dim), bounds (segments + 1,) →
-    (positions, heads, head_dim).
-
-    Raises:
-        TypeError: torch's own would not take these arguments.
-    """
-    call = inspect.signature(varlen_attn).bind(*inputs, **settings).arguments
-    query, key, value, bounds = (call[name] for name in ("query", "key", "value", "cu_seq_q"))
-    assert call["window_size"] == (-1, 0), "only causal attention is stood in for"
-    outputs = []
-    for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-        q, k, v = (states[None, start:end].transpose(1, 2) for states in (query, key, value))
-        output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=call["scale"], enable_gqa=True)
-        outputs.append(output.transpose(1, 2)[0])
-    return torch.cat(outputs)
-
-
-@contextmanager
-def varlen_anywhere(context: Context) -> Iterator[None]:
-    """On a CPU the kernel is stood in for; what feeds it is real."""
-    stand_in = nullcontext() if context.on_gpu else patch.object(packed, "varlen_attn", varlen_on_cpu)
-    with stand_in:
-        yield
 
 
 def start_process_group(context: Context) -> None:

@@ -30,7 +30,6 @@ from benchmarks.gpu.shapes import (
     shape_of,
     start_process_group,
     use_attention,
-    varlen_anywhere,
 )
 from benchmarks.gpu.timing import forget_peak, gib, peak_bytes, seconds
 from benchmarks.gpu.worker import Context, out_of_memory
@@ -78,19 +77,18 @@ def engine_rows(context: Context) -> Iterator[Row]:
 
     shape = shape_of(context)
     start_process_group(context)
-    with varlen_anywhere(context):
-        teacher, student = make_pair(shape, context.device, torch.bfloat16, VARIANTS[0].attention)
-        settings = settings_of(context, VARIANTS[0])
-        engine = make_engine(student, settings, micro_batches(context), context.device)
-        make = cache(partial(make_batches, shape))  # variants of as many rows have the same
-        for variant in VARIANTS:
-            prepare(variant, student, teacher)
-            step = EngineStep(engine, teacher, settings_of(context, variant), context)
-            try:
-                yield measure(variant, step, student, teacher, shape, context, make)
-            except RuntimeError as error:
-                yield out_of_memory(error, variant.name) | {"peak_gib": gib(peak_bytes(context.device))}
-                return
+    teacher, student = make_pair(shape, context.device, torch.bfloat16, VARIANTS[0].attention)
+    settings = settings_of(context, VARIANTS[0])
+    engine = make_engine(student, settings, micro_batches(context), context.device)
+    make = cache(partial(make_batches, shape))  # variants of as many rows have the same
+    for variant in VARIANTS:
+        prepare(variant, student, teacher)
+        step = EngineStep(engine, teacher, settings_of(context, variant), context)
+        try:
+            yield measure(variant, step, student, teacher, shape, context, make)
+        except RuntimeError as error:
+            yield out_of_memory(error, variant.name) | {"peak_gib": gib(peak_bytes(context.device))}
+            return
 
 
 def compiled_rows(context: Context) -> Iterator[Row]:
@@ -99,21 +97,20 @@ def compiled_rows(context: Context) -> Iterator[Row]:
 
     shape, variant = shape_of(context), best(context)
     start_process_group(context)
-    with varlen_anywhere(context):
-        teacher, student = make_pair(shape, context.device, torch.bfloat16, variant.attention)
-        settings = settings_of(context, variant)
-        engine = make_engine(student, settings, micro_batches(context), context.device)
-        prepare(variant, student, teacher)
-        for llm in (student.llm, teacher):  # as `distill.compile=true`; a toy run only traces, which is faster
-            compile_layers(llm, "inductor" if context.on_gpu else "eager")
-        step = EngineStep(engine, teacher, settings, context)
-        batches = make_batches(shape, variant.rows, micro_batches(context), seed=100)
-        compiled = {
-            "name": f"{variant.name}, compiled",
-            "first_step_secs": seconds(lambda: step(batches), context.device),
-        }
-        yield compiled
-        row = measure(variant, step, student, teacher, shape, context, partial(make_batches, shape), warm_up=0)
+    teacher, student = make_pair(shape, context.device, torch.bfloat16, variant.attention)
+    settings = settings_of(context, variant)
+    engine = make_engine(student, settings, micro_batches(context), context.device)
+    prepare(variant, student, teacher)
+    for llm in (student.llm, teacher):  # as `distill.compile=true`; a toy run only traces, which is faster
+        compile_layers(llm, "inductor" if context.on_gpu else "eager")
+    step = EngineStep(engine, teacher, settings, context)
+    batches = make_batches(shape, variant.rows, micro_batches(context), seed=100)
+    compiled = {
+        "name": f"{variant.name}, compiled",
+        "first_step_secs": seconds(lambda: step(batches), context.device),
+    }
+    yield compiled
+    row = measure(variant, step, student, teacher, shape, context, partial(make_batches, shape), warm_up=0)
     uncompiled = rate_of(context, variant)
     yield row | compiled | {"compiled/not": uncompiled and row["positions_per_sec"] / uncompiled}
 
@@ -121,16 +118,15 @@ def compiled_rows(context: Context) -> Iterator[Row]:
 def bare_rows(context: Context) -> Iterator[Row]:
     """The best variant as one would write it without DeepSpeed: fp32 copies of the bf16 weights, AdamW over them."""
     shape, variant = shape_of(context), best(context)
-    with varlen_anywhere(context):
-        teacher, student = make_pair(shape, context.device, torch.bfloat16, variant.attention)
-        prepare(variant, student, teacher)
-        step = BareStep(student, teacher, settings_of(context, variant), context)
-        row = measure(variant, step, student, teacher, shape, context, partial(make_batches, shape))
-        ours = rate_of(context, variant)
-        ratio = {"ours/bare": ours and ours / row["positions_per_sec"]}
-        yield row | {"name": f"{variant.name}, bare"} | ratio
-        [batch] = make_batches(shape, variant.rows, 1)
-        yield from phases(step, batch.to(context.device, torch.bfloat16), context)
+    teacher, student = make_pair(shape, context.device, torch.bfloat16, variant.attention)
+    prepare(variant, student, teacher)
+    step = BareStep(student, teacher, settings_of(context, variant), context)
+    row = measure(variant, step, student, teacher, shape, context, partial(make_batches, shape))
+    ours = rate_of(context, variant)
+    ratio = {"ours/bare": ours and ours / row["positions_per_sec"]}
+    yield row | {"name": f"{variant.name}, bare"} | ratio
+    [batch] = make_batches(shape, variant.rows, 1)
+    yield from phases(step, batch.to(context.device, torch.bfloat16), context)
 
 
 def micro_batches(context: Context) -> int:

@@ -2,7 +2,7 @@
 
 With a stride n the frames come n side by side, and what is a frame below is such a group.
 
-Shape letters: P spans, S frames of the longest span, F real frames, C encoder width, n stride, A adapter width,
+Shape letters: P spans, S frames of the longest span, N real frames, C encoder width, n stride, A adapter width,
 D model width.
 """
 
@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
@@ -20,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from salad_ray.config import AdapterConfig
+from salad_ray.model.packed import told
 
 
 class ExactBuffers(nn.Module):
@@ -55,15 +57,15 @@ def checkpoint_layers(module: nn.Module, enabled: bool = True) -> int:
     return len(layers)
 
 
-def llama_config(config: AdapterConfig) -> LlamaConfig:
-    """The config of the adapter's decoder layers."""
+def llama_config(config: AdapterConfig, attention: str = "sdpa") -> LlamaConfig:
+    """The config of the adapter's decoder layers; spans that are not packed need no kernel but sdpa."""
     return LlamaConfig(
         hidden_size=config.hidden_size,
         intermediate_size=config.ffn_size,
         num_hidden_layers=config.num_layers,
         num_attention_heads=config.num_heads,
         num_key_value_heads=config.num_kv_heads or config.num_heads,
-        attn_implementation="sdpa",
+        attn_implementation=attention if attention == "varlen" else "sdpa",
     )
 
 
@@ -76,13 +78,21 @@ class Adapter(ExactBuffers):
         model_dim: D.
         output_rms: root mean square of the outputs at the start, that of the LLM's embeddings.
         seed: of the initial weights; the global random state is neither read nor changed.
+        attention: that of the LLM. With "varlen" (packed.py) nothing is computed for what pads the spans.
     """
 
     def __init__(
-        self, config: AdapterConfig, encoder_dim: int, model_dim: int, output_rms: float = 1.0, seed: int = 0
+        self,
+        config: AdapterConfig,
+        encoder_dim: int,
+        model_dim: int,
+        output_rms: float = 1.0,
+        seed: int = 0,
+        attention: str = "sdpa",
     ) -> None:
         super().__init__()
-        llama = llama_config(config)
+        llama = llama_config(config, attention)
+        self.packs = llama._attn_implementation == "varlen"
         with torch.random.fork_rng(devices=[]):  # torch's own initialisation draws from the global state
             self.input = nn.Linear(config.stride * encoder_dim, config.hidden_size)
             self.layers = nn.ModuleList(LlamaDecoderLayer(llama, index) for index in range(config.num_layers))
@@ -99,17 +109,23 @@ class Adapter(ExactBuffers):
             frame_mask: (P, S) bool, true at real frames.
 
         Returns:
-            (F, D): the real frames, span after span.
+            (N, D): the real frames, span after span.
         """
         if frames.numel() == 0:  # text only: ZeRO-3 still needs every worker to use every parameter
-            frames, frame_mask = frames.new_zeros(1, 1, self.input.in_features), frame_mask.new_zeros(1, 1)
+            frame = frames.new_zeros(1, 1, self.input.in_features)
+            return self.forward(frame, frame_mask.new_ones(1, 1))[:0]
+        positions = torch.arange(frames.shape[1], device=frames.device)[None]
+        bounds: dict[str, Any] = {}
+        if self.packs:
+            bounds = told(F.pad(frame_mask.sum(dim=1).cumsum(dim=0), (1, 0)))
+            frames, positions = frames[frame_mask][None], positions.expand_as(frame_mask)[frame_mask][None]
         hidden = self.input(frames)
-        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
         rotary = self.rotary(hidden, positions)
         for layer in self.layers:
             # No mask: sdpa is then purely causal, so what pads a span on the right cannot reach its frames.
-            hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
-        return self.output(self.norm(hidden)[frame_mask])
+            hidden = layer(hidden, attention_mask=None, position_embeddings=rotary, **bounds)
+        hidden = self.norm(hidden)
+        return self.output(hidden[0] if self.packs else hidden[frame_mask])
 
     def _initialise(self, output_rms: float, generator: torch.Generator) -> None:
         """Normal weights that keep the scale: 1 / √fan-in, less on the residual branches, zero biases.

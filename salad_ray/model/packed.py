@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -83,16 +84,54 @@ def segment_bounds(llm: PreTrainedModel, position_ids: Tensor) -> dict[str, Any]
     if not attention.startswith("flash_attention") and attention != "varlen":
         return {}
     starts = _starts(position_ids)
-    bounds = F.pad(starts.flatten().nonzero().flatten(), (0, 1), value=starts.numel()).int()
-    longest = int(bounds.diff().max())
+    return told(F.pad(starts.flatten().nonzero().flatten(), (0, 1), value=starts.numel()))
+
+
+def told(bounds: Tensor) -> dict[str, Any]:
+    """What flash kernels take, of the cumulative lengths of the segments, from 0 on: (segments + 1,)."""
+    bounds, longest = bounds.int(), int(bounds.diff().max())
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
 
-def varlen_attn(*states: Any, **settings: Any) -> Any:
+def varlen_attn(query: Tensor, *states: Any, **settings: Any) -> Any:
     """The kernel inside torch, imported when it is called: with it comes the compiler, which takes seconds."""
+    if query.is_cpu:
+        return segment_by_segment(query, *states, **settings)
     from torch.nn.attention.varlen import varlen_attn as kernel
 
-    return kernel(*states, **settings)
+    return kernel(query, *states, **settings)
+
+
+@torch.compiler.disable  # its loop would be compiled anew for every batch; the kernel is one operator
+def segment_by_segment(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    _bounds_of_keys: Tensor,
+    _longest: int,
+    _longest_of_keys: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, 0),
+    enable_gqa: bool = False,
+) -> Tensor:
+    """What the kernel computes, for CPUs, which have none; nothing is computed between segments, as sdpa does.
+
+    query (positions, heads, head_dim), key and value (positions, kv_heads, head_dim), bounds (segments + 1,) →
+    (positions, heads, head_dim).
+    """
+    back, outputs = window_size[0], []
+    for start, end in pairwise(bounds.tolist()):
+        q, k, v = (states[None, start:end].transpose(1, 2) for states in (query, key, value))
+        mask = None
+        if 0 <= back < end - start - 1:
+            mask = torch.ones(end - start, end - start, dtype=torch.bool).tril().triu(-back)
+        output = F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=enable_gqa
+        )
+        outputs.append(output[0].transpose(0, 1))
+    return torch.cat(outputs)
 
 
 @lru_cache
@@ -116,7 +155,7 @@ def _varlen_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Block-diagonal causal attention by the flash kernel inside torch: no T × T mask, no other package; CUDA, 16 bit.
+    """Block-diagonal causal attention: no T × T mask, no other package. On GPUs torch's own flash kernel, in 16 bit.
 
     query (B, heads, T, head_dim), key and value (B, kv_heads, T, head_dim) → (B, T, heads, head_dim).
 

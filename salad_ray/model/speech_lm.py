@@ -144,7 +144,7 @@ class SpeechLM(ExactBuffers):
         tokenizer = load_tokenizer(path, revision)
         _require_embeddings(path, llm, tokenizer)
         weight = llm.get_input_embeddings().weight
-        module = Adapter(adapter, encoder.dim, weight.shape[1], _embedding_rms(llm), seed)
+        module = Adapter(adapter, encoder.dim, weight.shape[1], _embedding_rms(llm), seed, attention)
         config = SpeechLMConfig(path, revision, encoder, adapter, context)
         return cls(config, llm, module.to(weight.dtype), tokenizer).train()
 
@@ -162,7 +162,8 @@ class SpeechLM(ExactBuffers):
         llm = load_text_lm(str(folder / "llm"), None, dtype or "auto", attention, config.context)
         tokenizer = load_tokenizer(str(folder / "llm"), None)
         _require_embeddings(str(folder), llm, tokenizer)
-        adapter = Adapter(config.adapter, config.encoder.dim, llm.get_input_embeddings().weight.shape[1])
+        width = llm.get_input_embeddings().weight.shape[1]
+        adapter = Adapter(config.adapter, config.encoder.dim, width, attention=attention)
         _load_adapter(adapter, folder / "adapter.safetensors")
         return cls(config, llm, adapter if dtype is None else adapter.to(llm.dtype), tokenizer).eval()
 
@@ -206,8 +207,8 @@ def load_text_lm(
     Args:
         path: folder or hub id.
         dtype: a torch dtype or its name; "auto" keeps that of the files.
-        attention: "sdpa" (for models that have none: eager), "eager", "flash_attention_2", or "varlen" (CUDA, 16 bit:
-            no mask, no other package).
+        attention: "sdpa" (for models that have none: eager), "eager", "flash_attention_2", or "varlen" (no T × T mask,
+            no other package; on GPUs 16 bit).
         context: positions of the rows that it is to read; unset: 2,048.
 
     Raises:

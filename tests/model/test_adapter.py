@@ -39,8 +39,9 @@ def test_the_papers_shape_has_the_papers_parameters() -> None:
         assert Shape(QWEN_3B, shape, 512).num_adapter == found or model_dim != 2048
 
 
-def test_a_span_in_a_batch_equals_the_span_alone() -> None:
-    adapter = Adapter(SMALL, 6, 10)
+@pytest.mark.parametrize("attention", ["sdpa", "varlen"])
+def test_a_span_in_a_batch_equals_the_span_alone(attention: str) -> None:
+    adapter = Adapter(SMALL, 6, 10, attention=attention)
     frames, mask = make_spans([5, 1, 9])
     together = adapter(frames, mask).split([5, 1, 9])
     for span, length, output in zip(frames, [5, 1, 9], together, strict=True):
@@ -48,8 +49,9 @@ def test_a_span_in_a_batch_equals_the_span_alone() -> None:
         torch.testing.assert_close(output, alone, rtol=1e-4, atol=1e-5)
 
 
-def test_no_frame_hears_the_future_or_the_padding() -> None:
-    adapter = Adapter(SMALL, 6, 10)
+@pytest.mark.parametrize("attention", ["sdpa", "varlen"])
+def test_no_frame_hears_the_future_or_the_padding(attention: str) -> None:
+    adapter = Adapter(SMALL, 6, 10, attention=attention)
     frames, mask = make_spans([7, 4])
     frames.requires_grad_()
     adapter(frames, mask)[3].sum().backward()
@@ -98,12 +100,25 @@ def test_moving_to_another_device_moves_the_buffers() -> None:
     assert Adapter(SMALL, 6, 10).to("meta").rotary.inv_freq.is_meta
 
 
-def test_without_spans_there_is_no_output_but_a_gradient() -> None:
-    adapter = Adapter(SMALL, 6, 10)
+@pytest.mark.parametrize("attention", ["sdpa", "varlen"])
+def test_without_spans_there_is_no_output_but_a_gradient(attention: str) -> None:
+    adapter = Adapter(SMALL, 6, 10, attention=attention)
     output = adapter(torch.zeros(0, 0, 6), torch.zeros(0, 0, dtype=torch.bool))
     assert output.shape == (0, 10)
     output.sum().backward()
     assert all(parameter.grad is not None for parameter in adapter.parameters())
+
+
+def test_packed_spans_give_what_padded_ones_give_with_their_gradients() -> None:
+    frames, mask = make_spans([5, 1, 9, 3])
+    outputs, gradients = [], []
+    for attention in ("sdpa", "varlen"):
+        adapter = Adapter(SMALL, 6, 10, attention=attention)
+        outputs.append(adapter(frames, mask))
+        outputs[-1].square().sum().backward()
+        gradients.append([parameter.grad for parameter in adapter.parameters()])
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
 def test_gradient_checkpointing_gives_the_same_gradient_and_runs_layers_twice() -> None:

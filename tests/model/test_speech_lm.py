@@ -15,9 +15,8 @@ import transformers
 from factories import make_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from benchmarks.gpu.shapes import varlen_on_cpu
 from salad_ray.config import AdapterConfig, DistillConfig
 from salad_ray.model import packed, speech_lm
 from salad_ray.model.loading import load_tokenizer
@@ -135,7 +134,7 @@ def set_attention(llm: PreTrainedModel, attention: str, monkeypatch: pytest.Monk
     def flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **settings: Any) -> Tensor:
         assert torch.equal(cu_seqlens_q, cu_seqlens_k)
         bounds, longest = (cu_seqlens_q, cu_seqlens_k), int(cu_seqlens_q.diff().max())
-        return varlen_on_cpu(q, k, v, *bounds, longest, longest, window_size=(-1, 0), scale=settings["softmax_scale"])
+        return packed.varlen_attn(q, k, v, *bounds, longest, longest, scale=settings["softmax_scale"], enable_gqa=True)
 
     def process(**settings: Any) -> dict[str, Any]:
         assert settings["is_causal"]
@@ -147,7 +146,6 @@ def set_attention(llm: PreTrainedModel, attention: str, monkeypatch: pytest.Monk
     flash_module = transformers.modeling_flash_attention_utils
     functions = ((refuse, flash, refuse, refuse, refuse), (process, refuse))
     monkeypatch.setattr(flash_module, "lazy_import_flash_attention", lambda name: functions)
-    monkeypatch.setattr(packed, "varlen_attn", varlen_on_cpu)
     llm.config._attn_implementation = attention
 
 
@@ -167,6 +165,22 @@ def test_a_packed_segment_equals_the_segment_alone(
         torch.testing.assert_close(packed[here], student(alone)[0], rtol=1e-4, atol=1e-4)
         ids = batch.teacher_ids.flatten()[None, here]
         torch.testing.assert_close(text[here], student.text_hidden(ids, alone.position_ids)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("window", [1, 4, 8, 9, 100])
+def test_varlen_reaches_back_as_far_as_the_window(window: int) -> None:
+    """A window of n positions is one's own and n − 1 before it, as transformers masks them."""
+    config = MistralConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=50, sliding_window=window,
+    )  # fmt: skip
+    llm = MistralForCausalLM(config).eval()
+    ids, positions = torch.arange(24)[None] * 7 % 50, positions_of([9, 8], 24)[None]
+    found = {}
+    for attention in ("sdpa", "varlen"):
+        llm.config._attn_implementation = attention
+        found[attention] = hidden_states(llm, ids, positions)
+    torch.testing.assert_close(found["varlen"], found["sdpa"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_attention_2", "varlen"])

@@ -18,12 +18,10 @@ from tokenizers import Regex, Tokenizer, processors
 from tokenizers import pre_tokenizers as pre
 from transformers import PreTrainedModel
 
-from benchmarks.gpu.shapes import varlen_on_cpu
 from salad_ray.config import AdapterConfig
 from salad_ray.configfile import parse_config
 from salad_ray.distill.start import faults, start_divergences
 from salad_ray.evaluation.scoring import Query, score
-from salad_ray.model import packed
 from salad_ray.model.listen import prompt_ids
 from salad_ray.model.loading import ModelError, load_tokenizer
 from salad_ray.model.packed import hidden_states, needs_mask, window
@@ -91,10 +89,7 @@ def test_what_is_accepted_packs_and_begins_as_its_teacher(name: str, settings: d
     assert not faults(divergences, torch.float32)
 
 
-def test_the_start_is_measured_with_attention_that_is_told_the_bounds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(packed, "varlen_attn", varlen_on_cpu)
+def test_the_start_is_measured_with_attention_that_is_told_the_bounds(tmp_path: Path) -> None:
     path = save(tmp_path, "Llama")
     student = SpeechLM.from_teacher(path, None, ADAPTER, ENCODER, 0, attention="varlen")
     divergences = start_divergences(student, load_text_lm(path, None, attention="varlen"))
@@ -208,8 +203,7 @@ def test_local_attention_scores_within_its_window_as_alone_and_not_beyond(tmp_pa
         score(llm, [Query(prompt * 4, None, [], choices, 0)])
 
 
-def test_varlen_refuses_scores_that_it_would_not_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "varlen_attn", varlen_on_cpu)
+def test_varlen_refuses_scores_that_it_would_not_cap(tmp_path: Path) -> None:
     path = save(tmp_path, "Gemma2", head_dim=16, sliding_window=8)
     llm = load_text_lm(path, None, attention="varlen")
     with pytest.raises(ModelError, match="Gemma2Attention have a cap or sinks, which varlen does not know"):
