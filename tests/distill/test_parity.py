@@ -204,7 +204,7 @@ def bare_distiller(folder: str, settings: DistillConfig, num_micro_batches: int)
     distiller.device, distiller.dtype = torch.device("cpu"), DTYPES[settings.precision]
     distiller.word_end_weight = weight_of_word_ends(settings)
     distiller.reader = SimpleNamespace(num_micro_batches=num_micro_batches)
-    distiller.num_student = distiller.num_teacher = 1
+    distiller.num_student = distiller.num_teacher = distiller.widths = 1
     distiller.teacher, student = load(folder, distiller.dtype)
     distiller.engine = make_engine(student, settings, num_micro_batches, distiller.device)
     return distiller
