@@ -235,13 +235,19 @@ def load_text_lm(
 
 
 def _config(path: str, revision: str | None) -> PretrainedConfig:
-    """Of the model, with nothing random in training; raises `ModelError`."""
+    """Of the model, with nothing random in training; raises `ModelError`, for quantized weights too."""
     try:
         with quiet():
             config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
         without_dropout(config.get_text_config())
     except UNUSABLE as error:
         raise ModelError(f"{path}: cannot be loaded as a text LLM ({reason(error)})") from None
+    if quantized := getattr(config, "quantization_config", None):
+        method = quantized.get("quant_method", "quantized") if isinstance(quantized, dict) else quantized.quant_method
+        raise ModelError(
+            f"{path}: its weights are quantized ({method}), so they cannot be trained; give the model that they were "
+            "made from"
+        )
     return config
 
 
