@@ -19,6 +19,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from salad_ray.model.head import lm_head
+from salad_ray.model.layers import decoder_layers
 from salad_ray.model.loading import ModelError, quiet
 from salad_ray.model.multimodal import is_multimodal, text_part
 from salad_ray.model.trial import TOLERANCE, try_out, without_dropout
@@ -196,7 +197,7 @@ def _needs(llm: PreTrainedModel, found: dict[str, Any]) -> Iterator[str]:
         yield "eager attention (chosen by itself)"
     if found["mask"]:
         yield "a mask for every row (made by itself; slower than SDPA without)"
-    if getattr(llm.get_decoder(), "layers", None) is None:
+    if decoder_layers(llm) is None:
         yield "distill.optimizer=adamw and distill.compile=false"
     if found["context"] < 2048:
         yield f"pack.context={found['context']} or less"

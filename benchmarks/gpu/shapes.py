@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from benchmarks.gpu.worker import Context
 from salad_ray.config import AdapterConfig
-from salad_ray.distill.step import head_dim, training_flops
+from salad_ray.distill.step import training_flops
 from salad_ray.model.adapter import Adapter
+from salad_ray.model.layers import attention_widths
 from salad_ray.model.speech_lm import EncoderSpec, SpeechLM, SpeechLMConfig
 from salad_ray.sequences.batch import Batch, Sample, collate
 from salad_ray.sequences.interleave import Segment, Units, build_segment, draw_spans
@@ -136,7 +137,7 @@ def _with_frames(segment: Segment, dim: int, rng: np.random.Generator) -> Sample
 def convention_flops(student: SpeechLM, teacher: nn.Module, batch: Batch) -> float:
     """FLOP of a micro-batch as MFU counts them, and as the trainer's log does (`training_flops`)."""
     num_student, num_teacher = (sum(p.numel() for p in model.parameters()) for model in (student, teacher))
-    return training_flops(num_student, num_teacher, student.llm.config, batch)
+    return training_flops(num_student, num_teacher, attention_widths(student.llm), batch)
 
 
 def product_flops(shape: Shape, batch: Batch) -> float:
@@ -146,7 +147,8 @@ def product_flops(shape: Shape, batch: Batch) -> float:
     scored positions only, and looking an embedding up is no product; padding and recomputation count in neither.
     """
     llm, adapter = shape.llm, shape.adapter
-    width, kv = llm.num_attention_heads * head_dim(llm), llm.num_key_value_heads * head_dim(llm)
+    head_dim = getattr(llm, "head_dim", None) or llm.hidden_size // llm.num_attention_heads
+    width, kv = llm.num_attention_heads * head_dim, llm.num_key_value_heads * head_dim
     layer = llm.hidden_size * (2 * width + 2 * kv + 3 * llm.intermediate_size)
     body, head = llm.num_hidden_layers * layer, llm.vocab_size * llm.hidden_size
     adapter_layer = adapter.hidden_size * (4 * adapter.hidden_size + 3 * adapter.ffn_size)

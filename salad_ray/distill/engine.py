@@ -28,6 +28,7 @@ from salad_ray.config import DistillConfig
 from salad_ray.distill.muon import MuonAdamW
 from salad_ray.distill.step import BUCKET, BatchLoss, batch_loss, global_scale, label_weight, weight_of_word_ends
 from salad_ray.distill.zero import owned
+from salad_ray.model.layers import decoder_layers
 from salad_ray.model.speech_lm import ModelError, SpeechLM, parameter_groups
 from salad_ray.sequences.batch import Batch
 
@@ -45,7 +46,7 @@ def make_engine(student: SpeechLM, settings: DistillConfig, num_micro_batches: i
         num_micro_batches: forward and backward passes of one optimizer step.
 
     Raises:
-        ModelError: the LLM keeps its layers where `distill.compile` or Muon do not find them.
+        ModelError: `distill.compile` or Muon is set, and the LLM has no list of layers.
     """
     if settings.activation_checkpointing:
         student.gradient_checkpointing()
@@ -90,9 +91,9 @@ def compile_layers(llm: PreTrainedModel, backend: str = "inductor") -> None:
     anew for nearly every batch, since the number and length of its speech spans and labels differ.
 
     Raises:
-        ModelError: the LLM keeps its layers elsewhere.
+        ModelError: the LLM has no list of layers.
     """
-    layers = getattr(llm.get_decoder(), "layers", None)
+    layers = decoder_layers(llm)
     if layers is None:
         raise ModelError(f"the layers of {type(llm).__name__} cannot be compiled one by one; set distill.compile=false")
     for layer in layers:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from salad_ray.distill.checkpoints import Piece
 
@@ -53,6 +54,13 @@ class Matrix:
     pieces: dict[int, Piece]
     """By worker."""
     owner: int
+    inputs_first: bool
+    """GPT-2 and its kin hold their matrices the other way round."""
+
+    def orthogonalised(self, flat: Tensor) -> Tensor:
+        """Of its elements, flat as they are."""
+        matrix = flat.view(self.shape)
+        return (orthogonalised(matrix.T).T if self.inputs_first else orthogonalised(matrix)).flatten()
 
 
 class MuonAdamW(torch.optim.AdamW):
@@ -74,6 +82,7 @@ class MuonAdamW(torch.optim.AdamW):
         of_muon = {id(parameter) for group in groups if "momentum" in group for parameter in group["params"]}
         named = model.named_parameters()
         self._shapes = {name: parameter.shape for name, parameter in named if id(parameter) in of_muon}
+        self._inputs_first = {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, Conv1D)}
         self._matrices: dict[Tensor, list[Matrix]] = {}
         super().__init__(groups, betas=betas, fused=fused)
 
@@ -93,7 +102,8 @@ class MuonAdamW(torch.optim.AdamW):
             for name, pieces in found.items():
                 owner = min(pieces, key=load.__getitem__)
                 load[owner] += self._shapes[name].numel() * min(self._shapes[name])
-                self._matrices.setdefault(flat, []).append(Matrix(self._shapes[name], pieces, owner))
+                matrix = Matrix(self._shapes[name], pieces, owner, name in self._inputs_first)
+                self._matrices.setdefault(flat, []).append(matrix)
 
     def momentum_of(self, flat: Tensor) -> Tensor | None:
         """Like the shard, made when it is not there yet; none where the shard is AdamW's."""
@@ -126,7 +136,7 @@ class MuonAdamW(torch.optim.AdamW):
         for matrix in matrices:
             if len(matrix.pieces) == 1 and matrix.owner == rank:
                 own = _part(update, matrix.pieces[rank])
-                own.copy_(orthogonalised(own.view(matrix.shape)).flatten())
+                own.copy_(matrix.orthogonalised(own))
         for some in _rounds([matrix for matrix in matrices if len(matrix.pieces) > 1]):
             _orthogonalise_together(update, some)
         flat.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
@@ -167,7 +177,7 @@ def _orthogonalise_together(update: Tensor, matrices: list[Matrix]) -> None:
         whole = update.new_empty(matrix.shape.numel())
         for part, piece in places:
             whole[piece.start : piece.start + piece.numel] = part
-        whole = orthogonalised(whole.view(matrix.shape)).flatten()
+        whole = matrix.orthogonalised(whole)
         for part, piece in places:
             part.copy_(whole[piece.start : piece.start + piece.numel])
     dist.all_to_all_single(outgoing, incoming, num_sent, num_came)

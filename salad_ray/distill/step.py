@@ -162,22 +162,17 @@ def head_share(llm: PreTrainedModel, num_adapter: int) -> float:
     return of_head / (of_head + 6 * (body + num_adapter) + 2 * body / 2)
 
 
-def training_flops(num_student: int, num_teacher: int, llm_config: object, batch: Batch) -> float:
+def training_flops(num_student: int, num_teacher: int, widths: int, batch: Batch) -> float:
     """Useful FLOP of one micro-batch: 6N per student position, 2N per teacher position, and causal attention.
 
     No recompute and no padding is counted, and of experts those that are active. A pair of positions that attend costs
     4 · width FLOP a layer in the forward (scores and values), three times that with the backward.
+
+    Args:
+        widths: of the attention, summed over the layers (`attention_widths`).
     """
-    width = llm_config.num_attention_heads * head_dim(llm_config)  # type: ignore[attr-defined]
-    attention = 4 * width * llm_config.num_hidden_layers  # type: ignore[attr-defined]
     dense = 6 * num_student * batch.num_positions + 2 * num_teacher * batch.num_teacher_positions
-    return dense + attention * (3 * batch.num_pairs + batch.num_teacher_pairs)
-
-
-def head_dim(llm_config: object) -> int:
-    """Width of one attention head."""
-    explicit = getattr(llm_config, "head_dim", None)
-    return explicit or llm_config.hidden_size // llm_config.num_attention_heads  # type: ignore[attr-defined]
+    return dense + 4 * widths * (3 * batch.num_pairs + batch.num_teacher_pairs)
 
 
 def has_fast_bfloat16() -> bool:

@@ -61,6 +61,7 @@ from salad_ray.distill.step import (
 )
 from salad_ray.distill.worker import work
 from salad_ray.distill.zero import optimizer_step, partitions, restored
+from salad_ray.model.layers import attention_widths
 from salad_ray.model.loading import load_tokenizer, tokenizer_hash
 from salad_ray.model.speech_lm import EncoderSpec, ModelError, SpeechLM, load_text_lm, weights_fingerprint
 from salad_ray.names import TEXT
@@ -348,7 +349,7 @@ class Distiller:
     def _load_teacher(self, path: str) -> torch.nn.Module:
         model, context = self.config.model, self.config.pack.context
         teacher = load_text_lm(path, self.job.teacher["revision"], self.dtype, model.attention, context)
-        self.num_teacher = num_active_parameters(teacher)
+        self.num_teacher, self.widths = num_active_parameters(teacher), attention_widths(teacher)
         self.teacher_weights = weights_fingerprint(teacher)
         return teacher.requires_grad_(False).eval().to(self.device)
 
@@ -491,7 +492,7 @@ class Distiller:
         weight = label_weight(batch, self.word_end_weight)
         counts = (weight, count, count, num_ends)  # what each of the loss's means is taken over
         sums = [mean.item() * number for mean, number in zip(loss[:4], counts, strict=True)]
-        flops = training_flops(self.num_student, self.num_teacher, self.teacher.config, batch)
+        flops = training_flops(self.num_student, self.num_teacher, self.widths, batch)
         text_kl, num_text = 0.0, 0
         if batch.num_text_positions:  # else a device would be waited for in vain
             is_text = batch.is_text

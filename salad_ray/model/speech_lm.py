@@ -34,6 +34,7 @@ from salad_ray.config import AdapterConfig, DistillConfig
 from salad_ray.model.adapter import Adapter, ExactBuffers, checkpoint_layers
 from salad_ray.model.head import Head
 from salad_ray.model.head import lm_head as lm_head  # also had from here, as are others: all that a speech LM is
+from salad_ray.model.layers import decoder_layers
 from salad_ray.model.loading import (
     UNUSABLE,
     load_pretrained,
@@ -230,18 +231,24 @@ def load_text_lm(
     try:
         llm.trial = try_out(llm, context)
     except ModelError as error:
-        raise ModelError(f"{path}: {error}") from None
+        raise ModelError(f"{path}: {error}") from error.__cause__
     return llm.eval()
 
 
 def _config(path: str, revision: str | None) -> PretrainedConfig:
-    """Of the model, with nothing random in training; raises `ModelError`."""
+    """Of the model, with nothing random in training; raises `ModelError`, for quantized weights too."""
     try:
         with quiet():
             config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
         without_dropout(config.get_text_config())
     except UNUSABLE as error:
         raise ModelError(f"{path}: cannot be loaded as a text LLM ({reason(error)})") from None
+    if quantized := getattr(config, "quantization_config", None):
+        method = quantized.get("quant_method", "quantized") if isinstance(quantized, dict) else quantized.quant_method
+        raise ModelError(
+            f"{path}: its weights are quantized ({method}), so they cannot be trained; give the model that they were "
+            "made from"
+        )
     return config
 
 
@@ -254,7 +261,7 @@ def parameter_groups(model: SpeechLM, settings: DistillConfig) -> list[dict[str,
         Groups with `rate`, the setting that `lr` was taken from; those of Muon, and only those, have `momentum`.
 
     Raises:
-        ModelError: Muon is set, and the LLM keeps its layers elsewhere.
+        ModelError: Muon is set, and the LLM has no list of layers.
     """
     tables = {id(model.llm.get_input_embeddings().weight), id(model.head.weight)}
     matrices = _matrices(model) if settings.optimizer == "muon" else set()
@@ -277,7 +284,7 @@ def parameter_groups(model: SpeechLM, settings: DistillConfig) -> list[dict[str,
 
 def _matrices(model: SpeechLM) -> set[int]:
     """Ids of the two-dimensional weights of the adapter, and of those inside the decoder layers of the LLM."""
-    layers = getattr(model.llm.get_decoder(), "layers", None)
+    layers = decoder_layers(model.llm)
     if layers is None:
         raise ModelError(f"the layers of {type(model.llm).__name__} are not known to Muon; set distill.optimizer=adamw")
     inside = (parameter for each in (layers, model.adapter) for parameter in each.parameters())

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from salad_ray.model.head import lm_head
-from salad_ray.model.loading import UNUSABLE, ModelError, quiet, reason
+from salad_ray.model.layers import decoder_layers
+from salad_ray.model.loading import UNUSABLE, ModelError, quiet
 from salad_ray.model.packed import give_mask, hidden_states, is_window, window
 
 TOLERANCE = 1e-4
@@ -38,6 +40,11 @@ SEEDS = 3
 _UNBUILDABLE = (*UNUSABLE, AttributeError, IndexError, AssertionError, ZeroDivisionError)
 _LARGE = 1_000_000_000
 """Parameters above which a copy is only made of a few layers."""
+
+
+class _TooLong(ModelError):
+    """A row of the wanted length cannot be read."""
+
 
 _outcomes: dict[tuple[str, ...], dict[str, Any] | ModelError] = {}
 
@@ -76,22 +83,19 @@ def try_out(llm: PreTrainedModel, context: int | None = None) -> dict[str, Any]:
 
 
 def _tried(llm: PreTrainedModel, attention: str, context: int | None) -> dict[str, Any]:
-    small = small_copy(llm, attention)
-    most = getattr(small.config, "max_position_embeddings", None) or CONTEXT
+    small, length = small_copy(llm, attention), context or CONTEXT
+    most = getattr(small.config, "max_position_embeddings", None) or length
     try:
-        found = _differences(small, context or CONTEXT)
-    except _UNBUILDABLE as error:
-        if most >= (context or CONTEXT):
-            raise ModelError(_unusable(small, reason(error))) from None
+        found = _differences(small, length)
+    except ModelError as error:
+        if most >= length:
+            raise
         if context:
             raise ModelError(
                 f"{type(llm).__name__} has {most:,} positions, but rows are to have {context:,}; set pack.context to "
                 f"{most} or less"
-            ) from None
-        try:
-            found = _differences(small, most)
-        except _UNBUILDABLE as failure:
-            raise ModelError(_unusable(small, reason(failure))) from None
+            ) from error
+        found = _differences(small, most)
     if fault := _failure(small, found):
         raise ModelError(fault)
     return found
@@ -103,7 +107,14 @@ def _differences(llm: PreTrainedModel, length: int) -> dict[str, Any]:
     for mask in (False, True):
         give_mask(llm, mask)
         for seed in range(SEEDS):
-            tries.append(_measured(llm, length, seed) | {"context": length, "mask": mask})
+            try:
+                tries.append(_measured(llm, length, seed) | {"context": length, "mask": mask})
+            except _TooLong:
+                raise
+            except ModelError:
+                if not mask:
+                    raise
+                return tries[0]  # it takes no such mask
             if "train_mode" in tries[-1]:  # which no seed excuses: the same row twice
                 return tries[-1]
         if not tries[0]["embeddings"] <= TOLERANCE >= tries[0]["logits"]:  # for which packing is no reason
@@ -116,24 +127,33 @@ def _measured(llm: PreTrainedModel, length: int, seed: int) -> dict[str, float]:
     """Differences between what the model makes of single samples and what we make of packed rows.
 
     The long row, which takes most of the time, is left out where a short one has shown a fault.
+
+    Raises:
+        ModelError: what the model cannot do at all; the error inside it is the cause.
     """
-    generator = torch.Generator().manual_seed(seed)
-    embed, head = llm.get_input_embeddings(), lm_head(llm)
+    generator, kind = torch.Generator().manual_seed(seed), type(llm).__name__
+    with _or_else(ModelError(f"{kind} has no embeddings and head by themselves; use another model")):
+        embed, head = llm.get_input_embeddings(), lm_head(llm)
     lengths = [max(each * min(length, sum(SEGMENTS)) // sum(SEGMENTS), 1) for each in SEGMENTS]
     texts = [torch.randint(len(head), (each,), generator=generator) for each in lengths]
     embedded = [embed(text) for text in texts]
     speech = [torch.randn(each.shape, generator=generator) * each.std(correction=0) for each in embedded]
-    alone = torch.cat([_hidden(llm, [each]) for each in embedded])
-    read = torch.cat([llm.get_decoder()(input_ids=text[None], use_cache=False).last_hidden_state[0] for text in texts])
-    own, packed = torch.cat([_own(llm, input_ids=text) for text in texts]), head.logits(_hidden(llm, embedded))
-    spoken = torch.cat([_own(llm, inputs_embeds=each) for each in speech])
-    found = {
-        "embeddings": _off(alone, read),
-        "logits": _off(head.logits(alone), own),
-        "packed": max(_off(packed, own), _off(head.logits(_hidden(llm, speech)), spoken)),
-    }
+    with _or_else(ModelError(f"{kind} has no decoder that gives hidden states by itself; use another model")):
+        own = torch.cat([_own(llm, input_ids=text) for text in texts])
+        outputs = [llm.get_decoder()(input_ids=text[None], use_cache=False) for text in texts]
+        read = torch.cat([each.last_hidden_state[0] for each in outputs])
+    with _or_else(ModelError(f"{kind} reads nothing but token ids, and speech has no token ids; use another model")):
+        alone = torch.cat([_hidden(llm, [each]) for each in embedded])
+        spoken = torch.cat([_own(llm, inputs_embeds=each) for each in speech])
+    found = {"embeddings": _off(alone, read), "logits": _off(head.logits(alone), own)}
+    with _or_else(ModelError(_unusable(llm, "it cannot read a row of several"))):
+        packed, heard = (head.logits(_hidden(llm, samples)) for samples in (embedded, speech))
+    found["packed"] = max(_off(packed, own), _off(heard, spoken))
     num_asked = max(min(window(llm.config) or CHOICES, CHOICES, length), 5)
-    found["choices"] = _off(*_two_choices(llm, embed(torch.randint(len(head), (num_asked,), generator=generator))))
+    if found["packed"] <= TOLERANCE:
+        asked = embed(torch.randint(len(head), (num_asked,), generator=generator))
+        with _or_else(ModelError(f"{kind} takes no mask, so that choices cannot share a prompt; use another model")):
+            found["choices"] = _off(*_two_choices(llm, asked))
     if _failure(llm, found):
         return found
     # Behind a short sample, as many positions as are left, or of a very long row its end.
@@ -141,15 +161,26 @@ def _measured(llm: PreTrainedModel, length: int, seed: int) -> dict[str, float]:
     text = torch.randint(len(head), (len(far),), generator=generator)
     where = {"position_ids": far[None]} if length > CONTEXT else {}
     far, samples = far if where else far - lengths[0], [embedded[0], embed(text)]
-    row = head.logits(_hidden(llm, samples, far))
-    found["far"] = _off(row, torch.cat([own[: lengths[0]], _own(llm, input_ids=text, **where)]))
+    with _or_else(_TooLong(f"{kind} cannot read rows of {length:,} positions; set pack.context to less")):
+        row = head.logits(_hidden(llm, samples, far))
+        found["far"] = _off(row, torch.cat([own[: lengths[0]], _own(llm, input_ids=text, **where)]))
     if _failure(llm, found):
         return found
     try:  # in a long row, since what is random may be rare
-        found["train_mode"] = _off(head.logits(_hidden(llm.train(), samples, far)), row)
+        with _or_else(ModelError(f"{kind} cannot read embeddings in train mode; use another model")):
+            found["train_mode"] = _off(head.logits(_hidden(llm.train(), samples, far)), row)
     finally:
         llm.eval()
     return found
+
+
+@contextmanager
+def _or_else(told: ModelError) -> Iterator[None]:
+    """What is told where something inside the model fails; its own words, which are the cause, help nobody."""
+    try:
+        yield
+    except _UNBUILDABLE as error:
+        raise told from error
 
 
 def _two_choices(llm: PreTrainedModel, asked: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,8 +279,10 @@ def small_copy(llm: PreTrainedModel, attention: str) -> PreTrainedModel:
             continue
         if set(layer_kinds(small)) >= set(kinds):
             return small
-    why = reason(error) if error else "none has a layer of every kind"
-    raise ModelError(_unusable(llm, f"no small copy of it could be tried: {why}"))
+    raise ModelError(
+        f"{type(llm).__name__} cannot be tried out: no small copy of it can be made that has a layer of every kind and "
+        "reads a few token ids; use another model"
+    ) from error
 
 
 def layer_kinds(llm: PreTrainedModel) -> list[str]:
@@ -259,13 +292,11 @@ def layer_kinds(llm: PreTrainedModel) -> list[str]:
     """
     config = llm.config.get_text_config()
     number = config.num_hidden_layers
-    lists = (module for module in llm.get_decoder().modules() if isinstance(module, nn.ModuleList))
-    layers = next((each for each in lists if len(each) == number), nn.ModuleList())
     settings = {name: value for name, value in vars(config).items() if isinstance(value, list) and len(value) == number}
     return [
         repr([(name, type(module).__name__, _switches(module)) for name, module in layer.named_modules()])
         + repr(_shown({name: values[place] for name, values in settings.items()}))
-        for place, layer in enumerate(layers)
+        for place, layer in enumerate(decoder_layers(llm) or ())
     ]
 
 

@@ -23,6 +23,7 @@ from salad_ray.config import AdapterConfig, ConfigError, DistillConfig, PackConf
 from salad_ray.distill.losses import CHUNKS, MAX_CHUNK_SIZE
 from salad_ray.distill.step import BUCKET, DTYPES, num_active_parameters, num_chosen_experts
 from salad_ray.model.adapter import Adapter, llama_config
+from salad_ray.model.layers import decoder_layers
 from salad_ray.model.loading import UNUSABLE
 
 GATHERED = 50_000_000
@@ -56,7 +57,7 @@ class Shape:
         """Elements of the matrices of the adapter and inside the layers of the LLM, which Muon may update."""
         with torch.device("meta"):
             llm = AutoModelForCausalLM.from_config(self.llm)
-        layers = getattr(llm.get_decoder(), "layers", None)
+        layers = decoder_layers(llm)
         if layers is None:
             raise ConfigError(f"the layers of {type(llm).__name__} are not known to Muon; set distill.optimizer=adamw")
         parameters = (*layers.parameters(), *self._own.parameters())

@@ -6,10 +6,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from salad_ray.config import Config
+from transformers import PreTrainedModel
+
+from salad_ray.config import Config, DistillConfig
 from salad_ray.console import progress, say
 from salad_ray.distill.step import num_active_parameters, told_parameters
 from salad_ray.flow import Step
+from salad_ray.model.adapter import checkpoint_layers
+from salad_ray.model.layers import decoder_layers
 from salad_ray.model.loading import ModelError, hub_commit, load_tokenizer, tokenizer_hash
 from salad_ray.model.speech_lm import load_text_lm
 from salad_ray.model.tiny_lm import train_tiny_lm
@@ -59,16 +63,26 @@ def _train_on_world(config: Config, passages: Table, url: str) -> dict[str, Any]
     return summary
 
 
+def _unfit_settings(llm: PreTrainedModel, settings: DistillConfig) -> list[str]:
+    """What has to be set otherwise, since the LLM has no layers to be updated, compiled or recomputed one by one."""
+    listed, recomputes = bool(decoder_layers(llm)), bool(checkpoint_layers(llm))
+    unfit = {
+        "optimizer=adamw": settings.optimizer == "muon" and not listed,
+        "compile=false": settings.compile and not listed,
+        "activation_checkpointing=false": settings.activation_checkpointing and not recomputes,
+    }
+    return [f"distill.{name}" for name, wrong in unfit.items() if wrong]
+
+
 def _verify(path: str, config: Config) -> dict[str, Any]:
     """Load the model once, so that a wrong path or missing weights end here and not in a worker."""
     with local_folder(path) as local:
         revision = hub_commit(local, config.model.revision)
         tokenizer = load_tokenizer(local, revision)
         llm = load_text_lm(local, revision, "auto", "sdpa", config.pack.context)
-    wanting = {"optimizer=adamw": config.distill.optimizer == "muon", "compile=false": config.distill.compile}
-    if any(wanting.values()) and getattr(llm.get_decoder(), "layers", None) is None:  # rather than when all is packed
-        settings = " and ".join(f"distill.{name}" for name, wanted in wanting.items() if wanted)
-        raise ModelError(f"{path}: keeps its layers where Muon and compile do not find them; set {settings}")
+    if unfit := _unfit_settings(llm, config.distill):  # rather than when all is packed
+        kind = type(llm).__name__
+        raise ModelError(f"{path}: the layers of {kind} are not in a list as others' are; set {' and '.join(unfit)}")
     return {
         "revision": revision,
         "num_parameters": llm.num_parameters(),

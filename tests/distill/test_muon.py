@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,13 @@ import torch
 from factories import make_features, make_tokenizer
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from salad_ray.config import AdapterConfig, DistillConfig
 from salad_ray.configfile import parse_config
-from salad_ray.distill.checkpoints import CheckpointReader, CheckpointWriter, checkpoint_at
-from salad_ray.distill.muon import orthogonalised
+from salad_ray.distill import muon
+from salad_ray.distill.checkpoints import CheckpointReader, CheckpointWriter, Piece, checkpoint_at
+from salad_ray.distill.muon import MuonAdamW, orthogonalised
 from salad_ray.distill.step import DTYPES
 from salad_ray.flow import steps
 from salad_ray.model.speech_lm import EncoderSpec, SpeechLM, parameter_groups
@@ -263,6 +266,30 @@ def test_the_iteration_is_the_published_one(shape: tuple[int, int]) -> None:
     assert torch.allclose(found, newton_schulz(matrix), atol=1e-4)
     assert torch.linalg.svdvals(found).max() <= 1.3
     assert not orthogonalised(torch.zeros(shape)).any()
+
+
+def test_a_matrix_that_is_held_the_other_way_round_takes_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-2's, beside the same product of another class."""
+    monkeypatch.setattr(muon, "dist", SimpleNamespace(
+        get_world_size=lambda: 1, get_rank=lambda: 0, all_gather_object=lambda found, own: found.__setitem__(0, own)
+    ))  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    weight, grad = (torch.randn(24, 8, generator=generator) for _ in range(2))
+    linear, turned = nn.Linear(8, 24, bias=False), Conv1D(24, 8)
+    moved = []
+    for product, held in ((linear, lambda matrix: matrix), (turned, lambda matrix: matrix.T)):
+        model = nn.ModuleDict({"product": product})
+        product.weight.data = held(weight).contiguous()
+        flat = nn.Parameter(product.weight.detach().flatten().clone())
+        group = {"params": [product.weight], "lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
+        optimizer = MuonAdamW(model, [group], (0.9, 0.95))
+        optimizer.param_groups[0]["params"] = [flat]  # as ZeRO does
+        optimizer.locate([(flat, [Piece("product.weight", start=0, numel=flat.numel(), offset=0)])])
+        flat.grad = held(grad).flatten().clone()
+        optimizer.step()
+        moved.append(held(flat.detach().view(product.weight.shape)))
+    torch.testing.assert_close(*moved)
+    assert (moved[0] - weight).abs().max() > 0.01
 
 
 def test_steps_are_those_of_torchs_own_muon() -> None:

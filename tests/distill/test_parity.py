@@ -1,4 +1,5 @@
-"""A step of the trainer under DeepSpeed ZeRO 1, 2 and 3 on two workers, beside plain PyTorch on the same rows.
+"""A step of the trainer under DeepSpeed ZeRO 1, 2 and 3 on two workers, beside plain PyTorch on the same rows, and the
+model that ZeRO 3 writes.
 
 This file is also the worker: `python test_parity.py FOLDER` under torch.distributed's variables writes what the trainer
 of every case has after one step, so two processes are started once for all cases.
@@ -19,8 +20,9 @@ import numpy as np
 import pytest
 import torch
 from factories import make_features, make_tokenizer
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PhiConfig, PhiForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, PhiConfig, PhiForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from salad_ray.config import AdapterConfig, DistillConfig
 from salad_ray.distill.step import DTYPES, batch_loss, label_weight, weight_of_word_ends
@@ -32,6 +34,8 @@ from salad_ray.tables import PlanSegment, Span, Table
 
 NUM_WORKERS = 2
 NUM_MICRO_BATCHES = 3  # not a power of two, so that dividing by it rounds
+VOCABULARY = 403
+"""More than the tokenizer has, and a number that two workers cannot share evenly."""
 ADAPTER = AdapterConfig(hidden_size=16, num_layers=2, num_heads=2, ffn_size=24)
 ENCODER = EncoderSpec(name="log_mel", path=None, revision=None, sampling_rate=16000, frame_rate=12.5, dim=6)
 SETTINGS = DistillConfig(
@@ -80,6 +84,7 @@ CASES = [Case(stage, precision) for precision in DTYPES for stage in (1, 2, 3)]
 CASES += [Case(stage, "bf16", recompute=True) for stage in (2, 3)]
 CASES += [Case(stage, "fp32", word_ends=True) for stage in (2, 3)]
 CASES += [Case(stage, "fp32", biased_head=True) for stage in (2, 3)]
+CASES += [Case(3, "bf16", biased_head=True)]
 
 
 @dataclass(frozen=True)
@@ -98,8 +103,9 @@ class Outcome:
 
 def save_teacher(folder: Path, biased_head: bool = False) -> None:
     torch.manual_seed(0)
-    shape: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 400}
+    shape: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
+    shape["vocab_size"] = VOCABULARY
     if biased_head:
         phi = PhiForCausalLM(PhiConfig(**shape))
         nn.init.normal_(phi.lm_head.bias)
@@ -116,12 +122,26 @@ def micro_batches(rank: int) -> list[Batch]:
     return batches + [without_labels(batches[-1])] * (NUM_MICRO_BATCHES - len(batches))
 
 
-def read_batches(rank: int) -> list[Batch]:
+def read_batches(rank: int, context: int = 192) -> list[Batch]:
     """Those of them that the trainer reads; it fills up itself."""
     tokenizer, rng = make_tokenizer("byte_level"), np.random.default_rng(rank)
-    batches = [collate([make_row(tokenizer, rng) for _ in range(1 + i)], 192) for i in range(NUM_MICRO_BATCHES)]
-    text = collate([text_row(tokenizer, rng)], 192)
+    batches = [collate([make_row(tokenizer, rng) for _ in range(1 + i)], context) for i in range(NUM_MICRO_BATCHES)]
+    text = collate([text_row(tokenizer, rng)], context)
     return batches if rank == 0 else [text, *batches[1:-1]]
+
+
+def padded_batches(rank: int) -> list[Batch]:
+    """The same in longer rows, and each with a row more that is nothing but padding."""
+    batches = []
+    for batch in read_batches(rank, context=224):
+        names = ("token_ids", "position_ids", "teacher_ids", "teacher_position_ids")
+        grids = {name: getattr(batch, name) for name in names}
+        more = {
+            name: torch.arange(grid.shape[1])[None] if "position" in name else torch.zeros_like(grid[:1])
+            for name, grid in grids.items()
+        }
+        batches.append(replace(batch, **{name: torch.cat([grid, more[name]]) for name, grid in grids.items()}))
+    return batches
 
 
 def make_row(tokenizer: Any, rng: np.random.Generator) -> list[Sample]:
@@ -183,10 +203,13 @@ def engine_step(case: Case, folder: str) -> Outcome:
         update()
 
     engine.step = look_and_update
-    distiller._train_step(read_batches(torch.distributed.get_rank()))
+    distiller._train_step(padded_batches(torch.distributed.get_rank()))
     with GatheredParameters(list(engine.module.parameters()), enabled=case.zero_stage == 3):
         used = {name: parameter.detach().clone() for name, parameter in engine.module.named_parameters()}
     weights = {name: safe_get_full_fp32_param(p).clone() for name, p in engine.module.named_parameters()}
+    if case.zero_stage == 3:
+        distiller.job = replace(distiller.job, table=Table(f"{Path(folder).parent}/{case}", "natural", "stage1"))
+        distiller._export()
     sums = dict(zip(SUMS, distiller.progress.sums, strict=True))
     loss = sums["loss"] / sums["label_weight"]
     return Outcome(grads, weights, used, float(engine.get_global_grad_norm()), loss)
@@ -201,10 +224,11 @@ def bare_distiller(folder: str, settings: DistillConfig, num_micro_batches: int)
     distiller: Any = Distiller.__new__(Distiller)
     distiller.job = Job(None, natural, (natural, natural), {}, None, settings, num_steps=9)  # type: ignore[arg-type]
     distiller.settings, distiller.progress = settings, Progress()
+    distiller.rank = torch.distributed.get_rank()
     distiller.device, distiller.dtype = torch.device("cpu"), DTYPES[settings.precision]
     distiller.word_end_weight = weight_of_word_ends(settings)
     distiller.reader = SimpleNamespace(num_micro_batches=num_micro_batches)
-    distiller.num_student = distiller.num_teacher = 1
+    distiller.num_student = distiller.num_teacher = distiller.widths = 1
     distiller.teacher, student = load(folder, distiller.dtype)
     distiller.engine = make_engine(student, settings, num_micro_batches, distiller.device)
     return distiller
@@ -322,6 +346,13 @@ def test_the_micro_batches_differ_in_labels_and_one_has_none() -> None:
     assert len(set(shares)) == len(shares)
 
 
+def test_the_workers_rows_have_padding_that_the_reference_has_not() -> None:
+    for plain, padded in zip(read_batches(0), padded_batches(0), strict=True):
+        assert padded.token_ids.shape == (len(plain.token_ids) + 1, 224)
+        assert len(padded.teacher_ids) == len(plain.teacher_ids) + 1
+        assert torch.equal(padded.labels, plain.labels)
+
+
 def test_word_ends_change_the_gradient(references: dict[tuple[str, bool, str], References]) -> None:
     without, with_ends = (references["fp32", word_ends, "qwen2"].exact.grads for word_ends in (False, True))
     assert min(errors(with_ends, without).values()) > 0.05
@@ -394,6 +425,30 @@ def test_fp32_weights_after_the_step_are_those_of_plain_pytorch(
     found = errors(updates(outcomes[case].weights, start), updates(exact.weights, start))
     # A bias of keys moves all scores of a query nearly alike, so most of its gradient is near zero.
     assert max(error for name, error in found.items() if not name.endswith("k_proj.bias")) <= 1e-2
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.zero_stage == 3], ids=str)
+def test_what_zero_3_writes_is_whole(outcomes: dict[Case, Outcome], folder: str, case: Case) -> None:
+    """The weights with which the next step would compute, none of size 0, with a head of its own or without; and what
+    others load from there says what they say."""
+    model, dtype, used = Path(folder, str(case), "model"), DTYPES[case.precision], outcomes[case].used
+    written = {f"llm.{name}": weight for name, weight in load_file(model / "llm" / "model.safetensors").items()}
+    written |= {f"adapter.{name}": weight for name, weight in load_file(model / "adapter.safetensors").items()}
+    assert {name: weight.shape for name, weight in written.items()} == {name: w.shape for name, w in used.items()}
+    assert all(weight.numel() and torch.equal(weight, used[name]) for name, weight in written.items())
+    assert ("llm.lm_head.weight" in written) == case.biased_head
+    assert written["llm.model.embed_tokens.weight"].shape == (VOCABULARY, 32)
+    loaded, again = AutoModelForCausalLM.from_pretrained(model / "llm"), SpeechLM.from_pretrained(model)
+    assert loaded.dtype == again.llm.dtype == dtype
+    plain = load(f"{folder}/{case.teacher}", dtype)[1]
+    before = plain.llm.eval()(input_ids=torch.arange(3, 50)[None], use_cache=False).logits
+    plain.load_state_dict(used | ({} if case.biased_head else {"llm.lm_head.weight": plain.head.weight}))
+    for llm in (loaded, again.llm):
+        found, expected = (
+            each.eval()(input_ids=torch.arange(3, 50)[None], use_cache=False).logits for each in (llm, plain.llm)
+        )
+        assert torch.equal(found, expected)
+        assert not torch.equal(found, before), "the step has changed nothing"
 
 
 if __name__ == "__main__":

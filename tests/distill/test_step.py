@@ -25,6 +25,7 @@ from salad_ray.distill.step import (
     training_flops,
 )
 from salad_ray.model.adapter import Adapter
+from salad_ray.model.layers import attention_widths
 from salad_ray.model.speech_lm import (
     EncoderSpec,
     SpeechLM,
@@ -221,6 +222,8 @@ def test_flops_count_work_not_padding() -> None:
     teacher = make_teacher(400)
     one, two = make_batch(1), make_batch(2)
     num = sum(parameter.numel() for parameter in teacher.parameters())
-    single, double = (training_flops(num, num, teacher.config, batch) for batch in (one, two))
+    widths = attention_widths(teacher)
+    single, double = (training_flops(num, num, widths, batch) for batch in (one, two))
     assert double / single == pytest.approx(two.num_positions / one.num_positions, rel=0.1)
-    assert single > 6 * num * one.num_positions + 2 * num * one.num_teacher_positions
+    dense = 6 * num * one.num_positions + 2 * num * one.num_teacher_positions
+    assert single == dense + 4 * 2 * 16 * (3 * one.num_pairs + one.num_teacher_pairs)  # two layers, 16 wide

@@ -17,9 +17,10 @@ from factories import run_stage, run_stages, table_of, untrained_copy
 from ray.train import WorkerGroupError
 
 from salad_ray import pipeline
-from salad_ray.config import Config
+from salad_ray.config import Config, DistillConfig
 from salad_ray.configfile import dump_config, parse_config
-from salad_ray.distill.trainer import Job, TrainingStopped, as_json, job_of
+from salad_ray.distill import trainer
+from salad_ray.distill.trainer import Distiller, Job, TrainingStopped, as_json, job_of
 from salad_ray.flow import steps_of, with_needs
 from salad_ray.model.speech_lm import EncoderSpec, SpeechLM
 from salad_ray.tables import Table
@@ -112,6 +113,31 @@ def test_every_start_says_what_was_loaded_and_that_the_student_is_its_teacher(fi
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_start_says_what_will_take_long(slow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vocabulary that takes much of the work, and bf16 on a CPU that has no instructions for it."""
+    said: list[str] = []
+    monkeypatch.setattr(trainer, "say", said.append)
+    monkeypatch.setattr(trainer, "has_fast_bfloat16", lambda: not slow)
+    table, settings = Table(str(tmp_path), "", "trunk"), DistillConfig(precision="bf16", use_gpu=False)
+    distiller = Distiller.__new__(Distiller)
+    distiller.job = Job(None, table, (table, table), {}, None, settings, num_steps=1)  # type: ignore[arg-type]
+    distiller.settings, distiller.world_size, distiller.begun_from, distiller.num_teacher = settings, 1, None, 900
+    distiller.device, distiller.dtype = torch.device("cpu"), torch.bfloat16
+    distiller.vocabulary, distiller.head_share = 49_152, 0.43 if slow else 0.09
+    distiller.loaded = {"kl_before_step_0": {"student": 0.0}, "llm_tensors": 9, "llm_parameters": 900}
+    distiller.loaded |= {"student_weights": "ab", "adapter_parameters": 9}
+    distiller._note_start({"step": 0, "resumed_from": None})
+    assert said[0].startswith("trunk: student = teacher before step 0: KL 0 nats in train mode")
+    told = [
+        "trunk: the vocabulary of 49,152 tokens takes about 43% of the FLOP",
+        "trunk: this CPU has no bf16 instructions, so that distill.precision=bf16 can take ten times as long as fp32; "
+        "set distill.precision=fp32 unless memory forbids it",
+    ]
+    assert said[1:] == (told if slow else [])
+    assert json.loads((tmp_path / "starts.json").read_text())["starts"][0]["kl_before_step_0"] == {"student": 0.0}
+
+
 def test_a_tokenizer_that_changed_since_planning_stops_the_start(finished_run: Config, tmp_path: Path) -> None:
     config = untrained_copy(finished_run, tmp_path / "run")
     manifest = Path(table_of(config, "", "teacher").url, "manifest.json")

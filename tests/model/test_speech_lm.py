@@ -373,6 +373,10 @@ TEXT_LM_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit_weights(f / "model.safetensors", lambda w: w.update({"model.norm.weight": torch.ones(5)})),
         r"1 of another shape: model.norm.weight \(5,\) instead of \(32,\)",
     ),
+    "quantized": (
+        lambda f: edit_json(f / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
+        r"its weights are quantized \(gptq\), so they cannot be trained; give the model that they were made from",
+    ),
     "remote code": (
         lambda f: edit_json(f / "config.json", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"},
                             model_type="evil"),
@@ -538,11 +542,14 @@ def test_muon_takes_the_matrices_of_the_adapter_and_inside_the_layers(tied: bool
     }
 
 
-def test_muon_is_refused_for_an_llm_whose_layers_it_does_not_know(teacher: str) -> None:
-    student = make_student(teacher)
-    decoder = student.llm.get_decoder()
-    decoder.blocks = decoder.layers
-    del decoder.layers
+def test_muon_finds_layers_of_another_name_and_is_refused_without_any(tmp_path: Path) -> None:
+    student = make_student(save_teacher(tmp_path, "GPTBigCode"))
+    groups = parameter_groups(student, DistillConfig(optimizer="muon"))
+    names = {id(parameter): name for name, parameter in student.llm.named_parameters()}
+    found = {names.get(id(p), "") for group in groups if "momentum" in group for p in group["params"]} - {""}
+    parts = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert found == {f"transformer.h.{layer}.{part}.weight" for layer in range(2) for part in parts}
+    student.llm.config.num_hidden_layers = 9
     with pytest.raises(ModelError, match=r"not known to Muon; set distill\.optimizer=adamw"):
         parameter_groups(student, DistillConfig(optimizer="muon"))
 

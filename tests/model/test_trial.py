@@ -106,15 +106,20 @@ def test_a_saved_model_is_tried_for_the_context_that_it_was_trained_on(tmp_path:
     assert SpeechLM.from_pretrained(tmp_path / "model").config.context == 64
 
 
-@pytest.mark.parametrize("setting", ["optimizer=adamw", "compile=false"])
-def test_layers_that_muon_and_compile_do_not_find_are_told_at_teacher(tmp_path: Path, setting: str) -> None:
+def test_layers_that_are_in_no_list_are_told_at_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And not when the engine is made, after all speech."""
     path = save(tmp_path, "GPT2")
-    wanted = {"optimizer": "muon"} if setting == "optimizer=adamw" else {"compile": True}
     plain = {"run_dir": str(tmp_path / "run"), "model": {"teacher": path}, "pack": {"context": 64}}
+    wanted = {"optimizer": "muon", "compile": True, "activation_checkpointing": True}
+    config = parse_config(plain | {"distill": wanted})
+    assert teacher._verify(path, config)["vocabulary"] == 400
+    monkeypatch.setattr(teacher, "checkpoint_layers", lambda _: 0)
+    with pytest.raises(ModelError, match=r"set distill\.activation_checkpointing=false$"):
+        teacher._verify(path, config)
+    monkeypatch.setattr(teacher, "decoder_layers", lambda _: None)
+    with pytest.raises(ModelError, match=r"set distill\.optimizer=adamw and distill\.compile=false and distill\.act"):
+        teacher._verify(path, config)
     assert teacher._verify(path, parse_config(plain))["vocabulary"] == 400
-    with pytest.raises(ModelError, match=f"set distill.{setting}$"):
-        teacher._verify(path, parse_config(plain | {"distill": wanted}))
 
 
 def test_choices_that_share_a_row_need_positions(tmp_path: Path) -> None:
@@ -147,6 +152,41 @@ def test_what_would_be_wrong_in_silence_is_refused_by_its_reason(
         load_text_lm(path, None)
     assert path in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "settings", "words"),
+    [
+        ("Llama4", "Llama4TextConfig", {"head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2},
+         "has no decoder that gives hidden states by itself"),
+        ("ModernBertDecoder", "", {"local_attention": 8}, "has no decoder that gives hidden states by itself"),
+        ("Gemma4", "Gemma4TextConfig", PER_LAYER | {"head_dim": 16, "global_head_dim": 16,
+         "layer_types": ["sliding_attention"] * 3 + ["full_attention"]}, "reads nothing but token ids"),
+        ("Falcon", "", {"alibi": True, "multi_query": False}, r"samples apart \(off by \d standard deviations\)"),
+    ],
+)  # fmt: skip
+def test_a_refusal_says_what_the_model_cannot_do_and_keeps_the_error_inside_it_as_cause(
+    name: str, config: str, settings: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    path = save(tmp_path, name, config, **settings)
+    with pytest.raises(ModelError, match=f"{name}ForCausalLM .*{words}.*; use ") as caught:
+        load_text_lm(path, None)
+    inside = caught.value.__cause__
+    assert (inside is None) == (name == "Falcon")  # which takes no mask, and that is not what it is refused for
+    assert inside is None or str(inside).split(".")[0] not in str(caught.value)
+
+
+def test_a_model_of_which_no_small_copy_can_be_made_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE | {"vocab_size": 399})).eval()
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("shape '[1, 2]' is invalid")
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "_from_config", fails)
+    with pytest.raises(ModelError, match=r"^LlamaForCausalLM cannot be tried out: no small copy of it") as caught:
+        try_out(llm)
+    assert "shape" not in str(caught.value)
+    assert str(caught.value.__cause__) == "shape '[1, 2]' is invalid"
 
 
 def test_what_is_seldom_random_in_training_is_found(tmp_path: Path) -> None:
