@@ -50,6 +50,9 @@ BENCHMARKS = {
     "nodes": Benchmark(15, "Stages on two nodes and on one; the driver's memory", "efficiency near 1; memory flat"),
     "scoring": Benchmark(6, "Scoring with a shared prompt beside each choice alone", "≥ 2 × faster, same numbers"),
     "reader": Benchmark(3, "Reading beside what a training rank needs; planning", "≥ 3 × the need; waiting < 5 %"),
+    "lists": Benchmark(
+        3, "Ids, Kaldi folders and cuts beside Python's set and lhotse", "memory a half or less; or as fast"
+    ),
     "recorded": Benchmark(
         40, "Ingest, align and encode beside a bare loop; 1 h to 20 h", "ours/bare ≥ 0.9; memory flat"
     ),

@@ -11,12 +11,15 @@ import fcntl
 import json
 import logging
 import os
+import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from datetime import datetime
 from pathlib import Path
+
+import ray
 
 METADATA = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://169.254.169.254").rstrip("/")
 POLL_SECS = 5
@@ -44,20 +47,14 @@ def notice() -> dict[str, str] | None:
 
 
 def drain(node_name: str, action: str, when: str) -> None:
-    """As `ray drain-node` does, which cannot tell which of Ray's nodes this is."""
-    from ray._private.services import canonicalize_bootstrap_address_or_die
-    from ray._raylet import GcsClient
-    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
-    from ray.core.generated.gcs_pb2 import GcsNodeInfo
-
-    gcs = GcsClient(address=canonicalize_bootstrap_address_or_die(None))
-    alive = gcs.get_all_node_info(timeout=10, state_filter=GcsNodeInfo.GcsNodeState.ALIVE)
-    [own] = [node_id.hex() for node_id, node in alive.items() if node.node_name == node_name]
-    deadline_ms = int(1000 * datetime.fromisoformat(when).timestamp())
-    reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-    accepted, why_not = gcs.drain_node(own, reason, f"AWS: {action} at {when}", deadline_ms)
-    if not accepted:
-        raise RuntimeError(why_not)
+    """By `ray drain-node`, which cannot tell which of Ray's nodes this is."""
+    ray.init(address="auto", log_to_driver=False, ignore_reinit_error=True)
+    [own] = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeName"] == node_name]
+    ray.shutdown()
+    secs = int(datetime.fromisoformat(when).timestamp() - time.time())
+    reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", f"AWS: {action} at {when}"]
+    command = ["ray", "drain-node", "--node-id", own, *reason, "--deadline-remaining-seconds", str(max(secs, 0))]
+    subprocess.run(command, check=True)
 
 
 def main() -> None:

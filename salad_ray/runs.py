@@ -7,7 +7,8 @@ would make alike they share.
 
 A run is a config and its places. It is kept as `run_dir/runs/<name>.json`; the name is a hash of the config, and for a
 training of a sweep `<sweep>/<trial>`. The run that was started last is the newest: `run_dir/config.yaml` is its config,
-and `run_dir/report`, `run_dir/stage1/model` and the like lead to what it has made.
+`run_dir/INDEX.txt` lists its tables for people, and `run_dir/report`, `run_dir/stage1/model` and the like lead to what
+it has made.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from salad_ray.config import Config, identity
@@ -138,6 +139,7 @@ def write_index(run: Run) -> None:
     """Keep the run: its config, and the places of its tables with what each is made from. What an earlier start of the
     same run knew of other tables stays."""
     before = read_json(run.places.index_url) or {}
+    keys = before.get("tables", {}) | dict(run.places.keys)
     reads = {label: list(step.reads) for step in steps(run.config) for label in step.writes}
     write_json(
         run.places.index_url,
@@ -145,13 +147,27 @@ def write_index(run: Run) -> None:
             "config": run.config.model_dump(mode="json"),
             "started_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "schema_version": SCHEMA_VERSION,
-            "tables": before.get("tables", {}) | dict(run.places.keys),
+            "tables": keys,
             "reads": reads,
         },
     )
     if "/" not in run.places.name:
         write_bytes(f"{run.places.run_dir}/config.yaml", dump_config(run.config).encode())
-        write_json(f"{run.places.run_dir}/runs/newest.json", {"run": run.places.name})
+        _name_newest(replace(run.places, keys=keys))
+
+
+def _name_newest(places: Places) -> None:
+    """Say which run is the newest, and in `INDEX.txt`, for people, where its tables lie."""
+    write_json(f"{places.run_dir}/runs/newest.json", {"run": places.name})
+    width = max(map(len, places.keys), default=0)
+    lines = [
+        f"Tables of run {places.name}, the newest here; places are from this folder on. Other runs: runs/*.json.",
+        "A table with manifest.json is finished: shards are *.parquet, what was left out is in rejects/.",
+        "`salad status RUN_DIR` says how far the run is.",
+        "",
+        *(f"{label:{width}}  {label}/{key}" for label, key in sorted(places.keys.items())),
+    ]
+    write_bytes(f"{places.run_dir}/INDEX.txt", "\n".join([*lines, ""]).encode())
 
 
 def refuse_older(run_dir: str) -> None:
@@ -295,7 +311,8 @@ def forget(places: Places) -> None:
         others = [run for run in kept_runs(places.run_dir) if "/" not in run.name]
         if not others:
             delete_file(newest)
+            delete_file(f"{places.run_dir}/INDEX.txt")
             return
         last = max(others, key=lambda run: (read_json(run.index_url) or {}).get("started_at", ""))
-        write_json(newest, {"run": last.name})
+        _name_newest(last)
         lead_to(last)

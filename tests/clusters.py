@@ -170,7 +170,9 @@ def _removed(folder: Path) -> bool:
 
 
 def _is_alive(cluster: Head, name: str) -> bool:
-    return any(row["node_name"] == name and row["state"] == "ALIVE" for row in cluster.state("nodes"))
+    with contextlib.suppress(ConnectionError):  # a dashboard of a busy machine that has only begun
+        return any(row["node_name"] == name and row["state"] == "ALIVE" for row in cluster.state("nodes"))
+    return False
 
 
 def wait_for(happened: Callable[[], object], what: str, secs: float = 600.0) -> None:

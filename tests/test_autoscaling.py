@@ -7,12 +7,14 @@ of the pools of `cluster.yaml`, shrunk.
 from __future__ import annotations
 
 import calendar
+import contextlib
 import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from clusters import ROOT, Head, free_ports, head, wait_for
@@ -151,6 +153,60 @@ def test_a_stage_on_gpus_stays_off_training_machines_when_its_own_pool_is_full(g
     before = {node["node_id"] for node in nodes(grown)}
     run_job(grown, "-c", STAGE, str(tmp_path), "1", "3", "1")
     assert [pool_of(node) for node in nodes(grown) if node["node_id"] not in before] == ["gpu_spot"]
+    wait_until_gone(grown)
+
+
+def tiny_config(folder: Path) -> dict[str, Any]:
+    """A whole run and a sweep of one branch, as small as they come; training has machines of its own."""
+    config = small_world_config(folder) | {"ray": {"max_actors": 2}, "cluster": {"num_clusters": 2}}
+    config["world"] |= {"num_natural": 32, "num_heldout": 4, "num_web": 60, "num_text": 10, "num_questions": 8}
+    config["pack"] |= {"text_share": 0.0}
+    config["probe"] = {"passages_per_cluster": 2}
+    config["distill"] |= {"extra_resources": {"training": 1}, "cpus_per_worker": 0}
+    config["stage2"] = {"num_steps": 2, "control": False, "shares": {"natural": 0.5, "active": 0.5}}
+    config["sweeps"] = {"rate": {"grid": {"distill.alpha": [1.0]}, "num_steps": [4]}}
+    return config
+
+
+def end_one(cluster: Head, pool: str) -> str:
+    """Switch a machine of this pool off, with all that runs there; returns its id."""
+    gone = next(node["node_id"] for node in nodes(cluster) if node["state"] == "ALIVE" and pool_of(node) == pool)
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("RAY_OVERRIDE_NODE_ID_FOR_TESTING") == gone:
+                process.kill()
+    return str(gone)
+
+
+@pytest.mark.slow
+def test_jobs_of_one_run_go_on_from_each_other_while_machines_come_and_go(grown: Head, tmp_path: Path) -> None:
+    """Stage I, in which a machine is lost, then Stage II and a sweep, each from no machine at all."""
+    file, run_dir = tmp_path / "tiny.yaml", tmp_path / "run"
+    file.write_text(yaml.safe_dump(tiny_config(tmp_path)))
+    before = {node["node_id"] for node in nodes(grown)}
+    submitted = ("job", "submit", "--no-wait", "--submission-id=one", "--", "python", str(ROOT / "jobs/stage1.py"))
+    started = grown.ray(*submitted, "--config", str(file))
+    assert started.returncode == 0, started.stdout
+    wait_for(lambda: list(run_dir.glob("natural/utterances/*/part-*.parquet")), "the first shard")
+    lost = end_one(grown, "cpu")
+    wait_for(lambda: grown.request("jobs/one")["status"] in ("SUCCEEDED", "FAILED"), "the end of Stage I", 1800)
+    log = grown.request("jobs/one/logs")["logs"]
+    assert grown.request("jobs/one")["status"] == "SUCCEEDED", log
+    seen = [node for node in nodes(grown) if node["node_id"] not in before]
+    assert [node["state"] for node in seen if node["node_id"] == lost] == ["DEAD"]
+    assert {pool_of(node) for node in seen if node["node_id"] != lost} >= {"cpu", "training"}
+    made = {label: table_of(run_dir, *label.rsplit("/", 1)).manifest() for label in ("natural/features", "/stage1")}
+    assert None not in made.values()
+    for job, table in (("stage2.py", "stage2"), ("sweep.py", "sweeps/rate/results.json")):
+        wait_until_gone(grown)
+        before = {node["node_id"] for node in nodes(grown)}
+        log = run_job(grown, str(ROOT / "jobs" / job), "--config", str(file))
+        assert {pool_of(node) for node in nodes(grown) if node["node_id"] not in before} >= {"cpu", "training"}, log
+        assert list(run_dir.glob(f"{table}/*/manifest.json" if job == "stage2.py" else table)), log
+        for label, manifest in made.items():  # nothing is made twice
+            assert table_of(run_dir, *label.rsplit("/", 1)).manifest() == manifest, log
+    [row] = json.loads((run_dir / "sweeps/rate/results.json").read_text())["rows"]
+    assert (row["budget"], row["error"]) == (4, "")
     wait_until_gone(grown)
 
 

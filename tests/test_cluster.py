@@ -26,7 +26,7 @@ import pytest
 import ray
 import yaml
 from botocore.client import BaseClient
-from clusters import Head, Node, head, node, wait_for
+from clusters import RAY, Head, Node, head, node, wait_for
 from moto import mock_aws
 from ray._private import ray_constants
 from ray.autoscaler._private.aws import config as rays_aws
@@ -605,10 +605,14 @@ class Machine:
         (home / "venv" / "bin").mkdir(parents=True)
         self.program("python", f'exec {sys.executable} "$@"')
         self.program("hostname", f"echo {own.name}")
-        self.program("ray", "exit 0")
+        self.ray_starts(True)
         for path, source in cluster_files(cluster).items():
             (home / path).parent.mkdir(exist_ok=True)
             shutil.copy(source, home / path)
+
+    def ray_starts(self, well: bool) -> None:
+        drains = f'[ "$1" = drain-node ] && exec {shlex.join(RAY)} "$@"'
+        self.program("ray", drains, f"exit {0 if well else 1}")
 
     def program(self, name: str, *lines: str) -> None:
         path = self.home / "venv" / "bin" / name
@@ -650,10 +654,10 @@ def message(cluster: Head, own: Node) -> str:
 def test_ray_hears_of_the_notice_that_a_spot_machine_gets(rays_head: Head, metadata: Metadata, tmp_path: Path) -> None:
     with node(rays_head, "--num-cpus=1") as own:
         machine = Machine(tmp_path, rays_head, own, metadata)
-        machine.program("ray", "exit 1")
+        machine.ray_starts(False)
         assert machine.start() == 1
         assert machine.watching() == []  # nor is a Ray that could not start taken for one that has
-        machine.program("ray", "exit 0")
+        machine.ray_starts(True)
         try:
             assert [machine.start(), machine.start()] == [0, 0]
             wait_for(lambda: metadata.asked and len(machine.watching()) == 1, "the second one's end", 60)

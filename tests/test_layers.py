@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,8 +29,10 @@ def layer(module: str) -> int:
     return 2 if module.startswith("stages") or module in ON_RAY | ON_DEEPSPEED else 1
 
 
-def imports(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports(path: Path, at_import: bool = False) -> Iterator[str]:
+    """What a file imports; with `at_import` what it needs before it can be imported itself."""
+    tree = ast.parse(path.read_text())
+    for node in tree.body if at_import else ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -44,10 +47,10 @@ def modules() -> list[str]:
     return sorted(str(path.relative_to(ROOT / "salad_ray").with_suffix("")).replace("/", ".") for path in files)
 
 
-def own_imports(module: str) -> set[str]:
+def own_imports(module: str, at_import: bool = False) -> set[str]:
     path = ROOT / "salad_ray" / (module.replace(".", "/") + ".py")
     known = set(modules())
-    names = {name.removeprefix("salad_ray.") for name in imports(path) if name.startswith("salad_ray.")}
+    names = {name.removeprefix("salad_ray.") for name in imports(path, at_import) if name.startswith("salad_ray.")}
     return {name for name in names if name in known}
 
 
@@ -63,9 +66,41 @@ def test_no_module_imports_from_a_higher_layer(module: str) -> None:
     assert not higher, f"{module} may not import {higher}"
 
 
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Sets of modules that need each other, each module in its own set alone if there are none."""
+    reached = {start: reachable(graph, start) for start in graph}
+    return [{other for other in found if start in reached[other]} for start, found in reached.items()]
+
+
+def reachable(graph: dict[str, set[str]], start: str) -> set[str]:
+    found, ahead = set(), [start]
+    while ahead:
+        new = graph[ahead.pop()] - found
+        found |= new
+        ahead += new
+    return found
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [set(), {"b", "c"}, {"b", "c"}]  # as it should be seen
+    own = {module: own_imports(module, at_import=True) - {module} for module in modules()}
+    assert not [sorted(circle) for circle in circles(own) if circle]
+
+
+RAYS_OWN = re.compile(r"\bray(?:\.\w+)*\._\w|\bray\.experimental\b|\b_internal_kv|\bfrom ray(?:\.\w+)* import _")
+
+
+def test_rays_private_api_is_used_in_one_file() -> None:
+    assert not RAYS_OWN.search("ray.data.range(1)._x; array._private")
+    for name in ("ray._private.node", "from ray.train.v2._internal import x", "import ray.experimental.internal_kv"):
+        assert RAYS_OWN.search(name)
+    files = [path for folder in ("salad_ray", "jobs", "deploy", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    assert [path.name for path in files if RAYS_OWN.search(path.read_text())] == ["ray_private.py"]
+
+
 @pytest.mark.parametrize("module", [name for name in modules() if name.startswith("stages.")])
 def test_stages_meet_only_through_tables(module: str) -> None:
-    shared = {"stages.common", "stages.shards", "stages.ray_cluster", "stages.training"}
+    shared = {"stages.common", "stages.shards", "stages.ray_cluster", "stages.ray_private", "stages.training"}
     others = {name for name in own_imports(module) if name.startswith("stages.")} - shared
     assert not others, f"{module} imports the stages {others}"
 

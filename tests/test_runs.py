@@ -26,6 +26,7 @@ from salad_ray.runs import (
     Run,
     all_tables,
     followed,
+    forget,
     kept_runs,
     key_of,
     lead_to,
@@ -33,7 +34,7 @@ from salad_ray.runs import (
     open_run,
     write_index,
 )
-from salad_ray.tables import SCHEMA_VERSION, Table, TableError, write_bytes, write_json
+from salad_ray.tables import SCHEMA_VERSION, Table, TableError, file_exists, read_bytes, write_bytes, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 STEP = Step("encode", "natural", ("features",), ("natural/utterances",), ("encode",))
@@ -286,6 +287,29 @@ def test_the_index_is_plain_data(config: Config) -> None:
     partly = Run(config, replace(run.places, keys={"teacher": "t"}))
     write_index(partly)  # a stage alone knows few places
     assert open_places(config.run_dir)[0].keys == dict(run.places.keys) | {"teacher": "t"}
+
+
+@pytest.mark.parametrize("place", ["{tmp}/run", "memory://{tmp}/run"])
+def test_a_person_finds_the_tables_of_the_newest_run(config: Config, place: str, tmp_path: Path) -> None:
+    config = config.model_copy(update={"run_dir": place.format(tmp=tmp_path)})
+    runs = [
+        Run(config, Places(config.run_dir, name, {"natural/features": name, "stage1": name}))
+        for name in ("first", "second")
+    ]
+    for run in runs:
+        make_all(run)
+    partly = replace(runs[1], places=replace(runs[1].places, keys={"stage1": "second"}))
+    write_index(partly)
+    for run in reversed(runs):
+        listed = str(read_bytes(f"{config.run_dir}/INDEX.txt"), "utf-8")
+        assert f"Tables of run {run.places.name}," in listed
+        found = dict(line.split() for line in listed.partition("\n\n")[2].splitlines())
+        assert list(found) == ["natural/features", "stage1"]
+        for label, path in found.items():
+            assert Table(f"{config.run_dir}/{path}", "", label).shards() == run.labelled(label).shards() == ["part-0"]
+            assert path.endswith(run.places.name)
+        forget(run.places)
+    assert not file_exists(f"{config.run_dir}/INDEX.txt")
 
 
 @pytest.mark.slow

@@ -67,6 +67,7 @@ from salad_ray.model.speech_lm import EncoderSpec, ModelError, SpeechLM, load_te
 from salad_ray.names import TEXT
 from salad_ray.sequences.batch import Batch, without_labels
 from salad_ray.sequences.loader import LaneReader
+from salad_ray.stages.ray_private import LOGGER_OF_REPORTS
 from salad_ray.store import StoreError, for_ray, scratch_folder
 from salad_ray.tables import Table, TableError, delete_file, local_folder, put_folder, read_json, write_json
 
@@ -247,8 +248,7 @@ def _first_cause(error: TrainingFailedError) -> Exception:
 
 def train_worker(jobs: Sequence[Job]) -> None:
     """What every Ray Train worker does: the trainings that have no result yet, up to the first that is stopped."""
-    # It announces every report, metrics and all.
-    logging.getLogger("ray.train.v2._internal.execution.context").setLevel(logging.WARNING)
+    logging.getLogger(LOGGER_OF_REPORTS).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     for job in jobs[_num_ended(jobs) :]:
         log_facts.update(run=job.config.run_dir, stage=job.name)

@@ -193,29 +193,38 @@ def hearing_margins(
         }
         for row in tables["silence"]:
             over, gap = (_of_same(row, tables[name]) for name in ("swapped", "gap"))
-            names = row["benchmarks"]
-            answers = [score for score in silent if score.benchmark in names]
-            floor: tuple[float | None, float | None] = (None, None)
-            if len(names) == 1:
-                floor = wilson(sum(_is_right(score, metric) for score in answers), len(answers), 0.99)
-            lowest = [low for low in (row["ci_low"], over["ci_low"]) if low is not None]
-            facts = {
-                "system": system,
-                "heard": side,
-                "margin_swapped": over["difference"],
-                "swapped": over["second"],
-                "swapped_ci_low": over["ci_low"],
-                "swapped_ci_high": over["ci_high"],
-                "deaf": None if row["ci_low"] is None else min(lowest) <= 0,
-                "silence_ci99_low": floor[0],
-                "silence_ci99_high": floor[1],
-                "choices": _by_benchmark(choices, names, lambda score: _is_right(score, metric)),
-                "chance": _by_benchmark(answers, names, lambda score: 1 / len(score.log_likelihoods)),
-                "reading": gap["first"],
-                "gap": gap["difference"],
-            }
+            facts = {"system": system, "heard": side} | _margin_facts(row, over, gap, silent, choices, metric)
             rows.append(facts | _named(row, "accuracy", "silence", "margin"))
     return rows
+
+
+def _margin_facts(
+    row: Mapping[str, Any],
+    over: Mapping[str, Any],
+    gap: Mapping[str, Any],
+    silent: Sequence[Score],
+    choices: Sequence[Score],
+    metric: str,
+) -> dict[str, Any]:
+    """What stands beside a margin over silence: the margin over swapped speech, floors, and the gap to the text LLM."""
+    answers = [score for score in silent if score.benchmark in row["benchmarks"]]
+    floor: tuple[float | None, float | None] = (None, None)
+    if len(row["benchmarks"]) == 1:
+        floor = wilson(sum(_is_right(score, metric) for score in answers), len(answers), 0.99)
+    lowest = [low for low in (row["ci_low"], over["ci_low"]) if low is not None]
+    return {
+        "margin_swapped": over["difference"],
+        "swapped": over["second"],
+        "swapped_ci_low": over["ci_low"],
+        "swapped_ci_high": over["ci_high"],
+        "deaf": None if row["ci_low"] is None else min(lowest) <= 0,
+        "silence_ci99_low": floor[0],
+        "silence_ci99_high": floor[1],
+        "choices": _by_benchmark(choices, row["benchmarks"], lambda score: _is_right(score, metric)),
+        "chance": _by_benchmark(answers, row["benchmarks"], lambda score: 1 / len(score.log_likelihoods)),
+        "reading": gap["first"],
+        "gap": gap["difference"],
+    }
 
 
 def _of_same(row: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

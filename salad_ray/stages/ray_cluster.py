@@ -5,20 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import socket
 from typing import Any
 
 import ray
-from ray._private import ray_constants, ray_logging
 
 from salad_ray.config import Config
-from salad_ray.console import as_json
+from salad_ray.stages.ray_private import LOGGERS_OF_ERRORS, listen_on_loopback
 from salad_ray.stages.shards import StageError, first_line
 from salad_ray.store import aws_settings
-
-RECORDS_ERRORS = ("ray.data._internal.execution.streaming_executor_state", "ray.data.exceptions")
-"""Loggers of Ray Data that are given errors whole."""
 
 LOCAL_TRAIN = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
 """For Ray Train where Ray is this machine's alone: no process that waits for notice of machines to be taken away, each
@@ -27,8 +22,6 @@ of which takes seconds of CPU to start, and the end of a training is seen at onc
 
 def start_ray(config: Config) -> None:
     """Start or join Ray once per process; all servers of a local one listen on loopback, and ask for Ray's token."""
-    if as_json():
-        _leave_lines_as_they_are()
     if not ray.is_initialized():
         address = config.ray.address or os.environ.get("RAY_ADDRESS")  # set where a job was submitted
         settings = {"runtime_env": {"env_vars": worker_settings()}} if address else _local_settings(config)
@@ -37,12 +30,12 @@ def start_ray(config: Config) -> None:
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = -1  # spot machines can take longer than its half hour, and so can a shard
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    for name in RECORDS_ERRORS:
+    for name in LOGGERS_OF_ERRORS:
         logging.getLogger(name).addFilter(_error_in_a_line)
 
 
 def _local_settings(config: Config) -> dict[str, Any]:
-    _stay_on_loopback()
+    listen_on_loopback()
     for name, value in LOCAL_TRAIN.items():
         os.environ.setdefault(name, value)
     with socket.socket() as free:
@@ -50,19 +43,9 @@ def _local_settings(config: Config) -> dict[str, Any]:
         port = free.getsockname()[1]
     # For Ray Train, which asks the dashboard for state: else it would look for a Ray of this machine, and may find
     # another, or a note that one has left which is gone.
-    os.environ[ray_constants.RAY_API_SERVER_ADDRESS_ENVIRONMENT_VARIABLE] = f"http://127.0.0.1:{port}"
+    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
     dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": port}
     return {"num_cpus": config.ray.num_cpus} | dashboard
-
-
-def _leave_lines_as_they_are() -> None:
-    """Ray would put a coloured prefix before what workers print, and take lines together that differ in numbers only.
-
-    Both switches (RAY_DISABLE_WORKER_LOG_PREFIX, RAY_DEDUP_LOGS) are read at import, so the constants are set; it is
-    this process that prints the lines.
-    """
-    ray_constants.RAY_DISABLE_WORKER_LOG_PREFIX = True
-    ray_logging.RAY_DEDUP_LOGS = False
 
 
 def _error_in_a_line(record: logging.LogRecord) -> bool:
@@ -84,19 +67,6 @@ def worker_settings() -> dict[str, str]:
     submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env") or {}
     known = aws_settings() | {name: os.environ[name] for name in ("SALAD_LOG",) if name in os.environ}
     return {name: value for name, value in known.items() if name not in submitted.get("env_vars", {})}
-
-
-def _stay_on_loopback() -> None:
-    """Ray's processes, and gloo between training workers, would listen on the network for other machines to come.
-
-    Ray turns a given 127.0.0.1 into the machine's address, but has a switch, which it sets where firewalls would ask
-    (Windows, macOS). It is read at import, so the constant is set, and the variable for the processes to come.
-    """
-    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    loopback = next((name for _, name in socket.if_nameindex() if re.fullmatch("lo[0-9]*", name)), None)
-    if loopback is not None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
 
 
 def require_gpus(config: Config, label: str, num_gpus: float) -> None:

@@ -7,7 +7,8 @@ An error that a user has to mend ends the stage. Anything else (a bug that one r
 process) costs a try: the process is replaced, since its GPU may be unusable from then on, and the shard is done again
 after the others. From the third try on a row at a time, so that a row at which it fails twice becomes a reject. Where
 on most machines more shards fail than go well, or hardly a row is kept, that is not one bad row, nor one bad machine:
-the stage ends at once. A machine on which all fails is slowed down, since it would take the shards from the good ones.
+the stage ends at once. What fails is faster than what goes well, so a bad machine takes shards from the good ones: the
+passes that follow leave it out.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import ray
 from ray.exceptions import RayError, RayTaskError
-from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_list, _internal_kv_put
 from ray.util.metrics import Counter, Gauge
 
 from salad_ray.config import Config
@@ -68,8 +68,8 @@ MIN_FAILURES, ENOUGH_FAILURES = 3, 32
 """Shards that fail at their first try, more than go well: systematic. One for each actor, from some to many."""
 RECENT = 8
 """Times as many of the last first tries are looked at."""
-MAX_PAUSE_SECS, ALONE_SECS = 60.0, 2.0
-"""For which a machine on which more fails than goes well is held back at most: where there are others, and alone."""
+NODE_ID_LABEL = "ray.io/node-id"
+"""Ray labels every machine so, with its id."""
 EMPTY_PASSES = 6
 """Passes in a row that are broken off before anything is done; each may lose twice as many shards as the one before."""
 MAX_LOST = 8
@@ -207,51 +207,24 @@ def look_ahead(items: Iterable[Row], number: int) -> Iterator[Row]:
     yield from taken
 
 
-class Machines:
-    """Which machines have actors of a stage, and how much fails there; in Ray's own store, which needs no disk.
-
-    Args:
-        by: id of the driver.
-    """
-
-    def __init__(self, by: str) -> None:
-        self.prefix = f"salad/{by}/"
-
-    def join(self) -> None:
-        """An actor starts on this one."""
-        with suppress(Exception):  # Ray's store may be away for a moment, and so may Ray
-            _internal_kv_put(f"{self.prefix}{own_node()}", "0", overwrite=False)
-
-    def hold_back(self, failed: bool) -> None:
-        """Wait after a failure, the longer the more fails than goes well on this machine, whichever its process: what
-        fails is faster, and would take most of the shards."""
-        with suppress(Exception):
-            key = f"{self.prefix}{own_node()}"
-            count = int(_internal_kv_get(key) or 0)
-            if failed or count:
-                _internal_kv_put(key, str(max(0, count + (1 if failed else -1))), overwrite=True)
-            if failed:
-                longest = MAX_PAUSE_SECS if len(self.alive()) > 1 else ALONE_SECS
-                time.sleep(min(2.0 ** min(count, 10) - 1, longest))
-
-    def alive(self) -> set[str]:
-        """Ray's ids of those that have or had an actor, and are still there."""
-        joined = {key.decode().removeprefix(self.prefix) for key in _internal_kv_list(self.prefix)}
-        return joined & {each["NodeID"] for each in ray.nodes() if each["Alive"]}
-
-    def forget(self) -> None:
-        with suppress(Exception):  # the cluster may be gone
-            _internal_kv_del(self.prefix, del_by_prefix=True)
-
-
 def own_node() -> str:
     """Ray's id of the machine; "" outside of Ray."""
     return str(ray.get_runtime_context().get_node_id()) if ray.is_initialized() else ""
 
 
+def machines_with(num_cpus: float = 0.0, num_gpus: float = 0.0) -> dict[str, str]:
+    """Ray's ids of the machines that are there and large enough for a process with this → their names."""
+    needs = {"CPU": num_cpus, "GPU": num_gpus}
+    return {
+        node["NodeID"]: node["NodeManagerHostname"]
+        for node in ray.nodes()
+        if node["Alive"] and all(node["Resources"].get(name, 0.0) >= number for name, number in needs.items())
+    }
+
+
 def is_alive(node: str) -> bool:
     """Whether Ray still has a machine; of "" nobody says otherwise."""
-    return not node or any(each["Alive"] for each in ray.nodes() if each["NodeID"] == node)
+    return not node or node in machines_with()
 
 
 @dataclass(frozen=True)
@@ -364,8 +337,7 @@ class ShardWriter:
     keeps them until another chain's comes. On GPUs it is an actor, which ends with the stage and frees the device."""
 
     def __init__(self, tasks: Sequence[Task], by: str = "") -> None:
-        self.tasks, self.by, self.machines = tasks, by, Machines(by)
-        self.machines.join()
+        self.tasks, self.by = tasks, by
         self.chain = -1
         self.workers: dict[int, Worker] = {}
         self.worker: Worker | None = None
@@ -403,12 +375,7 @@ class ShardWriter:
             cause = user_error(error)
             if cause is not None and not isinstance(cause, OSError):  # a store may refuse this machine alone
                 return result | {"error": redact(str(cause))}
-            result |= self._note_failure(task, item, cause or error)
-            if not item["tries"]:  # later passes have the bad shards, which fail on good machines
-                self.machines.hold_back(failed=True)
-            return result
-        if not item["tries"]:
-            self.machines.hold_back(failed=False)
+            return result | self._note_failure(task, item, cause or error)
         tags = {"run": task.run_dir, "stage": task.stage, "set": task.table.set or "-"}
         count_rows(tags, counts["num_input"], counts["num_rejected"])
         return result | counts | {"secs": time.monotonic() - started}
@@ -512,13 +479,18 @@ class Shortfall:
 
 
 class Counts:
-    """What a stage's shards have come to so far; raises `StageError` where the error is systematic."""
+    """What a stage's shards have come to so far; raises `StageError` where the error is systematic.
 
-    def __init__(self, config: Config, tasks: Sequence[Task], machines: Machines) -> None:
+    Args:
+        machines: says which are large enough for a process of the stage.
+    """
+
+    def __init__(self, config: Config, tasks: Sequence[Task], machines: Callable[[], dict[str, str]]) -> None:
         self.config, self.label, self.machines = config, tasks[0].label, machines
         self.total = sum(len(task.items) for task in tasks)
         self.num_made = self.num_input = self.num_rejected = 0
         self.num_there = sum(task.num_there for task in tasks)
+        self.enough = MIN_FAILURES
         self.firsts: deque[tuple[str, str]] = deque(maxlen=RECENT * ENOUGH_FAILURES)
         """Of the last first tries the machine, and why it failed, or ""."""
 
@@ -540,36 +512,57 @@ class Counts:
 
     def failed(self, machine: str, num_actors: int, reason: str) -> None:
         """A shard failed at its first try, on "" where nobody knows on which machine. What fails is faster than what
-        goes well: each actor has a say, of hundreds the first to speak."""
+        goes well: each actor has a say, of hundreds the first to speak, and so has a machine that has said nothing."""
         self.firsts.append((machine, reason))
-        enough = max(MIN_FAILURES, min(num_actors, ENOUGH_FAILURES))
+        self.enough = max(MIN_FAILURES, min(num_actors, ENOUGH_FAILURES))
+        self._require_few(min(num_actors, len(self.machines())))
+
+    def end_pass(self) -> list[str]:
+        """Ray's ids of the machines to be left out from now on: on which more fails than goes well, while there is
+        another one. A machine that has done nothing in a whole pass has no say."""
+        self._require_few(0)
+        balance = _balance(self.firsts)
+        there = self.machines()
+        if not any(number <= 0 and machine in there for machine, number in balance.items()):
+            return []
+        return sorted(machine for machine, number in balance.items() if number > 0 and machine in there)
+
+    def _require_few(self, num_machines: int) -> None:
+        """End the stage if more of the last first tries failed than went well, on most of the machines.
+
+        Args:
+            num_machines: at work; those that have done something count in any case.
+        """
         # What is there went well; what is missing may be the bad ones of a run that was broken off.
-        there = [("", "")] * min(self.num_there, RECENT * enough // 2)
-        recent = [*there, *self.firsts][-RECENT * enough :]
+        there = [("", "")] * min(self.num_there, RECENT * self.enough // 2)
+        recent = [*there, *self.firsts][-RECENT * self.enough :]
         reasons = [reason for _, reason in recent if reason]
-        many = len(reasons) >= enough and 2 * len(reasons) > len(recent)
-        if many and self._on_most_machines(recent):
+        balance = _balance(recent)
+        num_bad = sum(number > 0 for number in balance.values())
+        many = len(reasons) >= self.enough and 2 * len(reasons) > len(recent)
+        if many and 2 * num_bad > max(num_machines, len(balance)):
             raise StageError(
                 f"{self.label}: {len(reasons)} shards failed and {len(recent) - len(reasons)} went well, so this is no "
                 f"single row's fault; the first one: {reasons[0]}"
             )
 
-    def _on_most_machines(self, recent: Sequence[tuple[str, str]]) -> bool:
-        """Whether more fails than goes well on most of the machines at work, and not on some bad ones. Of shards that
-        were lost with their processes nobody knows where that was: they count as a machine each."""
-        balance: dict[str, int] = {}
-        for number, (machine, reason) in enumerate(recent):
+
+def _balance(tries: Iterable[tuple[str, str]]) -> dict[str, int]:
+    """By machine, how many tries more failed than went well. Of shards that were lost with their processes nobody knows
+    where that was: they count as a machine each."""
+    balance: dict[str, int] = {}
+    for number, (machine, reason) in enumerate(tries):
+        if machine or reason:
             place = machine or str(number)
             balance[place] = balance.get(place, 0) + (1 if reason else -1)
-        num_bad = sum(each > 0 for each in balance.values())
-        return 2 * num_bad > len(self.machines.alive())
+    return balance
 
 
 class Pace:
     """Notes beside each table how far it is, for `salad status`, and what Ray's dashboard and Prometheus show."""
 
-    def __init__(self, tasks: Sequence[Task], num_gpus: float, machines: Machines) -> None:
-        self.tasks, self.num_gpus, self.machines = tasks, num_gpus, machines
+    def __init__(self, tasks: Sequence[Task], num_gpus: float) -> None:
+        self.tasks, self.num_gpus = tasks, num_gpus
         self.actors: set[tuple[str, int]] = set()
         """Machine and process of those at work."""
         self.max_actors = 0
@@ -595,7 +588,7 @@ class Pace:
     def note(self) -> None:
         self.noted = time.monotonic()
         secs = self.noted - self.started
-        alive = self.machines.alive()
+        alive = machines_with()
         self.actors = {actor for actor in self.actors if actor[0] in alive}
         self.max_actors = max(self.max_actors, len(self.actors))
         for number, task in enumerate(self.tasks):
@@ -638,17 +631,14 @@ def map_shards(
     passes = Passes(config, tasks, room, num_gpus, num_cpus)
     pace: dict[str, float] = {}
     hopeless: dict[tuple[int, str], Shortfall] = {}
-    try:
-        while passes.missing:
-            facts = passes.once()
-            pace = pace or facts
-            for item, shortfall in list(passes.missing.items()):
-                strict = config.strict and not shortfall.of_machine
-                last = WHOLE_TRIES if strict else WHOLE_TRIES + ROW_FAILURES * MAX_LEFT_OUT + 1
-                if shortfall.hopeless or shortfall.tries >= last:
-                    hopeless[item] = passes.missing.pop(item)
-    finally:
-        passes.machines.forget()
+    while passes.missing:
+        facts = passes.once()
+        pace = pace or facts
+        for item, shortfall in list(passes.missing.items()):
+            strict = config.strict and not shortfall.of_machine
+            last = WHOLE_TRIES if strict else WHOLE_TRIES + ROW_FAILURES * MAX_LEFT_OUT + 1
+            if shortfall.hopeless or shortfall.tries >= last:
+                hopeless[item] = passes.missing.pop(item)
     if hopeless:
         (number, shard), shortfall = next(iter(hopeless.items()))
         task = tasks[number]
@@ -672,8 +662,10 @@ class Passes:
         self.num_gpus, self.num_cpus = num_gpus, num_cpus
         self.missing = {(number, shard): Shortfall() for number, task in enumerate(tasks) for shard in task.items}
         self.by = uuid.uuid4().hex
-        self.machines = Machines(self.by)
-        self.counts, self.pace = Counts(config, tasks, self.machines), Pace(tasks, num_gpus, self.machines)
+        self.machines = partial(machines_with, num_cpus, num_gpus)
+        self.counts, self.pace = Counts(config, tasks, self.machines), Pace(tasks, num_gpus)
+        self.left_out: list[str] = []
+        """Ray's ids of machines on which most fails."""
         self.max_lost, self.num_lost, self.num_empty = MAX_LOST, 0, 0
         self.num_actors = 0
         """How many there may be now."""
@@ -687,7 +679,8 @@ class Passes:
         results, self.num_actors = self._results()
         unseen = set(self.missing)
         try:
-            with progress(label, num_rows, "shards") as advance, _told_while_waiting(label, self.num_gpus) as waiting:
+            needs = (self.num_cpus, self.num_gpus)
+            with progress(label, num_rows, "shards") as advance, _told_while_waiting(label, *needs) as waiting:
                 for result in results.iter_rows():
                     waiting.cancel()
                     unseen.discard((result["task"], result["shard"]))
@@ -703,6 +696,7 @@ class Passes:
             self._require_some(num_rows - len(unseen), first_line(error))
         else:
             self._missed(unseen)
+            self._leave_out(self.counts.end_pass())
             self.num_empty = 0
         self.pace.note()
         actors = min(self.pace.max_actors or self.num_actors, self.num_actors)  # tasks change processes
@@ -734,6 +728,7 @@ class Passes:
                     num_cpus=self.num_cpus,
                     num_gpus=self.num_gpus,
                     max_task_retries=TASK_RETRIES,
+                    **self.elsewhere(),
                 )
             else:
                 results = items_to_do.flat_map(
@@ -741,6 +736,7 @@ class Passes:
                     compute=ray.data.TaskPoolStrategy(num_actors),
                     num_cpus=self.num_cpus,
                     max_retries=TASK_RETRIES,
+                    **self.elsewhere(),
                 )
         results.context.max_errored_blocks = self.max_lost  # items whose processes keep dying; they are missing still
         results.context.max_consecutive_actor_init_deaths = num_actors  # a machine on which none can start is not all
@@ -770,6 +766,17 @@ class Passes:
             reason = f"{result['failed']} ({table.url}/failures/{result['shard']}.log)"
             self.counts.failed(result["machine"], self.num_actors, reason)
 
+    def elsewhere(self) -> dict[str, Any]:
+        """What Ray has to be told of where shards are made."""
+        return {"label_selector": {NODE_ID_LABEL: f"!in({','.join(self.left_out)})"}} if self.left_out else {}
+
+    def _leave_out(self, machines: list[str]) -> None:
+        """Make what is missing on other machines than these."""
+        names = machines_with()
+        for each in set(machines) - set(self.left_out):
+            say(f"{self.tasks[0].label}: most fails on machine {names.get(each, each)}, which is left out from now on")
+        self.left_out = machines
+
     def _missed(self, items: set[tuple[int, str]]) -> None:
         """Each process that was to make one of these died."""
         if not items:
@@ -798,13 +805,12 @@ class Passes:
 
 
 @contextmanager
-def _told_while_waiting(label: str, num_gpus: float) -> Iterator[threading.Timer]:
+def _told_while_waiting(label: str, num_cpus: float, num_gpus: float) -> Iterator[threading.Timer]:
     """Say so if after a while no machine has what the stage asks for; whoever has the first shard cancels it."""
-    needs = {"CPU": 1.0, "GPU": num_gpus}
 
     def tell() -> None:
-        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        if not any(all(machine.get(name, 0.0) >= number for name, number in needs.items()) for machine in machines):
+        if not machines_with(num_cpus, num_gpus):
+            needs = {"CPU": num_cpus, "GPU": num_gpus}
             wanted = " and ".join(f"{number:g} {name}" for name, number in needs.items() if number)
             say(
                 f"{label}: waiting for a machine with {wanted}, as this Ray cluster has none; is there a pool of such "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import contextlib
 import ctypes
 import errno
 import json
@@ -25,7 +26,6 @@ from typing import Any
 import pytest
 import ray
 from factories import a_table, run_stage, small_world_config
-from ray.experimental.internal_kv import _internal_kv_list
 
 from salad_ray.config import Config
 from salad_ray.configfile import parse_config
@@ -37,12 +37,12 @@ from salad_ray.stages.common import Ahead, Stage, Work, begun_works, run_works
 from salad_ray.stages.ray_cluster import start_ray
 from salad_ray.stages.shards import (
     Counts,
-    Machines,
     ShardPart,
     ShardWriter,
     StageError,
     Task,
     WindowWorker,
+    machines_with,
     own_node,
     write_shard,
 )
@@ -287,41 +287,36 @@ def test_a_machine_that_is_taken_away_charges_no_row(tmp_path: Path) -> None:
     assert list(worker.left_out) == ["part-00000/4"]
 
 
-def counts_of(folder: Path, num_items: int, num_there: int = 0) -> Counts:
+def counts_of(folder: Path, num_items: int, machines: str, num_there: int = 0) -> Counts:
     items = {f"part-{i:05d}": 0 for i in range(num_items)}
     task = a_task(folder, items, lambda: CopyShard(print), num_there)
-    return Counts(config_in(folder), [task], Machines("me"))
+    return Counts(config_in(folder), [task], lambda: dict.fromkeys(machines, "its name"))
 
 
 def made_on(machine: str) -> dict[str, Any]:
     return {"machine": machine, "num_input": 1, "num_rejected": 0}
 
 
-def test_where_many_work_a_few_quick_failures_are_not_the_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Machines, "alive", lambda _: {"a"})
+def test_where_many_work_a_few_quick_failures_are_not_the_rule(tmp_path: Path) -> None:
     for num_actors, enough in ((2, 3), (10, 10), (512, 32)):
-        counts = counts_of(tmp_path, 1000)
+        counts = counts_of(tmp_path, 1000, "a")
         for number in range(enough - 1):
             counts.failed("a", num_actors, f"reason {number}")
         with pytest.raises(StageError, match=rf"{enough} shards failed and 0 went well.*the first one: reason 0"):
             counts.failed("a", num_actors, "the last reason")
 
 
-def test_the_missing_shards_of_a_run_may_be_its_bad_ones_but_not_hundreds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Machines, "alive", lambda _: {"a"})
+def test_the_missing_shards_of_a_run_may_be_its_bad_ones_but_not_hundreds(tmp_path: Path) -> None:
     for num_actors, most in ((2, 12), (512, 128)):
-        counts = counts_of(tmp_path, 1000, num_there=1000)
+        counts = counts_of(tmp_path, 1000, "a", num_there=1000)
         for _ in range(most):
             counts.failed("a", num_actors, "bad")
         with pytest.raises(StageError, match=f"{most + 1} shards failed"):
             counts.failed("a", num_actors, "bad")
 
 
-def test_what_begins_to_fail_in_the_middle_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Machines, "alive", lambda _: {"a", "b"})
-    counts = counts_of(tmp_path, 10_000)
+def test_what_begins_to_fail_in_the_middle_is_noticed(tmp_path: Path) -> None:
+    counts = counts_of(tmp_path, 10_000, "ab")
     for number in range(5_000):
         counts.made(made_on("ab"[number % 2]), a_table(tmp_path, "web", "copies"), is_first=True)
     for number in range(13):
@@ -330,9 +325,8 @@ def test_what_begins_to_fail_in_the_middle_is_noticed(tmp_path: Path, monkeypatc
         counts.failed("b", 2, "the token has expired")
 
 
-def test_a_bad_machine_does_not_end_the_work_of_the_good_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Machines, "alive", lambda _: set("abcd"))
-    counts = counts_of(tmp_path, 1000)
+def test_a_bad_machine_does_not_end_the_work_of_the_good_ones(tmp_path: Path) -> None:
+    counts = counts_of(tmp_path, 1000, "abcd")
     for _ in range(300):
         counts.failed("a", 8, "its disk is full")
         counts.failed("b", 8, "its disk is full")
@@ -340,25 +334,59 @@ def test_a_bad_machine_does_not_end_the_work_of_the_good_ones(tmp_path: Path, mo
         counts.failed("c", 8, "its disk is full")
 
 
-def test_a_machine_on_which_all_fails_is_held_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    start_ray(config_in(tmp_path))
-    slept: list[float] = []
-    monkeypatch.setattr(shards, "time", SimpleNamespace(sleep=slept.append))
-    machines = Machines("me")
-    machines.join()
-    assert machines.alive() == {own_node()}
-    for failed in (True, True, True, False, True, False, False, False, False, True):
-        machines.hold_back(failed)
-    assert slept == [0, 1, 2, 2, 0]  # alone; what goes well counts as much
-    monkeypatch.setattr(Machines, "alive", lambda _: {"a", "b"})
+def test_machines_that_did_nothing_in_a_whole_pass_have_no_say(tmp_path: Path) -> None:
+    counts = counts_of(tmp_path, 1000, "abcd")  # others' work keeps c and d busy
     for _ in range(9):
-        machines.hold_back(failed=True)
-    assert slept[5:] == [1, 3, 7, 15, 31, 60, 60, 60, 60]
-    Machines("another stage").hold_back(failed=True)
-    assert slept[-1] == 0
-    machines.forget()
-    assert _internal_kv_list("salad/me/") == []
-    assert _internal_kv_list("salad/another stage/") != []
+        counts.failed("a", 4, "the model is gone")
+        counts.failed("b", 4, "the model is gone")
+    with pytest.raises(StageError, match=r"18 shards failed and 0 went well.*the model is gone"):
+        counts.end_pass()
+
+
+def test_later_passes_leave_out_machines_on_which_most_fails_while_there_are_others(tmp_path: Path) -> None:
+    table, machines = a_table(tmp_path, "web", "copies"), dict.fromkeys("abc", "its name")
+    counts = Counts(config_in(tmp_path), [a_task(tmp_path, {}, lambda: CopyShard(print))], lambda: machines)
+    counts.failed("a", 2, "its disk is full")
+    assert counts.end_pass() == []  # nobody knows a better one
+    for _ in range(4):
+        counts.made(made_on("b"), table, is_first=True)
+    counts.failed("b", 2, "a bad row")
+    counts.failed("c", 2, "its disk is full")
+    counts.failed("", 2, "its process died")
+    assert counts.end_pass() == ["a", "c"]
+    del machines["c"]
+    assert counts.end_pass() == ["a"]
+    del machines["b"]
+    assert counts.end_pass() == []
+
+
+def test_ray_gives_no_shard_to_a_machine_that_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start_ray(config_in(tmp_path))
+    told: list[str] = []
+    monkeypatch.setattr(shards, "say", told.append)
+    task = a_task(tmp_path, {"part-00000": 0}, lambda: CopyShard(print))
+    passes = shards.Passes(config_in(tmp_path), [task], 1, 0.0)
+    assert list(passes.machines()) == [own_node()]
+    assert machines_with(num_gpus=1.0) == {}
+    passes._leave_out(["f" * 56, own_node()])
+    passes._leave_out(["f" * 56])
+    [others, own] = told
+    assert f"most fails on machine {'f' * 56}, which is left out" in others
+    assert f"most fails on machine {passes.machines()[own_node()]}," in own
+    given: list[dict[str, Any]] = []
+    monkeypatch.setattr(ray.data.Dataset, "flat_map", lambda *_, **options: given.append(options) or SimpleNamespace())
+    for num_gpus in (0.0, 1.0):
+        with contextlib.suppress(AttributeError):  # there is nothing to be read
+            passes.num_gpus = num_gpus
+            passes._results()
+    selectors = [{"label_selector": options["label_selector"]} for options in given]
+    assert selectors == [passes.elsewhere()] * 2
+    somewhere = ray.remote(own_node)
+    assert ray.get(somewhere.options(**selectors[0]).remote(), timeout=300) == own_node()
+    passes.left_out = [own_node()]
+    nowhere = somewhere.options(**passes.elsewhere()).remote()
+    assert ray.wait([nowhere], timeout=5)[0] == []
+    ray.cancel(nowhere)
 
 
 def test_rejects_and_failures_repeat_no_credentials(tmp_path: Path) -> None:
@@ -397,12 +425,12 @@ def test_processes_that_cannot_start_end_a_stage_of_which_most_is_done(
 
 
 def test_processes_that_were_replaced_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Machines, "alive", lambda _: {"a", "b"})
+    monkeypatch.setattr(shards, "machines_with", lambda: {"a": "", "b": ""})
     monkeypatch.setattr(shards, "NOTE_SECS", -1)
     task = a_task(tmp_path, {f"part-{i}": 0 for i in range(9)}, lambda: CopyShard(print))
     table = task.table
     Path(table.url).mkdir(parents=True)
-    pace = shards.Pace([task], 1.0, Machines("me"))
+    pace = shards.Pace([task], 1.0)
     where = [("a", 1, ""), ("b", 1, ""), ("a", 1, "failed"), ("a", 2, ""), ("gone", 1, "")]
     for machine, process, failed in where:
         pace.add(made_on(machine) | {"task": 0, "process": process, "failed": failed})
