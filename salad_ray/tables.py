@@ -64,7 +64,9 @@ class Totals(TypedDict, total=False):
     num_passages_by_cluster: dict[str, int]
     num_chars_by_cluster: dict[str, int]
     num_unsaid_signs: int
-    """Emoji, "♪" and the like, which stay in the text."""
+    """Emoji, "♪", "「" and the like, which stay in the text."""
+    num_unsaid_asides: int
+    """Sounds and notes in brackets ("[laughter]", "[12]") and tags, which stay in it too."""
     num_tokens_cut: int
     """Beyond the context."""
     num_untimed: int

@@ -28,7 +28,7 @@ class Spoken(NamedTuple):
 
     `text`: for a synthesizer, in letters and with the written punctuation; it may be several words, or none.
     `tokens`: for an aligner; none if nothing is said.
-    `unsaid`: signs that are left out, such as emoji and "♪"; punctuation is none of them.
+    `unsaid`: signs that are left out, such as emoji, "♪" and "「"; punctuation that a synthesizer is given is none.
     """
 
     text: str
@@ -38,12 +38,14 @@ class Spoken(NamedTuple):
 
 @dataclass(frozen=True)
 class _Context:
-    """Of a word: its neighbours (""), whether the text is in capitals throughout, the number that stands before it."""
+    """Of a word: its neighbours (""), whether the text is in capitals throughout, the number that stands before it,
+    whether degrees do."""
 
     previous: str
     following: str
     shouting: bool
     number: str = ""
+    in_arc: bool = False
 
 
 class _Piece(NamedTuple):
@@ -168,7 +170,7 @@ _INVISIBLE = re.compile(
     r"\U000e0000-\U000e0fff\x00-\x08\x0e-\x1f\x7f-\x9f]"
 )
 _ALIKE = str.maketrans({**dict.fromkeys("’‘ʼ`´ʹ＇", "'"), **dict.fromkeys("‐‑﹣－", "-"), "−": "-", "―": "—", "″": "″",
-                        "º": "°", "⁄": "/", "∕": "/"})  # fmt: skip
+                        "º": "°", "⁄": "/", "∕": "/", "⋯": "…", "№": "No.", "‿": "_", "⁀": "_", "⁔": "_"})  # fmt: skip
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 _SUPERSCRIPT = "[⁰¹²³⁴-⁹⁺⁻ⁿ]"
 _KEPT = re.compile(rf"({_SUPERSCRIPT}+|[″‴…])")
@@ -197,10 +199,10 @@ _PIECE = re.compile(
     |(?P<letters>'?{_LETTER}+(?:'{_LETTER}+)*'?)
     |(?P<power>{_SUPERSCRIPT}+|\^-?\d+)
     |(?P<per>(?<=[\w%°.])/(?=\w))
-    |(?P<range>(?<=\d):(?=\d)|(?<=\d)–(?=[A-Z]\d))
+    |(?P<range>(?<=\d):(?=\d)|(?<=\d)–(?=[A-Z]\d)|(?:(?<=[ap]\.m\.)|(?<=\d[ap]m))[-–](?=\d))
     |(?P<dot>(?<=[a-z0-9])\.(?=[a-z]{{2}}))
     |(?P<prime>[′″])
-    |(?P<symbol>[^\w\s])
+    |(?P<symbol>[^\w\s]|_)
     """,
     re.VERBOSE,
 )
@@ -214,8 +216,11 @@ _AFTER_MONEY = re.compile(rf"[{_SIGNS_OF_MONEY}][\d.,–-]+\Z")
 _ROMAN = re.compile(r"(?=.)M{0,3}(?:CM|CD|D?C{0,3})(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})")
 _MARKS = frozenset(".,;:!?…—–-\"“”'()[]{}«»„‚")
 """Written punctuation that a synthesizer is given, for the prosody."""
+_PAUSES = frozenset(".,;:!?…—–-")
+"""Of them, those that are left of a word without letters."""
 _SIMPLE = re.compile(r"[\"“(']*([A-Za-z]?[a-z]+(?:'[a-z]+)?)[,.;:!?\"”)]*")
-_PLAIN = re.compile(r"[\w\s.,;:!?…—–\-\"“”'‘’()]*", re.ASCII)
+_PLAIN = re.compile(r"[A-Za-z0-9\s.,;:!?…—–\-\"“”'‘’()]*", re.ASCII)
+_LONE = re.compile(r"(?<!\S)[^\w\s]*[\"“”'‘’()][^\w\s]*(?!\S)")
 _MAX_ACRONYM = 5
 _MAX_DIGITS = 15
 """Of numbers that are said as such; the digits of longer ones are read one by one."""
@@ -259,7 +264,8 @@ def read_words(words: Sequence[str], in_brackets: bool = True) -> list[Spoken]:
             result.append(Spoken(word, [((simple[1].lower(),),)]))
             continue
         following = next((other for other in plain[index + 1 :] if other), "")
-        context = _Context(previous, following, shouting, _number_before(plain, index))
+        in_arc = "°" in previous or ("′" in previous and index > 1 and "°" in plain[index - 2])
+        context = _Context(previous, following, shouting, _number_before(plain, index), in_arc)
         result.append(_read(word, context))
     return result
 
@@ -270,10 +276,15 @@ def spoken_tokens(words: Sequence[str], in_brackets: bool = True) -> list[list[T
 
 
 def unsaid_signs(text: str) -> str:
-    """The signs of a text that can be read which are not said, such as emoji."""
-    if _PLAIN.fullmatch(text):
+    """The signs of a text that can be read which are not said, such as emoji; those of asides are not among them."""
+    if _PLAIN.fullmatch(text) and not _LONE.search(text):
         return ""
     return "".join(spoken.unsaid for spoken in read_words(text.split()))
+
+
+def num_asides(text: str) -> int:
+    """How many sounds and notes in brackets ("[laughter]", "[12]") and tags a text has, which are not said."""
+    return len(_asides(" ".join(text.split())))
 
 
 def transcript_tokens(words: Sequence[str]) -> list[list[list[Token]]]:
@@ -316,17 +327,23 @@ def ordinal(reading: Reading) -> Reading:
 def _without_asides(words: Sequence[str], in_brackets: bool) -> list[str]:
     """The words without what nobody says: sounds and notes in brackets, and tags; or any words in square brackets."""
     text = " ".join(words)
-    if not any(sign in text for sign in "[<{(*"):
-        return list(words)
-    gone = [
-        match.span() for match in _ASIDES.finditer(text) if match[0][0] not in "(*" or _PARENTHETIC.fullmatch(match[0])
-    ]
+    gone = _asides(text)
     if not in_brackets:
         gone += [match.span() for match in _BRACKETED.finditer(text)]
+    if not gone:
+        return list(words)
     kept = list(text)
     for start, end in gone:
         kept[start:end] = ["\x00" if char != " " else " " for char in text[start:end]]
     return ["".join(kept[start:end]).replace("\x00", "") for start, end in _bounds(words)]
+
+
+def _asides(text: str) -> list[tuple[int, int]]:
+    """Where sounds and notes in brackets, and tags, stand in a text."""
+    if not any(sign in text for sign in "[<{(*"):
+        return []
+    found = _ASIDES.finditer(text)
+    return [match.span() for match in found if match[0][0] not in "(*" or _PARENTHETIC.fullmatch(match[0])]
 
 
 def _bounds(words: Sequence[str]) -> Iterator[tuple[int, int]]:
@@ -427,11 +444,10 @@ def _read(plain: str, context: _Context) -> Spoken:
         in_words = (in_words and not piece.tokens) or piece.said is not None
         tokens += piece.tokens
         unsaid += "" if said or piece.tokens else written
-    return Spoken(" ".join(text.split()) if tokens else _pauses(text), tokens, unsaid)
-
-
-def _pauses(text: str) -> str:
-    return "".join(char for char in text if char in ".,;:!?…—–-")
+    if tokens:
+        return Spoken(" ".join(text.split()), tokens, unsaid)
+    pauses = "".join(char for char in text if char in _PAUSES)
+    return Spoken(pauses, [], "".join(char for char in plain if char not in _PAUSES))
 
 
 def _pieces(plain: str, context: _Context) -> Iterator[tuple[int, _Piece]]:
@@ -524,7 +540,8 @@ def _abbreviation_in_context(core: str, plain: str, context: _Context) -> Sequen
     stem, following, previous = core.removesuffix("."), context.following, context.previous
     named = following.lstrip("\"“'(")[:1].isupper() and _fold(following.strip(".,;:!?'\"")) not in _STARTERS
     if stem == "st" and (core != stem or named or not following[:1].isupper()):
-        return ("saint", "street") if named else ("street", "saint")
+        is_end = previous[:1].isupper() and plain.rstrip("\"'”)").endswith(",")  # "5 Elm St., Boston"
+        return ("saint", "street") if named and not is_end else ("street", "saint")
     if stem == "dr" and core != stem:
         return ("doctor", "drive") if named or not previous[:1].isupper() else ("drive", "doctor")
     if core == "v." and previous[:1].isupper() and named:
@@ -563,8 +580,9 @@ def _letters(match: re.Match[str], plain: str, context: _Context, number: str) -
         return _said(end, [(("number",),)])
     if folded in _BEFORE_DIGITS and folded not in ("c", "v") and re.match(r"\.\d", plain[end:]):  # "p.12", not "C.1"
         return _said(end + 1, [((_BEFORE_DIGITS[folded],),)])
-    if any(char in _GREEK for char in written.lower()):
-        return _said(end, [((re.sub("[^a-z']", "", spoken),),)])
+    if any(char in _GREEK for char in written.lower()):  # "Δx"
+        apart = "".join(f" {char} " if char in _GREEK else char for char in written.lower())
+        return _said(end, [(tuple(re.sub("[^a-z' ]", "", _fold(apart)).split()),)])
     if numeral := _roman(written, plain[end:], context):
         return _said(end, [numeral])
     word = (re.sub("[^a-z']", "", spoken),)
@@ -583,13 +601,15 @@ def _is_scale(word: str) -> bool:
 def _roman(written: str, rest: str, context: _Context) -> Token | None:
     """Readings of a Roman numeral: after a name an ordinal (Henry VIII), else a number (Chapter IV)."""
     numeral = written.removesuffix("'s")
+    if (century := re.fullmatch("([IVXLCDM]{2,})(?:th|st|nd|rd)", written)) and _ROMAN.fullmatch(century[1]):
+        return (ordinal(cardinal(sum(_roman_values(century[1])))),)
     if not (numeral.isascii() and _ROMAN.fullmatch(numeral)):
         return None
     before = context.previous.strip("\"'“(")
     counted, named = before.lower().rstrip(".") in _COUNTED, before[:1].isupper() and before.isalpha()
     is_century = _fold(context.following).startswith("centur")
     if len(numeral) == 1:
-        ends = rest[:1] in tuple(",.;:)'") or _fold(context.following) in _AFTER_NAMES
+        ends = rest[:1] in tuple(",.;:)'") or _fold(context.following.strip(".,;:!?")) in _AFTER_NAMES
         is_numeral = numeral in "IVX" and (counted or (named and before.lower() in _NAMED and (numeral != "I" or ends)))
     else:
         stands = len(numeral) > 2 or named or not before or is_century
@@ -806,7 +826,7 @@ def _parts(top: int, bottom: int) -> list[Reading]:
     """1/2 a half or one half, 3/4 three quarters or three fourths, 5/8 five eighths."""
     names = {2: ["half"], 4: ["quarter", "fourth"]}.get(bottom) or [" ".join(ordinal(cardinal(bottom)))]
     if top == 1:
-        return [(article, *name.split()) for name in names for article in ("a", "one")]
+        return [(article, *name.split()) for name in names for article in ("an" if name[0] == "e" else "a", "one")]
     plurals = ["halves" if name == "half" else " ".join(_plural(tuple(name.split()))) for name in names]
     return [(*cardinal(top), *name.split()) for name in plurals]
 
@@ -871,6 +891,8 @@ def _is_unit_alone(unit: str, plain: str, context: _Context) -> bool:
 
 def _unit(match: re.Match[str], number: str, plain: str, context: _Context) -> _Piece:
     name, end = _UNITS[match["unit"]], match.end()
+    if match["unit"] in "′″" and (context.in_arc or "°" in plain):  # 41°24′12″
+        name = "minute" if match["unit"] == "′" else "second"
     words = [{"²": "square", "³": "cubic"}[match["power"]]] if match["power"] else []
     one = re.fullmatch(r"1(?:\.0*)?", number) is not None
     first, *rest = name.split()

@@ -17,7 +17,7 @@ from salad_ray.runs import Run
 from salad_ray.speech.align import Alignment, PocketsphinxAligner
 from salad_ray.speech.audio import load_utterance
 from salad_ray.speech.ctc import CTCAligner
-from salad_ray.stages.common import Ahead, Stage, Work, num_unsaid
+from salad_ray.stages.common import Ahead, Stage, Work, count_unsaid
 from salad_ray.stages.shards import ShardPart, StageError, WindowWorker, keep_or_reject
 from salad_ray.tables import BadInput, Table, Utterance, to_arrow
 
@@ -80,7 +80,7 @@ class AlignShard(WindowWorker):
         aligned, unfit = keep_or_reject(ALIGN, pairs, lambda pair: pair[0].utt_id, _with_words, strict)
         by_id = {row.utt_id: row for row in aligned}
         kept = [by_id.get(row.utt_id, row) for row in window if row.words is not None or row.utt_id in by_id]
-        return ShardPart(to_arrow(Utterance, kept), len(window), len(kept), unreadable + unfit, num_unsaid(aligned))
+        return ShardPart(to_arrow(Utterance, kept), len(window), len(kept), unreadable + unfit, count_unsaid(aligned))
 
     def _load(self, row: Utterance) -> np.ndarray | None:
         return None if row.words is not None else load_utterance(row, self.aligner.sampling_rate)

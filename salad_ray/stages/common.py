@@ -26,7 +26,7 @@ from salad_ray.flow import Step, steps
 from salad_ray.names import CLUSTERS, PASSAGES, PROBE, STAGE1, TEACHER, WEB, measurements_of
 from salad_ray.runs import Run
 from salad_ray.selection.importance import ClusterLoss, distillation_by_cluster
-from salad_ray.speech.spoken import unsaid_signs
+from salad_ray.speech.spoken import num_asides, unsaid_signs
 from salad_ray.stages.ray_cluster import require_gpus, start_ray
 from salad_ray.stages.shards import ShardPart, StageError, Task, Worker, map_shards
 from salad_ray.tables import (
@@ -386,10 +386,11 @@ def hours_by_corpus(rows: Iterable[Utterance]) -> Totals:
     return {"hours_by_corpus": hours}
 
 
-def num_unsaid(rows: Iterable[Utterance]) -> Totals:
-    """The signs of the texts that are not said (emoji, "♪"), for a shard's totals; nothing where there are none."""
-    number = sum(len(unsaid_signs(row.text)) for row in rows)
-    return {"num_unsaid_signs": number} if number else {}
+def count_unsaid(rows: Iterable[Utterance]) -> Totals:
+    """What of the texts is not said, for a shard's totals: signs (emoji, "「") and asides ("[laughter]", "[12]")."""
+    texts = [row.text for row in rows]
+    signs, asides = sum(len(unsaid_signs(text)) for text in texts), sum(map(num_asides, texts))
+    return ({"num_unsaid_signs": signs} if signs else {}) | ({"num_unsaid_asides": asides} if asides else {})
 
 
 def checked_counts(config: Config, stage: Stage, shards: Sequence[str]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from salad_ray.flow import Step
 from salad_ray.names import BENCHMARK, HELDOUT, SYNTHESIZE
 from salad_ray.runs import Run
 from salad_ray.speech.audio import check_duration, check_speech, encode_audio, load_audio
-from salad_ray.stages.common import Ahead, Stage, Work, condition_of, hours_by_corpus, num_unsaid
+from salad_ray.stages.common import Ahead, Stage, Work, condition_of, count_unsaid, hours_by_corpus
 from salad_ray.stages.shards import ShardPart, StageError, WindowWorker, keep_or_reject
 from salad_ray.synthesis.espeak import EspeakSynthesizer
 from salad_ray.synthesis.speech import Speech
@@ -116,7 +116,7 @@ class SpeakShard(WindowWorker):
         rejects = [Reject(**row) for row in json.loads(footer[b"rejects"])]
         utterances: list[Utterance] = self.pieces.read_rows(Utterance, name)
         spoken = (row for row in utterances if row.words is not None)  # recordings may be in any script
-        rows, totals = to_arrow(Utterance, utterances), hours_by_corpus(utterances) | num_unsaid(spoken)
+        rows, totals = to_arrow(Utterance, utterances), hours_by_corpus(utterances) | count_unsaid(spoken)
         return ShardPart(rows, json.loads(footer[b"num_input"]), len(utterances), rejects, totals)
 
     def _speak(self, window: list[Passage]) -> tuple[list[Utterance], list[Reject]]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from salad_ray.speech.spoken import (
     cardinal,
+    num_asides,
     ordinal,
     read_words,
     spoken_tokens,
@@ -203,6 +205,31 @@ def test_what_nobody_says_is_not_looked_for(text: str, expected: str) -> None:
 def test_signs_that_are_not_said_are_counted() -> None:
     assert unsaid_signs("So 😀 it is ♪, “5 %” — and/or ⏰done™.") == "😀♪/⏰"
     assert unsaid_signs("So it is, (he said) “5 km” — $3.50 & C# [laughter]") == ""
+    assert unsaid_signs("ab_c 「so」、 ¿it? • is。 • _ ( well") == "_「」、¿•。•_("
+    assert unsaid_signs("so ( it is ' here") == "('", "of plain text too"
+
+
+def test_asides_that_are_not_said_are_counted() -> None:
+    assert num_asides("So [laughter] it is [12], <i>there</i> (laughs) and <noise>") == 6
+    assert num_asides("He told [the king] (so he said) that 5 < 6 * 2") == 0
+
+
+def test_no_sign_of_any_script_is_dropped_without_a_count() -> None:
+    """Each is said, refused, given to the synthesizer, or counted: by itself, behind a word and within one."""
+    characters = map(chr, [*range(0x3100), *range(0xFE10, 0xFFFF)])
+    signs = [char for char in characters if unicodedata.category(char)[0] in "PS"]
+    dropped = []
+    for char, (pattern, num_words) in itertools.product(signs, {"ab {} cd": 2, "ab{} cd": 2, "ab{}cd ef": 3}.items()):
+        try:
+            words = read_words(pattern.format(char).split())
+        except BadInput:
+            continue
+        is_said = sum(len(word.tokens) for word in words) > num_words
+        is_given = {char, *unicodedata.normalize("NFKC", char), *"'—-…"} & set("".join(word.text for word in words))
+        if not (is_said or is_given or any(word.unsaid for word in words)):
+            dropped.append((char, pattern))
+    assert len(signs) > 3000
+    assert not dropped
 
 
 def test_words_in_brackets_are_read_and_an_aligner_also_tries_without() -> None:
@@ -244,8 +271,15 @@ def test_every_text_is_read_or_refused_word_by_word(text: str) -> None:
         ("an IV and XX chromosomes", "an IV and XX chromosomes"),
         ("World War II, Part IV, the XIX century", "World War two, Part four, the nineteenth century"),
         ("See No.1, p.12 and fig.3.", "See number one, page twelve and figure three."),
+        ("It is № 5, at 5 Elm St., Boston", "It is Number five, at five Elm Street, Boston"),
+        ("3⅛ inches, Elizabeth I ruled.", "three and an eighth inches, Elizabeth the first ruled."),
+        ("the XVIIIth or XIXth century", "the eighteenth or nineteenth century"),
+        ("open 7 a.m.–5 p.m. daily, or 9am-5pm", "open seven A M to five P M daily, or nine A M to five P M"),
+        ("Δx of 30° 15′ 20″ or 4°12′", "delta x of thirty degrees fifteen minutes twenty seconds or four degrees "
+         "twelve minutes"),
+        ("foo_bar ⋯ so", "foo bar … so"),
     ],
-)
+)  # fmt: skip
 def test_what_stands_beside_a_number_decides_how_it_is_read(written: str, said: str) -> None:
     assert " ".join(each.text for each in read_words(written.split())) == said
 

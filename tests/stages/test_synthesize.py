@@ -148,11 +148,12 @@ def test_a_benchmarks_own_recording_is_of_a_length_that_can_be_heard(tmp_path: P
 def test_signs_that_are_not_said_are_counted(tmp_path: Path) -> None:
     config = spoken_config(tmp_path)
     passages, utterances = (a_table(tmp_path, "natural", name) for name in ("passages", "utterances"))
-    texts = ["The boy 😀 went home to see his dog ♪ again.", "The girl went home to see her cat."]
+    texts = ["The boy 😀 went [sighs] home to see his 「dog」 again.", "The girl went home to see her cat."]
     rows = to_arrow(Passage, [Passage(passage_id=text, doc_id="d", text=text) for text in texts])
     with passages.writer("part-00000", rows.schema) as write:
         write(rows)
     weights = load_synthesizer(config, config.synthesize.voices, "cpu").weights
     parts = list(SpeakShard(config, "natural", passages, utterances, weights)("part-00000"))
     assert sum(part.num_kept for part in parts) == 2
-    assert sum(part.totals.get("num_unsaid_signs", 0) for part in parts) == 2
+    assert sum(part.totals.get("num_unsaid_signs", 0) for part in parts) == 3
+    assert sum(part.totals.get("num_unsaid_asides", 0) for part in parts) == 1
