@@ -136,7 +136,9 @@ def run_sweep(base: Run, name: str, flow: Flow) -> dict[str, Any]:
     measured = {trial.name: measured_rows(trial) for trial in trials if sweep.budgets and trial.name in found}
     result = {"name": name, "grid": dict(sweep.grid), "rows": rows, "laws": laws(rows, list(sweep.grid), measured)}
     if sweep.budgets:
-        result["saving"] = saving(name, trials, rows)
+        result |= {"saving": saving(name, trials, rows), "reached": reached(rows, list(sweep.grid))}
+        for each in result["reached"]:
+            say(f"sweep {name}: {told_reached(each)}")
     url = f"{config.run_dir}/sweeps/{name}/results"
     write_json(f"{url}.json", result)
     write_bytes(f"{url}.csv", as_csv(rows).encode())
@@ -381,18 +383,21 @@ def measured_row(trial: Trial) -> dict[str, Any]:
     row |= {"num_text_positions": facts.get("num_text_positions", 0)}
     row |= {key: facts[key] for name in names for key in (name, f"{name}_standard_error")}
     for (label, heard), name in itertools.product((("heard", True), ("unheard", False)), names):
-        domains = [found[name] for found in facts["by_domain"].values() if found["heard"] is heard]
-        values = [value for value in domains if value is not None]
-        if values and name != "distillation":
-            row[f"{label}_{name}"] = sum(values) / len(values)
+        domains = [
+            found for found in facts["by_domain"].values() if found["heard"] is heard and found[name] is not None
+        ]
+        if domains and name != "distillation":
+            row[f"{label}_{name}"] = sum(found[name] for found in domains) / len(domains)
+            errors = [found[f"{name}_standard_error"] for found in domains]
+            row[f"{label}_{name}_standard_error"] = None if None in errors else math.hypot(*errors) / len(errors)
     if "selection" in metrics and system == STAGE2:
         row["synthetic_hours"] = metrics["selection"]["hours"]
     for found in metrics.get("accuracy", []):
-        if found["system"] == system and found["metric"] == "acc" and found["heard"] is None:
-            condition = (
-                "" if found["condition"] == "clean" else f" {found['condition']}"
-            )  # floors and noise have theirs
-            row[f"{found['benchmark']} {found['modality']}{condition}"] = found["accuracy"]
+        if found["system"] == system and found["metric"] == "acc":
+            condition = "" if found["condition"] == "clean" else f" {found['condition']}"  # floors have theirs
+            part = {None: "", True: " heard", False: " unheard"}[found["heard"]]
+            name = f"{found['benchmark']} {found['modality']}{condition}{part}"
+            row |= {name: found["accuracy"], f"{name} low": found["ci_low"], f"{name} high": found["ci_high"]}
     return row | {"train_seconds": facts["train_seconds"], "run": trial.run.places.name}
 
 
@@ -482,6 +487,53 @@ def saving(name: str, trials: Sequence[Trial], rows: Sequence[dict[str, Any]]) -
             f"would have needed and {trained / largest:.2f} × the largest budgets alone"
         )
     return {"positions": trained, "separate_positions": separate, "largest_positions": largest}
+
+
+def reached(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
+    """With how many positions a combination reaches the M that another has at its largest budget, where it needs fewer.
+
+    M is interpolated between neighbouring budgets, log M over log D; nothing is extrapolated. M is that of the heard
+    domains, where some are not, by both protocols.
+    """
+    found = []
+    for name in ("misalignment", "misalignment_whole"):
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for row in rows:
+            value = row.get(f"heard_{name}", row.get(name))
+            if not row["error"] and value:
+                combination = ", ".join(f"{key}={row[key]}" for key in keys)
+                curves.setdefault(combination, []).append((row["num_positions"], value))
+        for (ours, curve), (other, target) in itertools.permutations(curves.items(), 2):
+            positions, goal = max(target)
+            needed = _first_at(sorted(curve), goal)
+            if needed is not None and needed < positions:
+                found.append({
+                    "measure": name, "combination": ours, "other": other, "value": goal, "positions": needed,
+                    "positions_of_other": positions, "ratio": positions / needed,
+                    "at_most": needed == min(curve)[0],
+                })  # fmt: skip
+    return found
+
+
+def _first_at(curve: Sequence[tuple[float, float]], goal: float) -> float | None:
+    """Positions at which a curve (positions, M) comes down to a value; its first budget, where that is below it."""
+    if curve[0][1] <= goal:
+        return curve[0][0]
+    for (left, above), (right, below) in itertools.pairwise(curve):
+        if below <= goal < above:
+            share = math.log(above / goal) / math.log(above / below)
+            return left * (right / left) ** share
+    return None
+
+
+def told_reached(each: Mapping[str, Any]) -> str:
+    """A row of `reached`, as users read it."""
+    measure = "M, all but the last words spoken," if each["measure"].endswith("whole") else "M"
+    fewer = "at least" if each["at_most"] else "about"
+    return (
+        f"{measure} of {each['other']} at {each['positions_of_other']:,.0f} positions ({each['value']:.3f}) is reached "
+        f"with {each['combination']} by {each['positions']:,.0f}: {fewer} {each['ratio']:.1f} × fewer"
+    )
 
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:

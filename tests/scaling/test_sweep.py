@@ -21,7 +21,7 @@ from salad_ray.distill.budget import decay_start
 from salad_ray.distill.trainer import worker_resources
 from salad_ray.model.speech_lm import SpeechLM
 from salad_ray.runs import Places, Run, kept_runs, open_places, open_run
-from salad_ray.scaling.sweep import Trial, concurrency, grid_trials, laws, measured_row
+from salad_ray.scaling.sweep import Trial, concurrency, grid_trials, laws, measured_row, reached, told_reached
 from salad_ray.tables import Table, write_json
 
 BUDGETS = (4, 8)
@@ -368,7 +368,7 @@ def test_budgets_are_sorted_and_told_once() -> None:
 
 def test_floors_have_columns_of_their_own_beside_what_was_heard(tmp_path: Path) -> None:
     places = Places(str(tmp_path), "sweep/trial", {})
-    found = {"system": "stage1", "metric": "acc", "heard": None, "benchmark": "world"}
+    found = {"system": "stage1", "metric": "acc", "heard": None, "benchmark": "world", "ci_low": 0.1, "ci_high": 1.0}
     accuracy = [
         found | {"modality": modality, "condition": condition, "accuracy": value}
         for modality, condition, value in (
@@ -377,10 +377,51 @@ def test_floors_have_columns_of_their_own_beside_what_was_heard(tmp_path: Path) 
     ]  # fmt: skip
     names = ("misalignment", "forgetting", "distillation", "misalignment_whole", "forgetting_whole")
     facts = {key: 0.0 for name in names for key in (name, f"{name}_standard_error")}
-    facts |= {"num_positions": 1, "train_seconds": 1.0, "by_domain": {}}
+    domains = {
+        name: facts | {"heard": name != "music", "misalignment": m, "misalignment_standard_error": error}
+        for name, m, error in (("animals", 0.1, 0.03), ("cooking", 0.3, 0.04), ("music", 2.0, None))
+    }
+    facts |= {"num_positions": 1, "train_seconds": 1.0, "by_domain": domains}
+    accuracy.append(accuracy[0] | {"heard": True, "accuracy": 0.95, "ci_low": 0.9, "ci_high": 0.98})
     write_json(f"{places.report_url}/metrics.json", {"stage1": facts, "accuracy": accuracy})
     config = parse_config({"run_dir": str(tmp_path)})
     row = measured_row(Trial("trial", {}, config, resolved=Run(config, places)))
     assert (row["world speech"], row["world speech silence"], row["world speech swapped"]) == (0.9, 0.2, 0.3)
     assert row["world text choices"] == 0.1
     assert "world text" not in row
+    heard = [row[f"world speech heard{part}"] for part in ("", " low", " high")]
+    assert heard == [0.95, 0.9, 0.98]
+    assert row["heard_misalignment"] == pytest.approx(0.2)
+    assert row["heard_misalignment_standard_error"] == pytest.approx(0.025)
+    assert row["unheard_misalignment_standard_error"] is None
+
+
+def trained(word_ends: bool, num_positions: int, heard: float, whole: float) -> dict[str, Any]:
+    values = {"misalignment": 9.0, "heard_misalignment": heard, "misalignment_whole": whole}
+    return {"distill.word_ends": word_ends, "num_positions": num_positions, "error": ""} | values
+
+
+def test_what_reaches_the_same_m_with_less_is_told() -> None:
+    """M falls by half as positions double; without word ends, four times as many are needed."""
+    rows = [trained(True, n * 100, 0.8 / n, 0.5) for n in (1, 2, 4)]
+    rows += [trained(False, n * 100, 3.2 / n, 1.0) for n in (1, 2, 4)]
+    rows.append({"distill.word_ends": True, "num_positions": 50, "error": "it broke"})
+    first, second = reached(rows, ["distill.word_ends"])
+    assert (first["combination"], first["other"]) == ("distill.word_ends=True", "distill.word_ends=False")
+    assert (first["positions"], first["ratio"], first["at_most"]) == (100, 4.0, True)
+    assert (second["measure"], second["ratio"]) == ("misalignment_whole", 4.0)
+    assert told_reached(second).endswith("by 100: at least 4.0 × fewer")
+    rows[0]["heard_misalignment"] = 1.6  # now between the first two budgets: 1.6 → 0.4 over a doubling
+    [first, _] = reached(rows, ["distill.word_ends"])
+    assert first["positions"] == pytest.approx(100 * 2**0.5)
+    assert not first["at_most"]
+
+
+def test_nothing_is_reached_beyond_what_was_trained() -> None:
+    rows = [trained(True, n * 100, 1.0, 1.0) for n in (1, 2)] + [trained(False, n * 100, 0.9, 1.0) for n in (1, 2)]
+    found = reached(rows, ["distill.word_ends"])
+    assert {(each["measure"], each["combination"]) for each in found} == {
+        ("misalignment", "distill.word_ends=False"),
+        ("misalignment_whole", "distill.word_ends=True"),
+        ("misalignment_whole", "distill.word_ends=False"),
+    }
