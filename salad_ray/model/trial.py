@@ -279,10 +279,9 @@ def small_copy(llm: PreTrainedModel, attention: str) -> PreTrainedModel:
             continue
         if set(layer_kinds(small)) >= set(kinds):
             return small
-    raise ModelError(
-        f"{type(llm).__name__} cannot be tried out: no small copy of it can be made that has a layer of every kind and "
-        "reads a few token ids; use another model"
-    ) from error
+    why = "no small copy of it can be made that has a layer of every kind and reads a few token ids"
+    told = f"{type(llm).__name__} cannot be tried out: {why}; use another model"
+    raise ModelError(_unusable(llm, why) if llm._is_stateful else told) from error
 
 
 def layer_kinds(llm: PreTrainedModel) -> list[str]:
