@@ -80,6 +80,7 @@ def read_list(folder: str, what: str, number: int, whose: str) -> dict[str, floa
     """Read all of it once; nothing is kept but what the reader itself keeps."""
     if what != "ids":
         importlib.import_module("lhotse.kaldi")  # before the clock runs; it imports torch
+        next(READERS["cuts", whose](folder, 1))  # and more with the first cut
     rows = READERS[what, whose](folder, number)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     started, before = time.process_time(), peak_mib()
@@ -92,14 +93,21 @@ def peak_mib() -> float:
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**10
 
 
-def ids_of_ours(_: str, number: int) -> Iterator[bool]:
+def ids_of_ours(_: str, number: int) -> Iterator[str]:
     seen = IdSet()
-    return (seen.add(f"corpus/rec-{each // CUTS_PER_RECORDING}-{each:08d}") for each in range(number))
+    return (name for name in names(number) if seen.add(name))
 
 
-def ids_of_others(_: str, number: int) -> Iterator[None]:
+def ids_of_others(_: str, number: int) -> Iterator[str]:
     seen = set[str]()
-    return (seen.add(f"corpus/rec-{each // CUTS_PER_RECORDING}-{each:08d}") for each in range(number))
+    for name in names(number):
+        if name not in seen:
+            seen.add(name)
+            yield name
+
+
+def names(number: int) -> Iterator[str]:
+    return (f"corpus/rec-{each // CUTS_PER_RECORDING}-{each:08d}" for each in range(number))
 
 
 def kaldi_of_others(folder: str, _: int) -> Iterator[Any]:

@@ -33,7 +33,6 @@ from salad_ray.runs import Places, Run
 from salad_ray.stages.common import Stage, Work, run_works
 from salad_ray.stages.shards import ShardPart
 from salad_ray.tables import Passage, to_arrow
-from tests.clusters import RAY
 from tests.factories import run_stage, table_of
 
 SPOKEN, EMBEDDED = 2_000, 24_000
@@ -102,7 +101,7 @@ def measure(num_nodes: int, num_spoken: int, num_web: int) -> dict[str, float]:
 
 def spilled(address: str) -> float:
     """MiB of all nodes, which Ray says by its command alone, and only if there are some."""
-    command = [*RAY, "memory", "--stats-only", "--address", address]
+    command = [Path(sys.executable).with_name("ray"), "memory", "--stats-only", "--address", address]
     told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     found = re.search(r"Spilled (\d+) MiB", told)
     return float(found[1]) if found else 0.0
