@@ -390,7 +390,12 @@ def count_unsaid(rows: Iterable[Utterance]) -> Totals:
     """What of the texts is not said, for a shard's totals: signs (emoji, "「") and asides ("[laughter]", "[12]")."""
     texts = [row.text for row in rows]
     signs, asides = sum(len(unsaid_signs(text)) for text in texts), sum(map(num_asides, texts))
-    return ({"num_unsaid_signs": signs} if signs else {}) | ({"num_unsaid_asides": asides} if asides else {})
+    totals: Totals = {}
+    if signs:
+        totals["num_unsaid_signs"] = signs
+    if asides:
+        totals["num_unsaid_asides"] = asides
+    return totals
 
 
 def checked_counts(config: Config, stage: Stage, shards: Sequence[str]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 PLACES = [0, 1, 50, 500, 1000, 1500, 2000]
 VOCABULARY = 400
@@ -139,18 +140,37 @@ def test_this_version_reads_the_same_rope_beside_older_keys(tmp_path: Path) -> N
                 continue
             write_older_keys(tmp_path)
             after = CONFIG_MAPPING[kind.model_type].from_pretrained(tmp_path)
-            own, now = (getattr(each, "rope_parameters", None) or {} for each in (before, after))
-            assert {name: now.get(name) for name in own} == own, kind
+            own = getattr(before, "rope_parameters", None) or {}
+            for now in (after.rope_parameters, as_vllm_reads_it(after).rope_parameters) if own else ():
+                assert {name: now.get(name) for name in own} == own, kind
             compared += bool(own)
     assert compared > 200
+
+
+def as_vllm_reads_it(config: Any) -> Any:
+    """What `patch_rope_parameters` of vLLM's transformers_utils/config.py does with what transformers 5 has read: older
+    keys, by any of their names, are set once more, and RoPE is standardised from them."""
+    older = {
+        "rope_theta": ("rope_theta", "rotary_emb_base"),
+        "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct", "rotary_emb_fraction"),
+    }
+    for key, names in older.items():
+        found = [value for name in names if (value := getattr(config, name, None)) is not None]
+        if found:
+            setattr(config, key, found[0])
+    config.standardize_rope_params()
+    config.validate_rope()
+    return config
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_keys_that_llama_cpp_and_vllm_read_say_the_same_in_both_spellings(name: str, saved: dict[str, Path]) -> None:
     """llama.cpp's convert_hf_to_gguf.py: `architectures` chooses its class; RoPE is `rope_parameters`, before that
     `rope_scaling` with `rope_theta` (`rotary_emb_base`, `rope_local_base_freq`), and `partial_rotary_factor`; sizes by
-    their names; Phi-3 wants `rope_theta` and `original_max_position_embeddings` at the top. vLLM's transformers_utils:
-    the same, `tie_word_embeddings`, and `dtype` or `torch_dtype`. Both read tokenizer.json and generation_config.json.
+    their names; Phi-3 wants `rope_theta` and `original_max_position_embeddings` at the top. vLLM reads what the
+    installed transformers makes of config.json; before 0.24 that may be version 4, of which it takes `rope_scaling`,
+    `rope_theta` and `partial_rotary_factor`. Its models read `tie_word_embeddings` and `head_dim`, its dtype is `dtype`
+    or `torch_dtype`. Both read tokenizer.json and generation_config.json.
     """
     folder = saved[name]
     config = json.loads((folder / "config.json").read_text())
@@ -160,6 +180,13 @@ def test_keys_that_llama_cpp_and_vllm_read_say_the_same_in_both_spellings(name: 
     assert not [key for key in sizes.split() if not isinstance(config.get(key), int)]
     assert config["architectures"] == [f"{name.partition('-')[0]}ForCausalLM"]
     assert config["torch_dtype"] == config["dtype"]
+    heads = config["hidden_size"] // config["num_attention_heads"]
+    weights = load_file(folder / "model.safetensors")
+    if query := [weights[key] for key in weights if key.endswith("layers.0.self_attn.q_proj.weight")]:
+        assert query[0].shape[0] == config["num_attention_heads"] * (config.get("head_dim") or heads)
+    assert config["tie_word_embeddings"] == ("lm_head.weight" not in weights and "embed_out.weight" not in weights)
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert isinstance(config["tie_word_embeddings"], bool)
     assert config["rope_theta"] == whole["rope_theta"]
     assert config.get("partial_rotary_factor", 1.0) == whole.get("partial_rotary_factor", 1.0)
@@ -173,8 +200,6 @@ def test_keys_that_llama_cpp_and_vllm_read_say_the_same_in_both_spellings(name: 
 
 
 def test_no_weight_of_an_export_is_empty(saved: dict[str, Path]) -> None:
-    from safetensors.torch import load_file
-
     for name, folder in saved.items():
         weights = load_file(folder / "model.safetensors")
         assert weights

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.spoken import is_right, labelled, said
 from salad_ray.synthesis.phonemes import _shared_out, sounds_of, to_parts
 
 
@@ -59,6 +60,14 @@ def sounds(text: str) -> list[tuple[str, str]]:
 )
 def test_a_word_has_the_form_that_its_clause_demands(text: str, word: str, expected: str) -> None:
     assert dict(sounds(text))[word] == expected
+
+
+@pytest.mark.parametrize(("kind", "most_wrong"), [("seen", 2), ("held out", 3)])
+def test_heteronyms_of_labelled_sentences_are_said_right(kind: str, most_wrong: int) -> None:
+    """`python -m benchmarks spoken` counts them beside eSpeak's own."""
+    sentences = labelled(kind)
+    assert len(sentences) > 80
+    assert len([row for row in sentences if not is_right(row, said(row))]) <= most_wrong
 
 
 def test_words_that_are_said_as_one_keep_their_own_sounds() -> None:
