@@ -37,11 +37,15 @@ def run(pairs: int = PAIRS, listed: dict[str, int] = LISTED) -> list[dict[str, A
         write_lists(Path(folder), listed)
         for what, number in listed.items():
             reader = partial(in_subprocess, "benchmarks.lists", folder, what, str(number))
-            turns = take_turns(lambda _, read=reader: read("ours"), lambda _, read=reader: read("others"), pairs)
+            turns = take_turns(partial(_side, reader, "ours"), partial(_side, reader, "others"), pairs)
             for unit in ("rows/CPU s", "MiB"):
                 sides = zip(*((own[unit], other[unit]) for own, other in turns), strict=True)
                 rows.append(ratio_row(f"{what}, {number:,}", unit, *sides))
     return rows
+
+
+def _side(read: Callable[[str], dict[str, float]], side: str, _: int) -> dict[str, float]:
+    return read(side)
 
 
 def write_lists(folder: Path, listed: dict[str, int]) -> None:

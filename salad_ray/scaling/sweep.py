@@ -136,8 +136,9 @@ def run_sweep(base: Run, name: str, flow: Flow) -> dict[str, Any]:
     measured = {trial.name: measured_rows(trial) for trial in trials if sweep.budgets and trial.name in found}
     result = {"name": name, "grid": dict(sweep.grid), "rows": rows, "laws": laws(rows, list(sweep.grid), measured)}
     if sweep.budgets:
-        result |= {"saving": saving(name, trials, rows), "reached": reached(rows, list(sweep.grid))}
-        for each in result["reached"]:
+        same_m = reached(rows, list(sweep.grid))
+        result |= {"saving": saving(name, trials, rows), "reached": same_m}
+        for each in same_m:
             say(f"sweep {name}: {told_reached(each)}")
     url = f"{config.run_dir}/sweeps/{name}/results"
     write_json(f"{url}.json", result)
