@@ -509,7 +509,7 @@ def reached(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[dict[st
             needed = _first_at(sorted(curve), goal)
             if needed is not None and needed < positions:
                 found.append({
-                    "measure": name, "combination": ours, "other": other, "value": goal, "positions": needed,
+                    "of": name, "combination": ours, "other": other, "value": goal, "positions": needed,
                     "positions_of_other": positions, "ratio": positions / needed,
                     "at_most": needed == min(curve)[0],
                 })  # fmt: skip
@@ -529,7 +529,7 @@ def _first_at(curve: Sequence[tuple[float, float]], goal: float) -> float | None
 
 def told_reached(each: Mapping[str, Any]) -> str:
     """A row of `reached`, as users read it."""
-    measure = "M, all but the last words spoken," if each["measure"].endswith("whole") else "M"
+    measure = "M, all but the last words spoken," if each["of"].endswith("whole") else "M"
     fewer = "at least" if each["at_most"] else "about"
     return (
         f"{measure} of {each['other']} at {each['positions_of_other']:,.0f} positions ({each['value']:.3f}) is reached "

@@ -409,7 +409,7 @@ def test_what_reaches_the_same_m_with_less_is_told() -> None:
     first, second = reached(rows, ["distill.word_ends"])
     assert (first["combination"], first["other"]) == ("distill.word_ends=True", "distill.word_ends=False")
     assert (first["positions"], first["ratio"], first["at_most"]) == (100, 4.0, True)
-    assert (second["measure"], second["ratio"]) == ("misalignment_whole", 4.0)
+    assert (second["of"], second["ratio"]) == ("misalignment_whole", 4.0)
     assert told_reached(second).endswith("by 100: at least 4.0 × fewer")
     rows[0]["heard_misalignment"] = 1.6  # now between the first two budgets: 1.6 → 0.4 over a doubling
     [first, _] = reached(rows, ["distill.word_ends"])
@@ -420,7 +420,7 @@ def test_what_reaches_the_same_m_with_less_is_told() -> None:
 def test_nothing_is_reached_beyond_what_was_trained() -> None:
     rows = [trained(True, n * 100, 1.0, 1.0) for n in (1, 2)] + [trained(False, n * 100, 0.9, 1.0) for n in (1, 2)]
     found = reached(rows, ["distill.word_ends"])
-    assert {(each["measure"], each["combination"]) for each in found} == {
+    assert {(each["of"], each["combination"]) for each in found} == {
         ("misalignment", "distill.word_ends=False"),
         ("misalignment_whole", "distill.word_ends=True"),
         ("misalignment_whole", "distill.word_ends=False"),
