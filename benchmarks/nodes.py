@@ -101,7 +101,7 @@ def measure(num_nodes: int, num_spoken: int, num_web: int) -> dict[str, float]:
 
 def spilled(address: str) -> float:
     """MiB of all nodes, which Ray says by its command alone, and only if there are some."""
-    command = [Path(sys.executable).with_name("ray"), "memory", "--stats-only", "--address", address]
+    command = [str(Path(sys.executable).with_name("ray")), "memory", "--stats-only", "--address", address]
     told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     found = re.search(r"Spilled (\d+) MiB", told)
     return float(found[1]) if found else 0.0
