@@ -36,16 +36,18 @@ def run(pairs: int = PAIRS, listed: dict[str, int] = LISTED) -> list[dict[str, A
     with tempfile.TemporaryDirectory(prefix="salad-bench-") as folder:
         write_lists(Path(folder), listed)
         for what, number in listed.items():
-            reader = partial(in_subprocess, "benchmarks.lists", folder, what, str(number))
-            turns = take_turns(partial(_side, reader, "ours"), partial(_side, reader, "others"), pairs)
+            ours, others = (partial(turn, folder, what, number, whose) for whose in ("ours", "others"))
+            turns = take_turns(ours, others, pairs)
             for unit in ("rows/CPU s", "MiB"):
                 sides = zip(*((own[unit], other[unit]) for own, other in turns), strict=True)
                 rows.append(ratio_row(f"{what}, {number:,}", unit, *sides))
     return rows
 
 
-def _side(read: Callable[[str], dict[str, float]], side: str, _: int) -> dict[str, float]:
-    return read(side)
+def turn(folder: str, what: str, number: int, whose: str, _: int) -> dict[str, float]:
+    """`read_list` in a process of its own."""
+    found: dict[str, float] = in_subprocess("benchmarks.lists", folder, what, str(number), whose)
+    return found
 
 
 def write_lists(folder: Path, listed: dict[str, int]) -> None:
