@@ -188,7 +188,7 @@ def trial_name(values: dict[str, Any], sweep: SweepConfig, budget: float | None)
 
 def make_shared(config: Config, name: str, trials: Sequence[Trial], flow: Flow) -> dict[str, str]:
     """Make what several trials have in common, once: first what comes before training, then each trunk to its longest,
-    then what follows.
+    then what follows. Where a branch leaves its trunk is known by the plans, so those are made also for a single trial.
 
     Returns:
         Why a trial cannot go on, by its name.
@@ -200,7 +200,17 @@ def make_shared(config: Config, name: str, trials: Sequence[Trial], flow: Flow) 
         for step in flows[trial.name]:
             if step.writes:
                 users.setdefault(trial.run.labelled(step.writes[0]).url, []).append((trial, step))
-    shared = [sharing for sharing in users.values() if len(sharing) > 1 and sharing[0][1].stage != TRUNK]
+    for_trunks = {
+        trial.run.labelled(label).url
+        for trial in trials
+        for step in with_needs(trial.config, [trial.trunk])
+        for label in step.writes
+    }
+    shared = [
+        sharing
+        for url, sharing in users.items()
+        if (len(sharing) > 1 or url in for_trunks) and sharing[0][1].stage != TRUNK
+    ]
     later = set(made_from(itertools.chain(*flows.values()), [TRUNK]))
     for sharing in shared:
         if later.isdisjoint(sharing[0][1].writes):

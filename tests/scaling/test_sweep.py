@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from salad_ray.distill.budget import decay_start
 from salad_ray.distill.trainer import worker_resources
 from salad_ray.model.speech_lm import SpeechLM
 from salad_ray.runs import Places, Run, kept_runs, open_places, open_run
+from salad_ray.scaling import sweep as sweep_module
 from salad_ray.scaling.sweep import Trial, concurrency, grid_trials, laws, measured_row, reached, told_reached
 from salad_ray.tables import Table, write_json
 
@@ -214,6 +216,35 @@ def test_a_combination_that_cannot_even_be_prepared_is_a_row(swept: Config) -> N
     [row] = results(swept, "nothing")["rows"]
     assert row["select.budget_percent"] == 1e-9
     assert "too little for a single passage" in row["error"]
+
+
+def test_a_single_trials_plans_are_made_before_its_trunk_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a branch begins depends on the rows of text, so on plans that no other trial shares."""
+    sweeps = {"whole": {"grid": {"pack.whole_share": [0.5]}, "num_steps": [8]}}
+    config = parse_config(
+        {"run_dir": str(tmp_path), "sweeps": sweeps, "pack": {"text_share": 0.2}, "world": {"num_text": 20}}
+    )
+    done: list[str] = []
+
+    class Recorder:
+        def resolve(self, config: Config, name: str) -> Run:
+            return pipeline.resolve(config, name)
+
+        def run_steps(self, run: Run, flow: Any) -> None:
+            done.extend(label for step in flow for label in step.writes)
+
+    monkeypatch.setattr(Trial, "branch_step", property(lambda _: done.append("branch")))
+    monkeypatch.setattr(sweep_module, "run_trials", lambda *_, **__: {})
+    trials = [
+        replace(trial, resolved=pipeline.resolve(trial.config, f"whole/{trial.name}"))
+        for trial in grid_trials(config, "whole")
+    ]
+    assert sweep_module.make_shared(config, "whole", trials, Recorder()) == {}
+    before = done[: done.index("branch")]
+    assert {"natural/plan", "text/plan", "natural/features", "teacher"} <= set(before)
+    assert not {"trunk", "stage1"} & set(done)
 
 
 def test_trials_share_a_plan_only_where_all_that_decides_it_is_the_same() -> None:
