@@ -199,17 +199,33 @@ def test_shipped_configs_are_valid_and_survive_a_round_trip(path: Path, tmp_path
     assert load_config(copy) == config
 
 
-def test_the_paper_recipe_says_what_the_paper_says() -> None:
-    for name, teacher in (("salad_3b", "Qwen/Qwen2.5-3B"), ("salad_7b", "Qwen/Qwen2.5-7B")):
-        config = load_config(ROOT / "configs" / f"{name}.yaml")
-        assert config.model.teacher == teacher
-        assert (config.distill.alpha, config.distill.num_positions, config.pack.context) == (1.0, 24e9, 2048)
-        assert (config.encode.encoder, config.model.adapter.num_layers) == ("mimi", 12)
-        assert config.pack.text_share == pytest.approx(1 / 3, abs=1e-3)
-        assert config.stage2_shares == pytest.approx(dict.fromkeys(("natural", "active", "text"), 1 / 3), abs=1e-3)
-        assert [corpus.path.startswith("HuggingFaceTB/smollm-corpus/") for corpus in config.ingest.text] == [True, True]
-        rows = config.pack.num_lanes * config.pack.rows_per_lane
-        assert rows * config.pack.context == pytest.approx(1e6, rel=0.05)
+@pytest.mark.parametrize(
+    ("name", "teacher", "rate", "adapter_rate"),
+    [("salad_3b", "Qwen/Qwen2.5-3B", 5e-5, 1e-3), ("salad_7b", "Qwen/Qwen2.5-7B", 5e-6, 1e-4)],
+)
+def test_the_paper_recipe_says_what_the_paper_says(name: str, teacher: str, rate: float, adapter_rate: float) -> None:
+    config = load_config(ROOT / "configs" / f"{name}.yaml")
+    distill, adapter, stage2 = config.distill, config.model.adapter, config.stage2
+    assert config.model.teacher == teacher
+    assert (distill.alpha, distill.num_positions, config.pack.context) == (1.0, 24e9, 2048)
+    assert (distill.learning_rate, distill.adapter_learning_rate) == (rate, adapter_rate)
+    assert (distill.optimizer, distill.weight_decay, distill.word_ends) == ("adamw", 0.1, False)
+    assert (distill.warmup_steps, distill.decay_share) == (500, 0.2)
+    assert (config.pack.text_words, config.pack.speech_words, config.pack.whole_share) == ((10, 30), (5, 15), 0.0)
+    assert (config.encode.encoder, config.encode.path) == ("mimi", "kyutai/mimi")
+    assert (adapter.num_layers, adapter.hidden_size, adapter.ffn_size, adapter.stride) == (12, 960, 2560, 1)
+    assert (adapter.num_heads, adapter.num_kv_heads) == (15, 5)
+    assert (config.embed.embedder, config.embed.path) == ("sentence_transformers", "BAAI/bge-large-en-v1.5")
+    assert (config.cluster.num_clusters, config.select.gamma, config.select.budget_percent) == (128, 5, 1)
+    assert (config.select.shrink, config.probe.protocol) == (False, "interleaved")
+    assert (config.synthesize.synthesizer, config.synthesize.voices) == ("kokoro", ("af_heart",))
+    assert stage2 is not None
+    assert (stage2.alpha, stage2.num_positions, stage2.decay_share) == (1.0, 1.9e9, 1.0)
+    assert config.pack.text_share == pytest.approx(1 / 3, abs=1e-3)
+    assert config.stage2_shares == pytest.approx(dict.fromkeys(("natural", "active", "text"), 1 / 3), abs=1e-3)
+    assert [corpus.path.startswith("HuggingFaceTB/smollm-corpus/") for corpus in config.ingest.text] == [True, True]
+    rows = config.pack.num_lanes * config.pack.rows_per_lane
+    assert rows * config.pack.context == pytest.approx(1e6, rel=0.05)
 
 
 @pytest.mark.parametrize(

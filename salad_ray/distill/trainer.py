@@ -477,10 +477,20 @@ class Distiller:
             skipped = self.engine.skipped_steps
             self.engine.step()
         self._require_updates(self.engine.skipped_steps > skipped)
+        if self.settings.word_ends and not sums[SUMS.index("num_word_ends")] and step == self.reader.start_step:
+            self._say_no_word_ends()
         self.progress.sums = [a + b for a, b in zip(self.progress.sums, sums.tolist(), strict=True)]
         self.progress.step += 1
         for name in ("num_positions", "num_text_positions"):
             setattr(self.progress, name, getattr(self.progress, name) + int(sums[SUMS.index(name)]))
+
+    def _say_no_word_ends(self) -> None:
+        if self.rank == 0:
+            say(
+                f"{self.job.name}: distill.word_ends=true compared nothing in the first step, so that its objective is "
+                "the paper's: no word ended inside a speech span, as where utterances have no word times "
+                f"(align.aligner={self.config.align.aligner}) or spans are of one word (pack.speech_words)"
+            )
 
     def _forward_backward(self, batch: Batch, num_labels: float) -> Tensor:
         """Accumulate the gradient of one micro-batch; returns its `SUMS`."""
@@ -556,7 +566,8 @@ class Distiller:
         sums = dict(zip(SUMS, self.progress.sums, strict=True))
         self.progress.sums = [0.0] * len(SUMS)
         over = {"loss": "label_weight", "kl": "num_labels", "nll": "num_labels"}
-        over |= {"word_end_kl": "num_word_ends"} if self.settings.word_ends else {}
+        if self.settings.word_ends and sums["num_word_ends"]:  # the mean over none would read as perfect
+            over["word_end_kl"] = "num_word_ends"
         row = {name: sums[name] / (sums[count] or 1.0) for name, count in over.items()} | {
             "step": self.progress.step,
             "num_positions": self.progress.num_positions,

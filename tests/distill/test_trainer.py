@@ -9,6 +9,8 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -20,7 +22,7 @@ from salad_ray import pipeline
 from salad_ray.config import Config, DistillConfig
 from salad_ray.configfile import dump_config, parse_config
 from salad_ray.distill import trainer
-from salad_ray.distill.trainer import Distiller, Job, TrainingStopped, as_json, job_of
+from salad_ray.distill.trainer import SUMS, Distiller, Job, Progress, TrainingStopped, as_json, job_of
 from salad_ray.flow import steps_of, with_needs
 from salad_ray.model.speech_lm import EncoderSpec, SpeechLM
 from salad_ray.tables import Table
@@ -323,6 +325,51 @@ def test_word_ends_whole_samples_and_pairs_of_frames_from_the_plan_to_the_scores
     counts = [sum(sum(t.read(s, ["num_positions"])["num_positions"].to_pylist()) for s in t.shards()) for t in
               (measured, before)]  # fmt: skip
     assert counts[0] == counts[1]  # the same text labels: neither word ends nor whole samples
+
+
+@pytest.mark.parametrize(("num_word_ends", "start_step"), [(0, 0), (3, 0), (0, 4)])
+def test_where_no_word_ends_its_kl_is_left_out_and_said_at_the_start(
+    num_word_ends: int, start_step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mean over none would be 0, and read as perfect."""
+    told: list[str] = []
+    config = parse_config({"distill": {"word_ends": True, "num_steps": 9}, "align": {"aligner": "none"}})
+    groups: list[dict[str, Any]] = []
+    step_sums = torch.zeros(len(SUMS), dtype=torch.float64)
+    for name, value in {"loss": 6, "kl": 6, "word_end_kl": 1.5, "label_weight": 3, "num_labels": 3}.items():
+        step_sums[SUMS.index(name)] = value if num_word_ends or name != "word_end_kl" else 0
+    step_sums[SUMS.index("num_word_ends")] = num_word_ends
+    trainer_only: Any = Distiller.__new__(Distiller)
+    vars(trainer_only).update(
+        job=SimpleNamespace(config=config, name="trunk", num_steps=9, warmup_steps=0, decay_steps=2, shares={}),
+        config=config, settings=config.distill, rank=0, world_size=1, device=torch.device("cpu"),
+        progress=Progress(), word_end_weight=1.0, stalled=0.0, logged=(0.0, 0.0), logger=None, gauges={},
+        reader=SimpleNamespace(num_micro_batches=1, start_step=start_step, wait_secs=0.0),
+        checkpoints=SimpleNamespace(stalled_secs=0.0),
+        engine=SimpleNamespace(
+            optimizer=SimpleNamespace(param_groups=groups), skipped_steps=0, step=lambda: None,
+            get_global_grad_norm=lambda: 1.0,
+        ),
+        _forward_backward=lambda *_: step_sums, _sum_over_workers=lambda sums: sums,
+    )  # fmt: skip
+    monkeypatch.setattr(trainer, "say", told.append)
+    monkeypatch.setattr(trainer, "label_weight", lambda *_: 3.0)
+    monkeypatch.setattr(trainer, "without_labels", lambda batch: batch)
+    for _ in range(2):
+        trainer_only._train_step([None])
+    trainer_only._log()
+    [row] = trainer_only.progress.log
+    assert row["kl"] == 2
+    if num_word_ends:
+        assert row["word_end_kl"] == pytest.approx(0.5)
+    else:
+        assert "word_end_kl" not in row
+    if num_word_ends or start_step:  # a step that is not the first of this start says nothing
+        assert not told
+    else:
+        [sentence] = told
+        assert "distill.word_ends=true compared nothing in the first step" in sentence
+        assert "align.aligner=none" in sentence
 
 
 def test_a_job_travels_as_text_and_comes_back_as_it_was() -> None:

@@ -216,6 +216,8 @@ def test_neighbours_of_a_recording_are_joined_within_the_context() -> None:
 def test_the_worlds_passages_are_long_enough_for_the_papers_spans() -> None:
     passages = world_passages(180, DOMAINS, 0, "test")
     assert len(passages) == 180
+    lengths = sorted(len(row.text.split()) for row in passages)
+    assert (lengths[0], np.median(lengths), lengths[-1]) == (44, 51, 59)  # as docs/evaluation.md says
     found = passages_of(*(spoken(row.text, row.passage_id) for row in passages), context=1024)
     for protocol, least in (("interleaved", 10), ("whole", 4)):
         samples, left_out = read_by(protocol, found, SETTINGS, 1024)  # type: ignore[arg-type]

@@ -228,17 +228,15 @@ def test_a_single_trials_plans_are_made_before_its_trunk_is_measured(
     )
     done: list[str] = []
 
-    class Recorder:
-        def resolve(self, config: Config, name: str) -> Run:
-            return pipeline.resolve(config, name)
-
-        def run_steps(self, run: Run, flow: Any) -> None:
+    class Recorder(pipeline.SweepFlow):
+        @staticmethod
+        def run_steps(run: Run, flow: Any) -> None:
             done.extend(label for step in flow for label in step.writes)
 
     monkeypatch.setattr(Trial, "branch_step", property(lambda _: done.append("branch")))
     monkeypatch.setattr(sweep_module, "run_trials", lambda *_, **__: {})
     trials = [
-        replace(trial, resolved=pipeline.resolve(trial.config, f"whole/{trial.name}"))
+        replace(trial, resolved=Recorder().resolve(trial.config, f"whole/{trial.name}"))
         for trial in grid_trials(config, "whole")
     ]
     assert sweep_module.make_shared(config, "whole", trials, Recorder()) == {}

@@ -362,6 +362,28 @@ def test_word_ends_by_hand() -> None:
     assert len(build_segment(whole, spans).word_end_student) == 0
 
 
+def test_word_ends_of_a_passage_of_two_recorded_utterances() -> None:
+    """Recorded one after the other, with word times each of its own: positions go on where the first one ends."""
+    first = make_features("a b c", "1", recording_id="r")
+    second = make_features("d e f g", "2", recording_id="r", offset_secs=first.duration_secs)
+    tokenizer = tokenizer_of("wordpiece")
+    units = units_of([first, second], tokenizer)
+    assert (first.num_frames, second.num_frames) == (20, 27)  # 1.6 and 2.1 s; a cut between words lies mid-way
+    assert units.frame_starts.tolist() == [0, 7, 13, 20, 27, 33, 39, 47]
+    assert units.token_starts.tolist() == list(range(8))
+    spans = [Span(0, 1, False), Span(1, 6, True), Span(6, 7, False)]  # "a", "b c | d e f" spoken, "g"
+    segment = build_segment(units, spans)
+    assert segment.token_ids.tolist() == [units.token_ids[0], *[-1] * 32, units.token_ids[6]]
+    assert segment.frame_index.ravel().tolist() == list(range(7, 39))
+    # Student: the frames from 7 on, behind one token; teacher: b, c, then d and e of the second. f ends with the span.
+    assert segment.word_end_student.tolist() == [6, 13, 20, 26]
+    assert segment.word_end_teacher.tolist() == [1, 2, 3, 4]
+    assert segment.student_index.tolist() == [32]
+    assert segment.teacher_index.tolist() == [5]
+    untimed = units_of([first, replace(second, words=None)], tokenizer)
+    assert len(build_segment(untimed, [Span(0, 1, True), Span(1, 2, False)]).word_end_student) == 0
+
+
 def test_a_stride_beyond_the_span_is_one_position() -> None:
     assert frame_groups(2, 6, 10).tolist() == [[2, 3, 4, *[5] * 7]]
     assert frame_groups(2, 7, 2).tolist() == [[2, 3], [4, 5], [6, 6]]

@@ -98,7 +98,7 @@ def test_attributes_are_even_and_independent_of_each_other_and_of_the_person() -
 
 
 def test_a_value_is_stated_once_and_told_again_once_or_twice() -> None:
-    """Often enough to learn from, and seldom enough that text around a span mostly does not tell what the span said."""
+    """Often enough to learn from; what text around a span tells of what it said, `test_world_leak.py` counts."""
     num_again = []
     for passage in world_passages(1200, DOMAINS, seed=0, split="train"):
         sentences = re.split(r"(?<=[.?]) ", passage.text)
