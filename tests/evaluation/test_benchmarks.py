@@ -266,7 +266,6 @@ def test_a_damaged_file_of_recordings_is_a_bad_input(tmp_path: Path) -> None:
         read_recording(f"{path}#row=0")
 
 
-LETTERS = "ABCDEFGHIJ"
 SIZES = (3, 4, 5, 7, 10)
 
 
