@@ -266,11 +266,12 @@ def test_a_damaged_file_of_recordings_is_a_bad_input(tmp_path: Path) -> None:
         read_recording(f"{path}#row=0")
 
 
+TEN_LETTERS = "ABCDEFGHIJ"
 SIZES = (3, 4, 5, 7, 10)
 
 
 @pytest.mark.parametrize("num_choices", SIZES)
-@pytest.mark.parametrize("labels", [list(LETTERS), [str(n) for n in range(1, 11)], list(range(1, 11))])
+@pytest.mark.parametrize("labels", [list(TEN_LETTERS), [str(n) for n in range(1, 11)], list(range(1, 11))])
 @pytest.mark.parametrize("benchmark", ["arc_challenge", "openbookqa"])
 def test_items_of_three_to_ten_choices_with_any_labels(
     tmp_path: Path, benchmark: str, labels: list[Any], num_choices: int
@@ -285,7 +286,7 @@ def test_items_of_three_to_ten_choices_with_any_labels(
 @pytest.mark.parametrize("num_choices", SIZES)
 def test_answers_as_integers_letters_or_the_choice_itself(tmp_path: Path, num_choices: int) -> None:
     choices, last = [f"choice {n}" for n in range(num_choices)], num_choices - 1
-    for answer in (last, str(last), LETTERS[last], choices[last]):
+    for answer in (last, str(last), TEN_LETTERS[last], choices[last]):
         row = changed("mmlu_spoken", choices=choices, answer=answer)
         (item,) = items_of("mmlu_spoken", write_jsonl(tmp_path / "a.jsonl", row))
         assert (len(item.choices), item.answer) == (num_choices, last)
