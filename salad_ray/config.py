@@ -588,8 +588,8 @@ class ModelConfig(Section):
     """Text LLM: a hub id, a folder, or `world` (the tiny LM trained on the embedded corpus)."""
     revision: str | None = None
     attention: Literal["sdpa", "eager", "flash_attention_2", "varlen"] = operational("sdpa")
-    """`varlen` computes nothing between the samples of a row: on GPUs, in 16 bit only, the flash kernel inside torch,
-    on CPUs sample by sample. `sdpa` computes whole rows and masks them; it runs anywhere."""
+    """`varlen` computes nothing between the samples of a row: on GPUs in 16 bit by the flash kernel inside torch,
+    elsewhere sample by sample. `sdpa` computes whole rows and masks them."""
     adapter: AdapterConfig = AdapterConfig()
     tiny_lm: TinyLMConfig = TinyLMConfig()
 
@@ -931,9 +931,6 @@ class Config(Section):
             yield f"sweeps.{odd[0]}: a sweep's name is a folder's; use letters, digits, - and _"
         if (self.ingest.corpora or self.ingest.web) and self.ingest.heldout_share == 0:
             yield "ingest.heldout_share=0 leaves nothing to measure on; 0.01 is enough for a large corpus"
-        on_gpu = self.distill.use_gpu or self.measure.num_gpus
-        if self.model.attention == "varlen" and on_gpu and self.distill.precision != "bf16":
-            yield "model.attention=varlen needs 16 bit on GPUs; set distill.precision=bf16 or model.attention=sdpa"
         if self.has_web and self.ingest.passages.min_words > self.max_words:
             yield (
                 f"no passage can have ingest.passages.min_words={self.ingest.passages.min_words} words or more and, as "

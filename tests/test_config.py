@@ -38,7 +38,6 @@ ROOT = Path(__file__).resolve().parents[1]
         ({"encode": {"augment": {"speed": [1.1, 0.9]}}}, ["encode.augment.speed"]),
         ({"synthesize": {"voices": ["en-us"], "evaluation_voices": ["en-us"]}}, ["share en-us"]),
         ({"distill": 3}, ["'distill'", "3"]),
-        ({"model": {"attention": "varlen"}, "distill": {"precision": "fp32"}}, ["varlen", "precision=bf16", "sdpa"]),
         ({"model": {"tiny_lm": {"num_heads": 3}}}, ["model.tiny_lm.hidden_size=160", "num_heads=3"]),
         ({"ingest": {"corpora": ["a"], "heldout_share": 0}}, ["heldout_share=0"]),
         ({"distill": {"learning_rate": float("inf")}}, ["distill.learning_rate", "finite"]),

@@ -94,8 +94,11 @@ def told(bounds: Tensor) -> dict[str, Any]:
 
 
 def varlen_attn(query: Tensor, *states: Any, **settings: Any) -> Any:
-    """The kernel inside torch, imported when it is called: with it comes the compiler, which takes seconds."""
-    if query.is_cpu:
+    """The kernel inside torch, imported when it is called: with it comes the compiler, which takes seconds.
+
+    It is for GPUs and 16 bit; elsewhere the same is computed segment by segment.
+    """
+    if query.is_cpu or query.dtype == torch.float32:
         return segment_by_segment(query, *states, **settings)
     from torch.nn.attention.varlen import varlen_attn as kernel
 
@@ -116,7 +119,7 @@ def segment_by_segment(
     window_size: tuple[int, int] = (-1, 0),
     enable_gqa: bool = False,
 ) -> Tensor:
-    """What the kernel computes, for CPUs, which have none; nothing is computed between segments, as sdpa does.
+    """What the kernel computes, by sdpa for each segment; nothing is computed between segments, as sdpa alone does.
 
     query (positions, heads, head_dim), key and value (positions, kv_heads, head_dim), bounds (segments + 1,) →
     (positions, heads, head_dim).
@@ -126,7 +129,7 @@ def segment_by_segment(
         q, k, v = (states[None, start:end].transpose(1, 2) for states in (query, key, value))
         mask = None
         if 0 <= back < end - start - 1:
-            mask = torch.ones(end - start, end - start, dtype=torch.bool).tril().triu(-back)
+            mask = torch.ones(end - start, end - start, dtype=torch.bool, device=query.device).tril().triu(-back)
         output = F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=enable_gqa
         )
@@ -155,7 +158,7 @@ def _varlen_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Block-diagonal causal attention: no T × T mask, no other package. On GPUs torch's own flash kernel, in 16 bit.
+    """Block-diagonal causal attention: no T × T mask, no other package. On GPUs in 16 bit torch's own flash kernel.
 
     query (B, heads, T, head_dim), key and value (B, kv_heads, T, head_dim) → (B, T, heads, head_dim).
 

@@ -209,7 +209,7 @@ def load_text_lm(
         path: folder or hub id.
         dtype: a torch dtype or its name; "auto" keeps that of the files.
         attention: "sdpa" (for models that have none: eager), "eager", "flash_attention_2", or "varlen" (no T × T mask,
-            no other package; on GPUs 16 bit).
+            no other package).
         context: positions of the rows that it is to read; unset: 2,048.
 
     Raises:

@@ -773,7 +773,7 @@ class Passes:
     def _leave_out(self, machines: list[str]) -> None:
         """Make what is missing on other machines than these."""
         names = machines_with()
-        for each in set(machines) - set(self.left_out):
+        for each in sorted(set(machines) - set(self.left_out)):
             say(f"{self.tasks[0].label}: most fails on machine {names.get(each, each)}, which is left out from now on")
         self.left_out = machines
 

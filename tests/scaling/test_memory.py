@@ -8,7 +8,7 @@ import transformers
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.memory import measure_case
-from salad_ray.config import AdapterConfig, ConfigError, DistillConfig, PackConfig
+from salad_ray.config import AdapterConfig, DistillConfig, PackConfig
 from salad_ray.model.adapter import Adapter
 from salad_ray.scaling.memory import (
     Shape,
@@ -109,9 +109,8 @@ def test_every_kind_of_text_llm_is_planned(llm: transformers.PretrainedConfig) -
     shape, pack = Shape(llm, AdapterConfig(), 512), PackConfig(num_lanes=64, rows_per_lane=8)
     parts = training_memory(shape, DistillConfig(optimizer="adamw"), pack, 64)
     assert parts["activations"] > 2 * pack.context * llm.hidden_size * llm.num_hidden_layers
-    if llm.model_type == "gpt2":
-        with pytest.raises(ConfigError, match=r"GPT2LMHeadModel are not known to Muon; set distill\.optimizer=adamw"):
-            training_memory(shape, DistillConfig(optimizer="muon"), pack, 64)
+    muon = training_memory(shape, DistillConfig(optimizer="muon"), pack, 64)
+    assert sum(muon.values()) < sum(parts.values())  # of its matrices it keeps one moment instead of two
 
 
 def test_of_a_mixture_the_experts_that_a_position_goes_through_are_active() -> None:
