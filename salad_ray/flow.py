@@ -137,8 +137,6 @@ def _texts(config: Config) -> list[Step]:
         found.append(Step(INGEST, WEB, (PASSAGES,), keys=keys, version=2))
     elif config.has_web or config.model.teacher == "world":
         found.append(Step(INGEST, WEB, (PASSAGES,), keys=("world.num_web", *world), by_shard=True, version=2))
-    if TEXT in config.trained_sets:
-        found.append(_text_alone(config))
     if config.ingest.corpora:
         read = (f"ingest.{name}" for name in ("corpora", "languages", "heldout_share", "split_by", "num_shards"))
         found.append(Step(INGEST, NATURAL, (CATALOG,), keys=tuple(read), version=2))
@@ -153,14 +151,17 @@ def _texts(config: Config) -> list[Step]:
     elif HELDOUT in config.measured_sets:
         keys = ("world.num_heldout", *world)
         found.append(Step(INGEST, HELDOUT, (PASSAGES,), keys=keys, by_shard=True, version=2))
+    if TEXT in config.trained_sets:
+        found.append(_text_alone(config, [label for step in found for label in step.writes]))
     return found
 
 
-def _text_alone(config: Config) -> Step:
-    """Passages that are read in training and never heard; those that the web text has, too, are left out."""
+def _text_alone(config: Config, made: Collection[str]) -> Step:
+    """Passages that are read in training and never heard; what the web text or held-out recordings have is left out."""
     if config.ingest.text:
-        web = (f"{WEB}/{PASSAGES}",) if config.ingest.web else ()
-        return Step(INGEST, TEXT, (PASSAGES,), web, ("ingest.text", *CUT), version=2)
+        others = [f"{WEB}/{PASSAGES}"] if config.ingest.web else []
+        others += [label for label in (f"{HELDOUT}/{PASSAGES}", f"{NATURAL}/{CATALOG}") if label in made]
+        return Step(INGEST, TEXT, (PASSAGES,), tuple(others), ("ingest.text", *CUT), version=2)
     asked = () if config.evaluate.benchmarks else ("world.num_questions",)
     drawn = ("world.domains", "world.num_text", "world.num_web")
     keys = (*drawn, "ingest.num_shards", "seed", "ingest.passages.ngram", *asked)

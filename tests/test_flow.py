@@ -52,7 +52,7 @@ def test_a_stage_needs_what_leads_to_it_and_nothing_else() -> None:
         return [f"{each.stage} {each.set}".strip() for each in with_needs(config, steps_of(config, stage, set_name))]
 
     assert needed("stage1") == [
-        "ingest web", "ingest text", "ingest natural", "synthesize natural", "encode natural", "teacher", "pack text",
+        "ingest web", "ingest natural", "ingest text", "synthesize natural", "encode natural", "teacher", "pack text",
         "pack natural", "trunk", "stage1",
     ]  # fmt: skip
     assert needed("embed") == ["ingest web", "embed web"]

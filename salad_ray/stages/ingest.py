@@ -35,7 +35,7 @@ from salad_ray.console import progress, say, user_error
 from salad_ray.credentials import redact
 from salad_ray.evaluation.benchmarks import prompt_of, read_items, world_items
 from salad_ray.flow import Step
-from salad_ray.names import BENCHMARK, CATALOG, EXEMPLARS, HELDOUT, INGEST, ITEMS, NATURAL, TEXT, WEB
+from salad_ray.names import BENCHMARK, CATALOG, EXEMPLARS, HELDOUT, INGEST, ITEMS, NATURAL, PASSAGES, TEXT, WEB
 from salad_ray.runs import Run
 from salad_ray.selection.draw import priorities, probe_bounds
 from salad_ray.speech.audio import check_recording
@@ -81,10 +81,11 @@ from salad_ray.tables import (
     read_json,
     schema_of,
     stable_hash,
+    table_label,
     to_arrow,
     write_json,
 )
-from salad_ray.text.decontaminate import NGrams, benchmark_ngrams, contaminated, read_benchmark_texts
+from salad_ray.text.decontaminate import NGrams, contaminated, read_benchmark_texts, word_ngrams
 from salad_ray.text.documents import Document, TextSource, find_text_sources, read_documents, text_corpus_name
 from salad_ray.text.documents import source_stamp as text_stamp
 from salad_ray.text.passages import Limits, cut_passages, estimated_word_pieces
@@ -184,12 +185,12 @@ class WorldText:
     def __init__(self, config: Config) -> None:
         world, num_drawn = config.world, config.world.num_text
         web = {row.text: row.passage_id for row in world_passages(world.num_web, world.domains, config.seed, WEB)}
-        ngrams = benchmark_ngrams(_world_benchmark_texts(config), config.ingest.passages.ngram)
+        kept_out = {"a benchmark": word_ngrams(_world_benchmark_texts(config), config.ingest.passages.ngram)}
         self.num_shards = config.ingest.num_shards
         self.passages: list[Passage] = []
         while len(self.passages) < world.num_text:  # a longer draw begins with the shorter one
             drawn = world_passages(num_drawn, world.domains, config.seed, TEXT)
-            checked = [_not_in_web(_decontaminated(row, ngrams), web) for row in drawn]
+            checked = [_not_in_web(_decontaminated(row, kept_out), web) for row in drawn]
             usable = [replace(row, split="train") for row in checked if isinstance(row, Passage)]
             self.passages, num_drawn = usable[: world.num_text], 2 * num_drawn
 
@@ -198,11 +199,11 @@ class WorldText:
         yield ShardPart(to_arrow(Passage, rows), len(rows), len(rows))
 
 
-def _decontaminated(passage: Passage, ngrams: NGrams) -> Passage | Reject:
-    match = contaminated(passage.text, ngrams)
-    if match is None:
-        return passage
-    return Reject(INGEST, passage.passage_id, f"shares the words '{match}' with a benchmark")
+def _decontaminated(passage: Passage, kept_out: Mapping[str, NGrams]) -> Passage | Reject:
+    for where, ngrams in kept_out.items():
+        if (match := contaminated(passage.text, ngrams)) is not None:
+            return Reject(INGEST, passage.passage_id, f"shares the words '{match}' with {where}")
+    return passage
 
 
 def _not_in_web(passage: Passage | Reject, web: Mapping[str, str]) -> Passage | Reject:
@@ -599,17 +600,47 @@ def make_passages(run: Run, step: Step) -> None:
     if stage.done_already():
         return
     found = [(corpus, find_text_sources(corpus)) for corpus in _text_corpora(config, step.set)]
-    texts = _benchmark_texts(config)
-    if not texts:
-        say(f"{stage.label}: no benchmarks are named, so none is kept out of the text; {DECONTAMINATE}")
-    ngrams = benchmark_ngrams(texts, config.ingest.passages.ngram)
     start_ray(config)
+    kept_out = ray.put(_kept_out(run, step, stage.label))
     heldout_share = config.ingest.heldout_share if step.set == WEB else 0.0
-    scan = partial(_scan_text, config, heldout_share, ray.put(ngrams))
-    web = run.labelled(step.reads[0]) if step.reads else None
+    scan = partial(_scan_text, config, heldout_share, kept_out)
+    web = run.table(WEB, PASSAGES) if table_label(WEB, PASSAGES) in step.reads else None
     write_group = partial(_write_passages, config, stage.table, web)
     made = _deal(config, stage, found, scan, write_group, Passage, {})
     say(f"{stage.label}: {made['num_kept']:,} passages in {made['seconds']:.1f} s → {stage.table.url}")
+
+
+def _kept_out(run: Run, step: Step, label: str) -> dict[str, NGrams]:
+    """Runs of words that no passage may have, by what a reject calls the place where they are.
+
+    Of text that is trained on, these are also those of what F and M are measured on: passages of the web text and the
+    transcripts of recordings.
+    """
+    n = run.config.ingest.passages.ngram
+    texts = _benchmark_texts(run.config)
+    if not texts:
+        say(f"{label}: no benchmarks are named, so none is kept out of the text; {DECONTAMINATE}")
+    found = {"a benchmark": word_ngrams(texts, n)}
+    measured = {
+        table_label(HELDOUT, PASSAGES): "a held-out passage",
+        table_label(NATURAL, CATALOG): "a held-out recording",
+    }
+    for read in step.reads:
+        if read in measured:
+            found[measured[read]] = _measured_ngrams(run, read, n)
+    return found
+
+
+def _measured_ngrams(run: Run, label: str, n: int) -> NGrams:
+    table = run.labelled(label)
+
+    def of_shard(shard: str) -> pa.Table:
+        rows = table.read(shard, ["text", "split"])
+        texts = rows.filter(pa.compute.equal(rows["split"], "test"))["text"].to_pylist()
+        return word_ngrams(texts, n).to_arrow()
+
+    shards = (table.manifest() or {})["shards"]
+    return NGrams.of(n, gather(run.config, f"{label}: words", list(shards), of_shard))
 
 
 def _text_corpora(config: Config, set_name: str) -> tuple[WebTextConfig, ...]:
@@ -632,11 +663,11 @@ def _texts_of(items: Iterable[Item | Reject]) -> list[str]:
     return [text for row in items if isinstance(row, Item) for text in (prompt_of(row), *row.choices)]
 
 
-def _scan_text(config: Config, heldout_share: float, ngrams: Any, item: dict[str, Any]) -> Iterator[pa.Table]:
+def _scan_text(config: Config, heldout_share: float, kept_out: Any, item: dict[str, Any]) -> Iterator[pa.Table]:
     """The passages of one source, some thousands at a time."""
     corpus = WebTextConfig.model_validate_json(item["corpus"][0])
     source = TextSource(**json.loads(item["source"][0]))
-    cut = PassageCutter(config, ray.get(ngrams), heldout_share)
+    cut = PassageCutter(config, ray.get(kept_out), heldout_share)
     documents = (row for row in read_documents(source, corpus) if _is_taken(row, corpus))
     rows = (row for document in documents for row in cut(document, text_corpus_name(corpus)))
     with _reading(source.url):
@@ -651,8 +682,8 @@ def _is_taken(row: Document | Reject, corpus: WebTextConfig) -> bool:
 class PassageCutter:
     """Cuts documents into passages that the embedder reads whole, that fit into the context and can be spoken."""
 
-    def __init__(self, config: Config, ngrams: NGrams, heldout_share: float) -> None:
-        self.config, self.ngrams, self.heldout_share = config, ngrams, heldout_share
+    def __init__(self, config: Config, kept_out: Mapping[str, NGrams], heldout_share: float) -> None:
+        self.config, self.kept_out, self.heldout_share = config, kept_out, heldout_share
         self.num_cut = self.num_failed = 0
         settings, embed = config.ingest.passages, config.embed
         self.limits = Limits(settings.max_word_pieces, config.max_words, settings.min_words)
@@ -700,7 +731,7 @@ class PassageCutter:
             # A document's id may occur twice; with the text in it, equal ids meet in one shard, where they are seen.
             key = f"{row.passage_id}-{stable_hash(row.text) & 0xFFFFFF:06x}"
             passage = replace(row, passage_id=key, source=corpus, split=split)
-            rows.append((_decontaminated(passage, self.ngrams), passage.text))
+            rows.append((_decontaminated(passage, self.kept_out), passage.text))
         return rows, cut
 
 

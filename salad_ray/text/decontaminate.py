@@ -1,4 +1,4 @@
-"""Decontamination: which passages share a run of 13 words with an item of a benchmark.
+"""Decontamination: which passages share a run of 13 words with an item of a benchmark, or with what is measured.
 
 As for GPT-3 (Brown et al. 2020, appendix C) and in lm-evaluation-harness, words are compared in lower case and without
 punctuation. A run is known by a 64-bit hash; should two different runs agree, which among 10^6 of benchmarks and 10^10
@@ -20,6 +20,7 @@ from hashlib import blake2b
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from salad_ray.config import ConfigError
 from salad_ray.text.documents import read_whole
@@ -35,7 +36,7 @@ _BASE = 0x9E3779B97F4A7C15
 
 @dataclass(frozen=True)
 class NGrams:
-    """Runs of words of benchmarks, by their length: that asked for, and those of whole items that are shorter.
+    """Runs of words of texts, by their length: that asked for, and those of whole texts that are shorter.
 
     `hashes`: length in words → uint64 (number of runs,), sorted.
     """
@@ -46,8 +47,23 @@ class NGrams:
     def __len__(self) -> int:
         return sum(map(len, self.hashes.values()))
 
+    def to_arrow(self) -> pa.Table:
+        lengths = [np.full(len(hashes), length, np.int64) for length, hashes in self.hashes.items()]
+        both = {
+            "length": np.concatenate([np.empty(0, np.int64), *lengths]),
+            "hash": np.concatenate([np.empty(0, np.uint64), *self.hashes.values()]),
+        }
+        return pa.table(both)
 
-def benchmark_ngrams(texts: Iterable[str], n: int = 13, min_words: int = MIN_WORDS) -> NGrams:
+    @classmethod
+    def of(cls, n: int, table: pa.Table) -> NGrams:
+        """From what `to_arrow` made of parts of the texts."""
+        lengths, hashes = table["length"].to_numpy(), table["hash"].to_numpy()
+        found = sorted(set(lengths.tolist()), reverse=True)
+        return cls(n, {length: np.unique(hashes[lengths == length]) for length in found})
+
+
+def word_ngrams(texts: Iterable[str], n: int = 13, min_words: int = MIN_WORDS) -> NGrams:
     """All runs of `n` words of the texts, and whole texts of `min_words` to n − 1 words; shorter texts are ignored."""
     runs: dict[int, list[np.ndarray]] = defaultdict(list)
     for text in texts:
@@ -59,7 +75,7 @@ def benchmark_ngrams(texts: Iterable[str], n: int = 13, min_words: int = MIN_WOR
 
 
 def contaminated(text: str, ngrams: NGrams) -> str | None:
-    """The first run of a text that a benchmark has too, as it was compared; None for a clean text."""
+    """The first run of a text that is among these, as it was compared; None for a clean text."""
     words = normalized_words(text)
     prefixes = _prefixes(words)
     for length, known in ngrams.hashes.items():

@@ -11,6 +11,8 @@ from typing import Any
 
 import lhotse
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from factories import rejects_of, run_stage, run_stages, small_world_config, table_of
@@ -23,7 +25,7 @@ from transformers import (
 )
 
 from salad_ray import pipeline
-from salad_ray.config import AlignConfig, AugmentConfig, Config, ConfigError
+from salad_ray.config import AlignConfig, AugmentConfig, Config, ConfigError, WebTextConfig
 from salad_ray.configfile import parse_config
 from salad_ray.sequences.batch import frames_of
 from salad_ray.sequences.interleave import timing_of
@@ -31,7 +33,8 @@ from salad_ray.stages import ingest
 from salad_ray.stages.align import AlignShard
 from salad_ray.stages.encode import EncodeShard
 from salad_ray.stages.shards import StageError
-from salad_ray.tables import Features, PlanRow, TableError, Utterance, from_arrow
+from salad_ray.tables import Features, Passage, PlanRow, TableError, Utterance, from_arrow
+from salad_ray.text.decontaminate import normalized_words
 
 
 def corpora_config(folder: Path, shared_data: Path, **sections: Any) -> Config:
@@ -123,6 +126,37 @@ def test_the_manifest_counts_hours_by_corpus_and_licence(recorded_run: Config) -
     ]
     hours = sum(row.duration_secs for row in rows_of(recorded_run, "utterances", Utterance)) / 3600
     assert sum(sum(licenses.values()) for licenses in found.values()) == pytest.approx(hours, rel=1e-4)
+
+
+def test_transcripts_of_heldout_recordings_are_not_trained_on_as_text(recorded_run: Config, tmp_path: Path) -> None:
+    catalog = [row for row in rows_of(recorded_run, "catalog", Utterance) if len(row.text.split()) >= 13]
+    measured = {run for row in catalog if row.split == "test" for run in runs_of_words(row.text)}
+    leaks = [not measured.isdisjoint(runs_of_words(row.text)) for row in catalog]  # raw has what emilia has
+    assert 0 < sum(leaks) < len(catalog)
+    texts = [
+        {"id": str(number), "text": f"As I read it: {row.text} That was all of the page."}
+        for number, row in enumerate(catalog)
+    ]
+    pq.write_table(pa.Table.from_pylist(texts), tmp_path / "text.parquet")
+    own = WebTextConfig(path=str(tmp_path / "text.parquet"), name="own")
+    run = copy_of(recorded_run, tmp_path / "run")
+    text = run.ingest.model_copy(update={"text": (own,), "max_rejected_share": 1.0})
+    config = run.model_copy(update={"ingest": text, "pack": run.pack.model_copy(update={"text_share": 0.2})})
+    run_stage(config, "ingest", "text")
+    rejects = rejects_of(config, "text", "passages")
+    found = {row.key.partition("#")[0] for row in rejects if "with a held-out recording" in row.reason}
+    leaking = {f"own/{number}" for number, leak in enumerate(leaks) if leak}
+    assert found <= leaking
+    assert len(found) >= len(leaking) - 2  # where passages begin may divide a run
+    table = table_of(config, "text", "passages")
+    kept = [row for shard in table.shards() for row in table.read_rows(Passage, shard)]
+    assert {row.doc_id for row in kept} >= {f"own/{number}" for number in range(len(catalog))} - leaking
+    assert all(measured.isdisjoint(runs_of_words(row.text)) for row in kept)
+
+
+def runs_of_words(text: str) -> set[str]:
+    words = normalized_words(text)
+    return {" ".join(words[start : start + 13]) for start in range(len(words) - 12)}
 
 
 @pytest.mark.slow

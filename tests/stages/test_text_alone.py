@@ -14,7 +14,7 @@ from salad_ray.configfile import parse_config
 from salad_ray.stages import ingest
 from salad_ray.stages.ingest import WorldPassages, WorldText
 from salad_ray.tables import Item, Passage, PlanRow
-from salad_ray.text.decontaminate import benchmark_ngrams, contaminated
+from salad_ray.text.decontaminate import contaminated, word_ngrams
 from salad_ray.text.world import DOMAINS, world_passages
 
 
@@ -36,7 +36,7 @@ def test_text_has_nothing_that_is_measured_by_text_or_by_id(finished_run: Config
     items = table_of(finished_run, "benchmark", "items")
     asked = [row for shard in items.shards() for row in items.read_rows(Item, shard)]
     assert not {row.text for row in text} & {row.spoken for row in asked}
-    prompts = benchmark_ngrams([f"{row.before}{row.spoken}{row.after}" for row in asked], 13)
+    prompts = word_ngrams([f"{row.before}{row.spoken}{row.after}" for row in asked], 13)
     assert not any(contaminated(row.text, prompts) for row in text)
 
 

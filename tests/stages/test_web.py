@@ -22,7 +22,6 @@ from salad_ray.configfile import parse_config
 from salad_ray.stages import ingest
 from salad_ray.stages.shards import StageError
 from salad_ray.tables import Embedding, Passage, Reject
-from salad_ray.text.decontaminate import benchmark_ngrams
 from salad_ray.text.documents import Document
 from salad_ray.text.passages import Cut, cut_passages
 from salad_ray.text.world import DOMAINS, world_passages
@@ -85,8 +84,13 @@ def web_run(tmp_path_factory: pytest.TempPathFactory) -> Config:
     given["ingest"]["text"] = [{"path": str(folder / "text.parquet"), "name": "alone"}]
     pq.write_table(pa.Table.from_pylist(texts_alone()), folder / "text.parquet")
     config = parse_config(given)
-    ingested = [("ingest", name) for name in ("web", "heldout", "text")]
-    run_stages(config, *ingested, ("embed", "web"), ("cluster", "web"))
+    run_stages(config, ("ingest", "web"), ("ingest", "heldout"))
+    quoted = [
+        {"id": f"quote{number}", "text": f"This page is about another one. {row.text} Nobody knows who wrote it."}
+        for number, row in enumerate(rows_of(config, "heldout", "passages", Passage))
+    ]
+    pq.write_table(pa.Table.from_pylist(texts_alone() + quoted), folder / "text.parquet")
+    run_stages(config, ("ingest", "text"), ("embed", "web"), ("cluster", "web"))
     return config
 
 
@@ -138,7 +142,8 @@ def test_text_alone_has_what_the_web_has_not_and_nothing_of_it_is_kept_aside(web
     rejects = rejects_of(web_run, "text", "passages")
     assert {row.split for row in text} == {"train"}
     assert {row.split for row in web} == {"train", "test"}
-    assert {row.doc_id for row in text} == {f"alone/t{number:02d}" for number in range(60)}
+    kept = {row.doc_id for row in text if not row.doc_id.startswith("alone/quote")}
+    assert kept == {f"alone/t{number:02d}" for number in range(60)}
     assert not {row.text for row in text} & {row.text for row in web}
     there = [row for row in rejects if "of the web text, which may be measured" in row.reason]
     assert {row.key.partition("#")[0].partition("-")[0] for row in there} >= {"alone/t60"} or len(there) >= 12
@@ -147,6 +152,15 @@ def test_text_alone_has_what_the_web_has_not_and_nothing_of_it_is_kept_aside(web
     assert manifest is not None
     assert manifest["num_input"] == len(text) + len(rejects)
     assert manifest["totals"]["num_kept_aside"] == 0
+
+
+def test_what_is_measured_is_not_trained_on_as_part_of_another_passage(web_run: Config) -> None:
+    heldout = rows_of(web_run, "heldout", "passages", Passage)
+    text = " ".join(" ".join(row.text.split()) for row in rows_of(web_run, "text", "passages", Passage))
+    found = {row.key.partition("#")[0] for row in rejects_of(web_run, "text", "passages") if "held-out" in row.reason}
+    assert found >= {f"alone/quote{number}" for number in range(len(heldout))}
+    assert not found & {f"alone/t{number:02d}" for number in range(60)}  # what is new
+    assert not [row.text for row in heldout if " ".join(row.text.split()[:13]) in text]
 
 
 def test_minilm_embeds_every_passage_and_clusters_are_purer_than_chance(web_run: Config) -> None:
@@ -208,7 +222,7 @@ def cutter(folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, **ch
 
     monkeypatch.setattr(ingest, "cut_passages", cut)
     config = parse_config(web_config(folder, embed={"embedder": "tfidf"}) | changes)
-    return ingest.PassageCutter(config, benchmark_ngrams([], config.ingest.passages.ngram), 0.1)
+    return ingest.PassageCutter(config, {}, 0.1)
 
 
 GOOD, BAD = "We put the kettle on the fire and waited until it sang.", "We fail."

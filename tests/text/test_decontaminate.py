@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from salad_ray.config import ConfigError
-from salad_ray.text.decontaminate import NGrams, benchmark_ngrams, contaminated, normalized_words, read_benchmark_texts
+from salad_ray.text.decontaminate import NGrams, contaminated, normalized_words, read_benchmark_texts, word_ngrams
 
 ITEM = "Which of these would most likely happen if a farmer stopped watering the young trees in summer?"
 SHORT = "How can you cool a glass of water quickly?"  # nine words
@@ -37,14 +37,14 @@ def naive(text: str, items: list[str], n: int, min_words: int = 8) -> bool:
 @given(words, st.lists(words, max_size=4), st.integers(0, 30))
 def test_agrees_with_comparing_the_words(text: list[str], items: list[list[str]], start: int) -> None:
     joined = [" ".join(item) for item in items]
-    ngrams = benchmark_ngrams(joined, n=9, min_words=5)
+    ngrams = word_ngrams(joined, n=9, min_words=5)
     planted = " ".join([*text[:start], *(items[0] if items else []), *text[start:]])
     for candidate in (" ".join(text), planted):
         assert (contaminated(candidate, ngrams) is not None) == naive(candidate, joined, 9, 5)
 
 
 def test_punctuation_case_and_typography_do_not_hide_a_run() -> None:
-    ngrams = benchmark_ngrams([ITEM])
+    ngrams = word_ngrams([ITEM])
     told = (
         "He read: “WHICH of these would most likely happen—if a farmer stopped, watering the young trees?” Nobody knew."
     )
@@ -55,13 +55,13 @@ def test_punctuation_case_and_typography_do_not_hide_a_run() -> None:
 
 def test_twelve_words_are_not_thirteen() -> None:
     twelve = " ".join(ITEM.split()[:12])
-    ngrams = benchmark_ngrams([ITEM])
+    ngrams = word_ngrams([ITEM])
     assert contaminated(f"{twelve} his horses", ngrams) is None
     assert contaminated(f"{twelve} {ITEM.split()[12]}", ngrams) is not None
 
 
 def test_a_short_item_must_be_there_whole_and_a_tiny_one_is_ignored() -> None:
-    ngrams = benchmark_ngrams([SHORT, "What is the capital of France?"])
+    ngrams = word_ngrams([SHORT, "What is the capital of France?"])
     assert contaminated(f"People ask: {SHORT} Ice helps.", ngrams) == " ".join(normalized_words(SHORT))
     assert contaminated("How can you cool a glass of water slowly?", ngrams) is None
     assert contaminated("What is the capital of France?", ngrams) is None
@@ -71,27 +71,27 @@ def test_a_short_item_must_be_there_whole_and_a_tiny_one_is_ignored() -> None:
 def test_order_of_words_counts() -> None:
     reverse = " ".join(reversed(ITEM.split()))
     swapped = ITEM.replace("most likely", "likely most").replace("young trees", "trees young")
-    assert contaminated(reverse, benchmark_ngrams([ITEM])) is None
-    assert contaminated(swapped, benchmark_ngrams([ITEM])) is None
+    assert contaminated(reverse, word_ngrams([ITEM])) is None
+    assert contaminated(swapped, word_ngrams([ITEM])) is None
 
 
 def test_empty_benchmarks_and_texts_find_nothing() -> None:
     assert contaminated(ITEM, NGrams(13, {})) is None
-    assert contaminated("", benchmark_ngrams([ITEM])) is None
-    assert contaminated("… — !", benchmark_ngrams([ITEM])) is None
-    assert len(benchmark_ngrams([])) == 0
+    assert contaminated("", word_ngrams([ITEM])) is None
+    assert contaminated("… — !", word_ngrams([ITEM])) is None
+    assert len(word_ngrams([])) == 0
 
 
 def test_long_texts_are_searched_to_their_end() -> None:
-    assert contaminated("word " * 5000 + ITEM, benchmark_ngrams([ITEM])) is not None
+    assert contaminated("word " * 5000 + ITEM, word_ngrams([ITEM])) is not None
 
 
 def test_hashes_are_the_same_in_every_process() -> None:
     """Passages are compared by other processes than that which reads the benchmarks."""
-    code = f"from salad_ray.text.decontaminate import benchmark_ngrams as b; print(b([{ITEM!r}]).hashes[13].tolist())"
+    code = f"from salad_ray.text.decontaminate import word_ngrams as b; print(b([{ITEM!r}]).hashes[13].tolist())"
     environment = os.environ | {"PYTHONHASHSEED": "7"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    hashes = benchmark_ngrams([ITEM]).hashes[13]
+    hashes = word_ngrams([ITEM]).hashes[13]
     assert json.loads(done.stdout) == hashes.tolist()
     assert hashes.dtype == np.uint64
     assert (np.diff(hashes.astype(object)) > 0).all()
@@ -130,7 +130,7 @@ def test_damaged_or_missing_benchmark_files_are_named(tmp_path: Path) -> None:
 def test_real_benchmarks_are_found_in_text_that_quotes_them_and_not_elsewhere(shared_data: Path) -> None:
     files = sorted(map(str, (shared_data / "benchmarks").glob("*.jsonl")))
     texts = read_benchmark_texts(files)
-    ngrams = benchmark_ngrams(texts)
+    ngrams = word_ngrams(texts)
     assert len(texts) > 2500
     assert all(contaminated(f"As was once asked. {text} Nobody knew.", ngrams) for text in texts[::10])
     rows = pq.ParquetFile(shared_data / "text" / "corpus.parquet").read_row_group(0, columns=["text"])["text"]

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 import pytest
 
 from salad_ray.config import ConfigError
-from salad_ray.text.decontaminate import benchmark_ngrams, contaminated
+from salad_ray.text.decontaminate import contaminated, word_ngrams
 from salad_ray.text.world import _WORLD, DOMAINS, NUM_CHOICES, Question, world_passages, world_questions
 
 
@@ -156,7 +156,7 @@ def test_no_document_of_another_split_knows_what_a_question_says() -> None:
     """Neither its people nor thirteen words in a row: the filter between benchmarks and web text leaves all of it."""
     questions = world_questions(1200, DOMAINS, seed=0)
     prompts = [f"{question.context} {question.question}" for question in questions]
-    ngrams = benchmark_ngrams(prompts)
+    ngrams = word_ngrams(prompts)
     people = {name for question in questions for name in re.findall(r"[A-Z]\w+ [A-Z]\w+", question.question)}
     assert len(people) == 6
     for split in ("train", "web"):
