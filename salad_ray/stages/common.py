@@ -287,6 +287,8 @@ def gather(config: Config, label: str, shards: Sequence[str], work: Callable[[st
         for part in found.iter_batches(batch_size=None, batch_format="pyarrow"):
             parts.append(part)
             advance(len(pa.compute.unique(part["number"])))
+    if not parts:  # Ray hands on no block that is empty
+        return work(shards[0])
     return pa.concat_tables(parts).sort_by("number").drop_columns(["number"])
 
 

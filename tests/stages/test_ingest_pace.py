@@ -104,3 +104,8 @@ def test_no_more_shards_are_gathered_at_once_than_max_actors(tmp_path: Path) -> 
     assert found["shard"].to_pylist() == shards
     spans = sorted(zip(found["started"].to_pylist(), found["ended"].to_pylist(), strict=True))
     assert all(end <= start for (_, end), (start, _) in pairwise(spans))
+
+
+def test_shards_in_which_nothing_is_found_are_an_empty_table(tmp_path: Path) -> None:
+    empty = pa.table({"shard": pa.array([], pa.string())})
+    assert gather(web_config(tmp_path, tmp_path), "test", ["a", "b"], lambda _: empty) == empty
