@@ -121,8 +121,7 @@ _ABBREVIATIONS = {
     "ph.ds": ("p h ds",), "b.sc.": ("b s c",), "m.sc.": ("m s c",), "d.phil.": ("d phil",), "jan.": ("january",),
     "feb.": ("february",), "apr.": ("april",), "aug.": ("august",), "sept.": ("september",), "oct.": ("october",),
     "nov.": ("november",), "dec.": ("december",), "w/": ("with",), "w/o": ("without",), "et al.": ("et al",),
-    "wwi": ("world war one", "w w one"),
-    "wwii": ("world war two", "w w two"), "24/7": ("twenty four seven",), "9/11": ("nine eleven",), "c#": ("c sharp",), "f#": ("f sharp",),
+    "24/7": ("twenty four seven",), "9/11": ("nine eleven",), "c#": ("c sharp",), "f#": ("f sharp",),
 }
 _BEFORE_DIGITS = {
     "no": "number", "nos": "numbers", "fig": "figure", "figs": "figures", "p": "page", "pp": "pages", "ch": "chapter",
@@ -144,12 +143,12 @@ _NAMED = _listed(
     "gregory urban paul john francis frederick ferdinand napoleon alexander nicholas peter catherine otto alfonso ivan",
     "christian gustav leopold wilhelm franz ramses rameses ptolemy darius xerxes cleopatra constantine theodosius",
     "robert david malcolm stephen sigismund selim mehmed murad haakon olaf harald margaret victoria emmanuel pope",
-    "king queen emperor tsar sultan emir shah albert joseph julius sixtus boniface celestine carl gustaf",
-    "mohammed muhammad abdullah abdallah ahmed faisal hassan hussein tupou pomare mswati rama menelik tewodros kamehameha",
+    "king queen emperor tsar sultan emir shah ali albert joseph julius sixtus boniface celestine carl gustaf",
+    "mohammed muhammad abdullah abdallah ahmed faisal hassan hussein tupou pomare mswati rama menelik tewodros",
     "baldwin bela casimir ladislaus vladislaus afonso pedro felipe umberto rainier vajiravudh maximilian rudolf henri",
-    "philippe carlos thomas michael walter arthur",
+    "philippe carlos thomas michael walter arthur kamehameha",
 )
-"""First names and titles whose numerals are ordinals; after other names they are numbers: "Apple II", "Angiotensin II"."""
+"""First names and titles whose numerals are ordinals; after other names they are numbers: "Apple II", "MHC II"."""
 _BEFORE_I = _listed("type class phase war")
 """Words in small letters whose "I" is a number: "type I"; "the part I like" has another."""
 _PAGED = _listed("chapter page p book volume vol act scene canto part psalm")
@@ -160,7 +159,7 @@ _NO_NUMERALS = _listed("MIX DIM LI DI MI CI MD CD DC XL XXL CV CC DL ML CL DX MC
 _STARTERS = _listed(
     "the a an in it this that these those he she they we you i but and or so if when while as at on for by to from",
     "with after before however although because there here what who why how where since during its his her their our",
-    "my is was are were",
+    "my is was are were despite through until unlike under over between among then thus also another such both",
 )
 _GREEK = {"α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "ε": "epsilon", "ζ": "zeta", "η": "eta", "θ": "theta",
           "ι": "iota", "κ": "kappa", "λ": "lambda", "μ": "mu", "ν": "nu", "ξ": "xi", "ο": "omicron", "π": "pi",
@@ -170,8 +169,8 @@ _ONES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 _ORDINALS = {"one": "first", "two": "second", "three": "third", "five": "fifth", "eight": "eighth", "nine": "ninth",
              "twelve": "twelfth"}
 _SPELLED_K = _listed(
-    "tv tvs television televisions video videos display displays screen monitor resolution uhd ultra hdr footage camera",
-    "race run races runs",
+    "tv tvs television televisions video videos display displays screen monitor resolution uhd ultra hdr footage",
+    "camera race run races runs",
 )
 """Words before which "4K" and "10K" are no thousands."""
 _CASH = _listed("bill bills note notes coin coins")
@@ -209,7 +208,8 @@ _PIECE = re.compile(
     |(?P<date>(?<![\d/])\d{{1,2}}/\d{{1,2}}/(?:\d{{4}}|\d\d)(?![\d/]))
     |(?P<digits>(?<![\w.])(?:\+?\d{{1,2}}[-.])?(?:\d{{3}}[-.])?\d{{3}}-\d{{4}}(?![\w-])|(?<![\w-])\d+(?:-\d+){{2,}})
     |(?P<version>\d+(?:\.\d+){{2,}})
-    |(?:(?P<whole>\d+)(?:[ ]|-(?=\d/[2-8](?!\d)|\d\d?/(?:10|12|16|32|64)(?!\d))))?(?P<top>(?<![\d/.,])\d{{1,3}})/(?P<bottom>\d{{1,4}})(?:ths?(?!{_LETTER}))?(?![\d/])
+    |(?:(?P<whole>\d+)(?:[ ]|-(?=\d/[2-8](?!\d)|\d\d?/(?:10|12|16|32|64)(?!\d))))?
+     (?P<top>(?<![\d/.,])\d{{1,3}})/(?P<bottom>\d{{1,4}})(?:ths?(?!{_LETTER}))?(?![\d/])
     |(?P<hour>(?<![\d:])\d{{1,2}}):(?P<minute>[0-5]\d)(?::(?P<second>[0-5]\d))?(?!\d)
     |(?P<feet>\d+)'(?P<inches>\d+)(?:"|''|″)
     |(?P<sign>(?<![\w.,)\]%'’])[-–±+~≈](?=[{_SIGNS_OF_MONEY}]?\.?\d))?
@@ -288,7 +288,7 @@ def read_words(words: Sequence[str], in_brackets: bool = True) -> list[Spoken]:
     shown = _without_asides(words, in_brackets)
     shouting = not any(char.islower() for word in words for char in word)
     plain = [_plain(_INSIDE.sub(r"\1\2", word) if "[" in word else word) for word in shown]
-    result = []
+    result: list[Spoken] = []
     for index, word in enumerate(plain):
         if index < len(result):
             continue  # "000" of "1 000"
@@ -593,7 +593,7 @@ def _abbreviation_in_context(core: str, plain: str, context: _Context) -> Sequen
         return ("saint", "street") if named and not is_end else ("street", "saint")
     if stem == "dr" and core != stem:
         return ("doctor", "drive") if named or not previous[:1].isupper() else ("drive", "doctor")
-    if "v." in plain and core == "v." and previous[:1].isupper() and named and _fold(previous) not in _COUNTED:
+    if "v." in plain and core == "v." and previous[:1].isupper() and named and _fold(previous) not in _PAGED:
         return ("versus", "v")
     if core == "al." and _fold(previous) == "et":
         return ("al",)
@@ -651,17 +651,22 @@ def _is_scale(word: str) -> bool:
 
 
 def _roman(match: re.Match[str], plain: str, context: _Context) -> Token | None:
-    """Readings of a Roman numeral: after the name of a king or pope an ordinal (Henry VIII), else a number (Apple II)."""
+    """Readings of a Roman numeral: after a king's name an ordinal (Henry VIII), else a number (Apple II)."""
     written, rest = match[0], plain[match.end() :]
     numeral = written.removesuffix("'s")
     if (century := re.fullmatch("([IVXLCDM]{2,})(?:th|st|nd|rd)", written)) and _ROMAN.fullmatch(century[1]):
         return (ordinal(cardinal(sum(_roman_values(century[1])))),)
+    if war := re.fullmatch("WW(I{1,2})", numeral):
+        said = tuple((*words, *cardinal(len(war[1]))) for words in (("world", "war"), ("w", "w")))
+        return tuple((*reading[:-1], reading[-1] + written.removeprefix(numeral)) for reading in said)
     in_brackets = plain[: match.start()].endswith("(")  # "intravenous (IV)"
     before = "(" if in_brackets else context.previous.strip("\"'“(")
     stem = before.lower().rstrip(".")
     stem = stem if stem in _COUNTED else stem.removesuffix("s")
-    is_short = stem in _BEFORE_DIGITS and before[-1:] == "."
-    counted = is_short or stem == "p" or (stem in _COUNTED and not (before[-1:] == "." and len(numeral) == 1))
+    is_short = (
+        _BEFORE_DIGITS.get(stem, "") in _COUNTED and (before[-1:] == "." or stem == "p") and before not in ("P", "P.")
+    )
+    counted = is_short or (stem in _COUNTED and not (before[-1:] == "." and len(numeral) == 1))
     if re.fullmatch("[ivx]{3,}|ii", numeral) or (
         counted and re.fullmatch("[ivxl]+", numeral) and (len(numeral) > 1 or stem in _PAGED)
     ):
@@ -671,13 +676,15 @@ def _roman(match: re.Match[str], plain: str, context: _Context) -> Token | None:
     named = before[:1].isupper() and before.isalpha()
     by_name = not {_fold(before), _fold(context.earlier)}.isdisjoint(_NAMED)
     regnal = named and (by_name or re.fullmatch(r"[A-Z]\.", context.earlier) is not None)  # "John D. Rockefeller III"
-    is_century = _fold(context.following).startswith("centur")
+    following = _fold(context.following.strip(".,;:!?\"'“”"))
+    is_initial = rest[:1] == "." and context.following[:1].isupper() and following not in _STARTERS
+    is_century = following.startswith("centur")
     if written == "I":
-        ends = rest[:1] in tuple(",.;:)'") or _fold(context.following.strip(".,;:!?")) in _AFTER_NAMES
+        ends = rest[:1] in tuple(",.;:)'") or following in _AFTER_NAMES
         of_thing = counted and not is_short and (named or stem in _BEFORE_I)
-        is_numeral = of_thing or (ends and (counted or (named and _fold(before) in _NAMED)))
+        is_numeral = of_thing or (ends and (counted or (named and _fold(before) in _NAMED and not is_initial)))
     elif len(numeral) == 1:
-        of_king = named and _fold(before) in _NAMED and (numeral, before) != ("X", "Malcolm")
+        of_king = named and _fold(before) in _NAMED and not is_initial and (numeral, before) != ("X", "Malcolm")
         is_numeral = numeral in "IVX" and (counted or of_king)
     else:
         stands = len(numeral) > 2 or numeral == "II" or named or not before or is_century
@@ -821,7 +828,7 @@ def _money(number: str, sign: str, country: str | None, single: bool) -> list[To
 
 
 def _unit_of_money(sign: str, before: str, rest: str, context: _Context, hyphen: bool) -> list[Reading]:
-    """What a scale is followed by: dollars, or dollar before a noun; nothing if the text says it ("$5 billion dollars")."""
+    """What a scale is followed by: dollars, before a noun dollar, nothing if the text says it ("$5 billion dollars")."""
     if _is_called(sign, context.following):
         return [()]
     names = _CURRENCIES[sign][:2]
@@ -897,17 +904,22 @@ def _groups(plain: Sequence[str], index: int) -> list[Spoken]:
     """
     match = _GROUPED.match("\n".join(plain[index : index + 6]))
     previous = _fold(plain[index - 1].rstrip(".,")) if index else ""
-    if not match or previous[-1:].isdigit() or previous in _COUNTED or previous in _BEFORE_DIGITS or previous in _MONTHS:
+    if (
+        not match
+        or previous[-1:].isdigit()
+        or previous in _COUNTED
+        or previous in _BEFORE_DIGITS
+        or previous in _MONTHS
+    ):
         return []
     first, *groups = match["digits"].split("\n")
     if "000" not in groups and (len(groups) == 1 or len(first) == 3):
         raise BadInput(f"'{' '.join([first, *groups])}' may be one number or several")
     scales = ("", "thousand", "million", "billion", "trillion")[len(groups) :: -1]
-    tokens = [
-        [tuple((*cardinal(int(group), conjunction), *scale.split()) for conjunction in (False, True))]
-        for group, scale in zip((first, *groups), scales, strict=True)
-    ]
-    tokens = [[] if not int(group) else [tuple(dict.fromkeys(token))] for group, [token] in zip((first, *groups), tokens)]
+    tokens: list[list[Token]] = []
+    for group, scale in zip((first, *groups), scales, strict=True):
+        both = {(*cardinal(int(group), conjunction), *scale.split()): None for conjunction in (False, True)}
+        tokens.append([tuple(both)] if int(group) else [])
     if sign := match["sign"]:
         tokens[-1].append(((_CURRENCIES[sign][1],),))
     said = [_said(0, each).said or "" for each in tokens]
@@ -1027,7 +1039,8 @@ def _unit(match: re.Match[str], number: str, plain: str, context: _Context) -> _
     if match["unit"] in "′″" and (context.in_arc or "°" in plain):  # 41°24′12″
         name = "minute" if match["unit"] == "′" else "second"
     before = context.previous if plain[: match.start()].strip("-\"'(“") else context.earlier
-    single = plain[match.start() - 1 : match.start()] == "-" or _stands_before_noun(before, plain[end:], context.following)
+    single = plain[match.start() - 1 : match.start()] == "-"
+    single = single or _stands_before_noun(before, plain[end:], context.following, is_money=False)
     first, *rest = name.split()
     plural = first if first.endswith("hertz") else _PLURALS.get(first, f"{first}s")
     many = ["kilowatt", "hours"] if name == "kilowatt hour" else [plural, *rest]
@@ -1055,14 +1068,14 @@ def _powered(words: list[str], name: str, power: str | None) -> list[str]:
     return [*words, "squared" if power in "²2" else "cubed"]
 
 
-def _stands_before_noun(before: str, rest: str, following: str) -> bool:
+def _stands_before_noun(before: str, rest: str, following: str, is_money: bool = True) -> bool:
     """Whether an amount between two words stands before its noun, so that its unit has no plural: "an 80 km ride".
 
-    So it does behind "a", before bills and coins, and joined to a word: "a $5-bill", but "$5-a-day". Behind "the" it is
-    not to be seen: "the $500 received".
+    So it does behind "a", and joined to a word: "a $5-bill", but "$5-a-day". Behind "the" it is not to be seen ("the
+    $500 received"), but for bills and coins.
     """
     if rest:
         return bool(re.match("-(?!(?:a|an|per|plus|odd)\\b)[A-Za-z]", rest))
     noun = _fold(following.strip(".,;:!?)\"'”"))
     is_noun = noun.replace("-", "").isalpha() and noun not in _STARTERS
-    return is_noun and (before.lower().strip("\"'(“") in ("a", "an") or noun in _CASH)
+    return is_noun and (before.lower().strip("\"'(“") in ("a", "an") or (is_money and noun in _CASH))
