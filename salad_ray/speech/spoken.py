@@ -151,7 +151,7 @@ _NAMED = _listed(
 """First names and titles whose numerals are ordinals; after other names they are numbers: "Apple II", "MHC II"."""
 _BEFORE_I = _listed("type class phase war")
 """Words in small letters whose "I" is a number: "type I"; "the part I like" has another."""
-_PAGED = _listed("chapter page p book volume vol act scene canto part psalm")
+_PAGED = _listed("chapter page p pp book volume vol act scene canto part psalm")
 """Words whose "i", "v" and "x" are numbers."""
 _AFTER_NAMES = _listed("of was had who and is in to reigned died became ruled")
 _NO_NUMERALS = _listed("MIX DIM LI DI MI CI MD CD DC XL XXL CV CC DL ML CL DX MC CM MM")
@@ -234,7 +234,7 @@ _UNIT = re.compile(
     rf"(?!{_LETTER}|\d|')"
 )  # fmt: skip
 _TO = re.compile(
-    rf"[-–—](?=[{_SIGNS_OF_MONEY}]?\.?\d)|(?<=[IVXLC])[-–](?=[IVXLC]+(?!\w))|(?<=[ivxlc])[-–](?=[ivxlc]+(?!\w))"
+    rf"[-–—](?=(?:(?:US|AU?|CA?|HK|NZ)?[{_SIGNS_OF_MONEY}])?\.?\d)|(?<=[IVXLC])[-–](?=[IVXLC]+(?!\w))|(?<=[ivxlc])[-–](?=[ivxlc]+(?!\w))"
 )
 """A dash between two amounts or numerals."""
 _AMOUNT = re.compile(rf"[{_SIGNS_OF_MONEY}]\.?\d[\d.,]*$|\d(?:{'|'.join(filter(str.isalpha, _UNITS))})$")
@@ -532,6 +532,8 @@ def _piece(match: re.Match[str], plain: str, context: _Context, number: str) -> 
     if match["letters"]:
         return _letters(match, plain, context, number)
     if match["initials"]:
+        if len(match[0]) == 2 and (numeral := _roman(match[0][0], plain[: match.start()], plain[end - 1 :], context)):
+            return _said(end - 1, [numeral])  # "Chapter V."
         letters = tuple(_fold(char) for char in match[0] if char.isalpha())
         is_last = not context.following and match[0].endswith(".") and end == len(plain.rstrip("\"'”)"))
         return _Piece(end, [(letters,)], " ".join(letters).upper() + ("." if is_last else ""))
@@ -600,11 +602,20 @@ def _abbreviation_in_context(core: str, plain: str, context: _Context) -> Sequen
     if core == "co." and previous[:1].isupper():
         return ("company", "co")
     has_point = core != stem or (stem in ("no", "nos") and plain.lstrip("\"'(“")[:1] == "N" and not context.shouting)
-    if stem in _BEFORE_DIGITS and has_point and not context.number and re.match(r"[\"'(]*[#$]?\d", following):
-        return (_BEFORE_DIGITS[stem], stem)
+    if stem in _BEFORE_DIGITS and has_point and not context.number:
+        numeral = re.split("[-–—]", following.strip(".,;:!?)\"'”"))[0].upper()
+        is_numeral = _ROMAN.fullmatch(numeral) and numeral != "I" and numeral not in _NO_NUMERALS
+        is_numeral = is_numeral and not following.istitle() and _is_short_of_counted(stem)  # "Vol. II", "p. xii"
+        if is_numeral or re.match(r"[\"'(]*[#$]?\d", following):
+            return (_BEFORE_DIGITS[stem], stem)
     if core == "no." and re.match(r"[A-Z]?\d", following):
         return ("number", "no")
     return ()
+
+
+def _is_short_of_counted(stem: str) -> bool:
+    """Whether an abbreviation without its point is one of a thing with a number: "vol", "p", "nos"."""
+    return _BEFORE_DIGITS.get(stem, "").removesuffix("s") in _COUNTED
 
 
 def _letters(match: re.Match[str], plain: str, context: _Context, number: str) -> _Piece:
@@ -621,7 +632,8 @@ def _letters(match: re.Match[str], plain: str, context: _Context, number: str) -
     if money and (number or _is_scale(spoken)) and spoken in _SCALES:
         before = context.previous if in_word else context.earlier
         units = _unit_of_money(money[1], before, plain[end:], context, plain[: match.start()].endswith("-"))
-        return _said(end, [(*((_SCALES[spoken], *unit) for unit in units), (_SCALES[spoken],), (folded,))])
+        scale = _SCALES[spoken]
+        return _said(end, [tuple(dict.fromkeys((*((scale, *unit) for unit in units), (scale,), (folded,))))])
     if number and folded in _SCALES and (folded not in ("m", "b") or written.isupper()):
         is_letter = folded == "k" and (number == "401" or _fold(context.following.strip(".,;:!?")) in _SPELLED_K)
         readings: Token = ((_SCALES[folded],), (folded,))
@@ -635,7 +647,7 @@ def _letters(match: re.Match[str], plain: str, context: _Context, number: str) -
     if any(char in _GREEK for char in written.lower()):  # "Δx"
         apart = "".join(f" {char} " if char in _GREEK else char for char in written.lower())
         return _said(end, [(tuple(re.sub("[^a-z' ]", "", _fold(apart)).split()),)])
-    if numeral := _roman(match, plain, context):
+    if numeral := _roman(written, plain[: match.start()], plain[end:], context):
         return _said(end, [numeral])
     word = (re.sub("[^a-z']", "", spoken),)
     stem = written.removesuffix("'s").removesuffix("s") if len(written) > 2 else written
@@ -650,22 +662,18 @@ def _is_scale(word: str) -> bool:
     return word in ("hundred", "thousand", "million", "billion", "trillion")
 
 
-def _roman(match: re.Match[str], plain: str, context: _Context) -> Token | None:
+def _roman(written: str, head: str, rest: str, context: _Context) -> Token | None:
     """Readings of a Roman numeral: after a king's name an ordinal (Henry VIII), else a number (Apple II)."""
-    written, rest = match[0], plain[match.end() :]
     numeral = written.removesuffix("'s")
     if (century := re.fullmatch("([IVXLCDM]{2,})(?:th|st|nd|rd)", written)) and _ROMAN.fullmatch(century[1]):
         return (ordinal(cardinal(sum(_roman_values(century[1])))),)
     if war := re.fullmatch("WW(I{1,2})", numeral):
         said = tuple((*words, *cardinal(len(war[1]))) for words in (("world", "war"), ("w", "w")))
         return tuple((*reading[:-1], reading[-1] + written.removeprefix(numeral)) for reading in said)
-    in_brackets = plain[: match.start()].endswith("(")  # "intravenous (IV)"
-    before = "(" if in_brackets else context.previous.strip("\"'“(")
+    before = "(" if head.endswith("(") else context.previous.strip("\"'“(")  # "intravenous (IV)"
     stem = before.lower().rstrip(".")
     stem = stem if stem in _COUNTED else stem.removesuffix("s")
-    is_short = (
-        _BEFORE_DIGITS.get(stem, "") in _COUNTED and (before[-1:] == "." or stem == "p") and before not in ("P", "P.")
-    )
+    is_short = _is_short_of_counted(stem) and (before[-1:] == "." or stem in ("p", "pp")) and before not in ("P", "P.")
     counted = is_short or (stem in _COUNTED and not (before[-1:] == "." and len(numeral) == 1))
     if re.fullmatch("[ivx]{3,}|ii", numeral) or (
         counted and re.fullmatch("[ivxl]+", numeral) and (len(numeral) > 1 or stem in _PAGED)
@@ -828,7 +836,7 @@ def _money(number: str, sign: str, country: str | None, single: bool) -> list[To
 
 
 def _unit_of_money(sign: str, before: str, rest: str, context: _Context, hyphen: bool) -> list[Reading]:
-    """What a scale is followed by: dollars, before a noun dollar, nothing if the text says it ("$5 billion dollars")."""
+    """What follows a scale: dollars, before a noun dollar, nothing if the text says it ("$5 billion dollars")."""
     if _is_called(sign, context.following):
         return [()]
     names = _CURRENCIES[sign][:2]
@@ -903,7 +911,7 @@ def _groups(plain: Sequence[str], index: int) -> list[Spoken]:
         BadInput: it may be one number or several, as "12 345".
     """
     match = _GROUPED.match("\n".join(plain[index : index + 6]))
-    previous = _fold(plain[index - 1].rstrip(".,")) if index else ""
+    previous = _fold(plain[index - 1].rstrip(".")) if index else ""
     if (
         not match
         or previous[-1:].isdigit()
@@ -923,7 +931,9 @@ def _groups(plain: Sequence[str], index: int) -> list[Spoken]:
     if sign := match["sign"]:
         tokens[-1].append(((_CURRENCIES[sign][1],),))
     said = [_said(0, each).said or "" for each in tokens]
-    said[0], said[-1] = match["before"] + said[0], said[-1] + match["after"]
+    last = max(place for place, text in enumerate(said) if text)
+    said[0] = match["before"] + said[0]
+    said[last] += match["after"]
     return [Spoken(text, each) for text, each in zip(said, tokens, strict=True)]
 
 
