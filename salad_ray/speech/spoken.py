@@ -603,9 +603,10 @@ def _abbreviation_in_context(core: str, plain: str, context: _Context) -> Sequen
         return ("company", "co")
     has_point = core != stem or (stem in ("no", "nos") and plain.lstrip("\"'(“")[:1] == "N" and not context.shouting)
     if stem in _BEFORE_DIGITS and has_point and not context.number:
+        # "Vol. II", "p. xii", but "Larry P. v. Riles"
         numeral = re.split("[-–—]", following.strip(".,;:!?)\"'”"))[0].upper()
         is_numeral = _ROMAN.fullmatch(numeral) and numeral != "I" and numeral not in _NO_NUMERALS
-        is_numeral = is_numeral and not following.istitle() and _is_short_of_counted(stem)  # "Vol. II", "p. xii"
+        is_numeral = is_numeral and not following.istitle() and _is_short_of_counted(stem) and "P." not in plain
         if is_numeral or re.match(r"[\"'(]*[#$]?\d", following):
             return (_BEFORE_DIGITS[stem], stem)
     if core == "no." and re.match(r"[A-Z]?\d", following):

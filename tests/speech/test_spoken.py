@@ -326,7 +326,8 @@ def test_what_stands_beside_a_number_decides_how_it_is_read(written: str, said: 
         ("the volume (V), UX vs. CX, an X", "the volume (V), UX versus CX, an X"),
         ("King George V. He, George I. Sanchez, Helen V. Milner", "King George the fifth. He, George I. Sanchez, Helen "
          "V Milner"),
-        ("Division v. Smith, Act v. Scene ii", "Division versus Smith, Act five. Scene two"),
+        ("Division v. Smith, P. v. Riles, Act v. Scene ii", "Division versus Smith, P versus Riles, Act five. "
+         "Scene two"),
         # Money before its noun.
         ("a $5 bill, a $10-billion deal, a $2 million house", "a five dollar bill, a ten-billion dollar deal, a two "
          "million dollar house"),
