@@ -39,13 +39,14 @@ class Spoken(NamedTuple):
 @dataclass(frozen=True)
 class _Context:
     """Of a word: its neighbours (""), whether the text is in capitals throughout, the number that stands before it,
-    whether degrees do."""
+    whether degrees do, and the word before the previous one."""
 
     previous: str
     following: str
     shouting: bool
     number: str = ""
     in_arc: bool = False
+    earlier: str = ""
 
 
 class _Piece(NamedTuple):
@@ -99,9 +100,11 @@ _UNITS = {
     "mmHg": "millimeter of mercury", "ppm": "part per million", "ha": "hectare", "mol": "mole", "Ω": "ohm",
     "°C": "degree celsius", "°F": "degree fahrenheit", "°": "degree", "%": "percent", "′": "foot", "″": "inch",
 }
-_PLURALS = {"foot": "feet", "inch": "inches", "hertz": "hertz", "percent": "percent"}
+_PLURALS = {"foot": "feet", "inch": "inches", "percent": "percent"}
 _POINTED_UNITS = {"ft", "in", "yd", "yds", "mi", "lb", "lbs", "oz", "tsp", "tbsp", "gal", "sec", "secs", "min", "mins",
                   "hr", "hrs", "yr", "yrs"}
+_LENGTHS = ("meter", "foot", "inch", "yard", "mile")
+"""Whose powers are square and cubic ones; a second is squared."""
 _LONE_LETTERS = {"s", "h", "l", "L", "V", "W", "g", "m", "in", "°", "′", "″"}
 """Units that after a space are as likely something else."""
 _ABBREVIATIONS = {
@@ -132,22 +135,31 @@ _SHORT_MONTHS = {f"{month[:3]}." for month in _MONTHS} | {"sept."}
 _COUNTED = _listed(
     "chapter part book volume act scene section article title phase type war figure table appendix class level stage",
     "grade bowl season canto psalm sonnet episode division corps region no number verse lecture problem page",
-    "listing exercise example vol amendment apollo saturn mark rocky plate schedule session symphony concerto",
+    "listing exercise example vol amendment apollo saturn mark rocky plate schedule session symphony concerto factor",
+    "nerve",
 )
 _NAMED = _listed(
     "henry louis george edward charles james william richard elizabeth mary philip pius leo benedict clement innocent",
     "gregory urban paul john francis frederick ferdinand napoleon alexander nicholas peter catherine otto alfonso ivan",
     "christian gustav leopold wilhelm franz ramses rameses ptolemy darius xerxes cleopatra constantine theodosius",
     "robert david malcolm stephen sigismund selim mehmed murad haakon olaf harald margaret victoria emmanuel pope",
-    "king queen",
+    "king queen emperor tsar sultan emir shah ali albert joseph julius sixtus boniface celestine carl gustaf",
+    "mohammed muhammad abdullah abdallah ahmed faisal hassan hussein tupou pomare mswati rama menelik tewodros",
+    "baldwin bela casimir ladislaus vladislaus afonso pedro felipe umberto rainier vajiravudh maximilian rudolf henri",
+    "philippe carlos thomas michael walter arthur kamehameha",
 )
+"""First names and titles whose numerals are ordinals; after other names they are numbers: "Apple II", "MHC II"."""
+_BEFORE_I = _listed("type class phase war")
+"""Words in small letters whose "I" is a number: "type I"; "the part I like" has another."""
+_PAGED = _listed("chapter page p pp book volume vol act scene canto part psalm")
+"""Words whose "i", "v" and "x" are numbers."""
 _AFTER_NAMES = _listed("of was had who and is in to reigned died became ruled")
 _NO_NUMERALS = _listed("MIX DIM LI DI MI CI MD CD DC XL XXL CV CC DL ML CL DX MC CM MM")
 """Roman numerals that are more often something else."""
 _STARTERS = _listed(
     "the a an in it this that these those he she they we you i but and or so if when while as at on for by to from",
     "with after before however although because there here what who why how where since during its his her their our",
-    "my is was are were",
+    "my is was are were despite through until unlike under over between among then thus also another such both",
 )
 _GREEK = {"α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "ε": "epsilon", "ζ": "zeta", "η": "eta", "θ": "theta",
           "ι": "iota", "κ": "kappa", "λ": "lambda", "μ": "mu", "ν": "nu", "ξ": "xi", "ο": "omicron", "π": "pi",
@@ -156,6 +168,14 @@ _GREEK = {"α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "ε": "epsi
 _ONES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _ORDINALS = {"one": "first", "two": "second", "three": "third", "five": "fifth", "eight": "eighth", "nine": "ninth",
              "twelve": "twelfth"}
+_SPELLED_K = _listed(
+    "tv tvs television televisions video videos display displays screen monitor resolution uhd ultra hdr footage",
+    "camera race run races runs",
+)
+"""Words before which "4K" and "10K" are no thousands."""
+_CASH = _listed("bill bills note notes coin coins")
+_COMPASS = _listed("n s e w nw ne sw se")
+_OPERATOR = re.compile("[=+×÷*<>≈≤≥≠√±]|-|plus|minus|times|equals")
 _EVENTS = (
     "laughter|laughs?|laughing|chuckles?|chuckling|giggles?|applause|clapping|cheers|cheering|music(?:al)?|noises?|"
     "coughs?|coughing|sighs?|sighing|sniffs?|sniffles|sneezes?|breath(?:ing|s|es)?|inhales|exhales|gasps?|silence|"
@@ -174,7 +194,8 @@ _ALIKE = str.maketrans({**dict.fromkeys("’‘ʼ`´ʹ＇", "'"), **dict.fromkey
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 _SUPERSCRIPT = "[⁰¹²³⁴-⁹⁺⁻ⁿ]"
 _KEPT = re.compile(rf"({_SUPERSCRIPT}+|[″‴…])")
-_VULGAR = re.compile(r"(?<=\d)(?=[¼-¾⅐-⅞])")
+_BUILT = re.compile(r"(?<![⁰¹²³⁴-⁹])([⁰¹²³⁴-⁹]+)[⁄/]([₀-₉]+)")
+_VULGAR = re.compile(r"(?<=\d)(?=[¼-¾⅐-⅞]|[⁰¹²³⁴-⁹]+[⁄/][₀-₉])")
 _LATIN = str.maketrans({"ł": "l", "ø": "o", "æ": "ae", "œ": "oe", "ß": "ss", "đ": "d", "ð": "d", "þ": "th", "ı": "i",
                         "ħ": "h", "ŋ": "ng", "ƒ": "f"})  # fmt: skip
 
@@ -187,13 +208,14 @@ _PIECE = re.compile(
     |(?P<date>(?<![\d/])\d{{1,2}}/\d{{1,2}}/(?:\d{{4}}|\d\d)(?![\d/]))
     |(?P<digits>(?<![\w.])(?:\+?\d{{1,2}}[-.])?(?:\d{{3}}[-.])?\d{{3}}-\d{{4}}(?![\w-])|(?<![\w-])\d+(?:-\d+){{2,}})
     |(?P<version>\d+(?:\.\d+){{2,}})
-    |(?:(?P<whole>\d+)[ ])?(?P<top>(?<![\d/.,])\d{{1,3}})/(?P<bottom>\d{{1,4}})(?:ths?(?!{_LETTER}))?(?![\d/])
+    |(?:(?P<whole>\d+)(?:[ ]|-(?=\d/[2-8](?!\d)|\d\d?/(?:10|12|16|32|64)(?!\d))))?
+     (?P<top>(?<![\d/.,])\d{{1,3}})/(?P<bottom>\d{{1,4}})(?:ths?(?!{_LETTER}))?(?![\d/])
     |(?P<hour>(?<![\d:])\d{{1,2}}):(?P<minute>[0-5]\d)(?::(?P<second>[0-5]\d))?(?!\d)
     |(?P<feet>\d+)'(?P<inches>\d+)(?:"|''|″)
     |(?P<sign>(?<![\w.,)\]%'’])[-–±+~≈](?=[{_SIGNS_OF_MONEY}]?\.?\d))?
      (?:(?P<country>(?<!\w)(?:US|AU?|CA?|HK|NZ))?(?P<currency>[{_SIGNS_OF_MONEY}]))?
      (?P<number>{_NUM})
-     (?:[-–—](?P<money>[{_SIGNS_OF_MONEY}])?(?P<to>{_NUM})(?![-–/:]?\d))?
+     (?:[-–—](?P<money>[{_SIGNS_OF_MONEY}])?(?P<to>{_NUM})(?![-–/:\ ]?\d))?
      (?P<suffix>(?:st|nd|rd|th|'?s)(?!{_LETTER}))?
     |(?P<initials>(?:[A-Za-z]\.){{2,}}|(?:[A-Za-z]\.)+[A-Za-z](?!{_LETTER})|(?<!\w)[A-HJ-Z]\.(?=,?$))
     |(?P<letters>'?{_LETTER}+(?:'{_LETTER}+)*'?)
@@ -207,13 +229,22 @@ _PIECE = re.compile(
     re.VERBOSE,
 )
 _UNIT = re.compile(
-    "(?P<unit>" + "|".join(map(re.escape, sorted(_UNITS, key=len, reverse=True))) + r")(?P<power>[²³])?"
-    r"(?:/(?P<per>" + "|".join(map(re.escape, sorted(_UNITS, key=len, reverse=True))) + r")(?P<under>[²³])?)?"
+    "(?P<unit>" + "|".join(map(re.escape, sorted(_UNITS, key=len, reverse=True))) + r")(?P<power>[²³]|(?<=[mt])[23])?"
+    r"(?:/(?P<per>" + "|".join(map(re.escape, sorted(_UNITS, key=len, reverse=True))) + r")(?P<under>[²³23])?)?"
     rf"(?!{_LETTER}|\d|')"
 )  # fmt: skip
+_TO = re.compile(
+    rf"[-–—](?=(?:(?:US|AU?|CA?|HK|NZ)?[{_SIGNS_OF_MONEY}])?\.?\d)|(?<=[IVXLC])[-–](?=[IVXLC]+(?!\w))|(?<=[ivxlc])[-–](?=[ivxlc]+(?!\w))"
+)
+"""A dash between two amounts or numerals."""
 _AMOUNT = re.compile(rf"[{_SIGNS_OF_MONEY}]\.?\d[\d.,]*$|\d(?:{'|'.join(filter(str.isalpha, _UNITS))})$")
 _AFTER_MONEY = re.compile(rf"[{_SIGNS_OF_MONEY}][\d.,–-]+\Z")
+_BEFORE_SCALE = re.compile(rf"([{_SIGNS_OF_MONEY}])\.?\d[\d.,]*[-–]?(?:\d[\d.,]*)?\Z")
 _ROMAN = re.compile(r"(?=.)M{0,3}(?:CM|CD|D?C{0,3})(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})")
+_GROUPED = re.compile(
+    rf"(?P<before>[\"“(]*)(?P<sign>[{_SIGNS_OF_MONEY}])?(?P<digits>[1-9]\d{{0,2}}(?:\n\d{{3}}){{1,4}})"
+    r"(?P<after>[.,;:!?)\"”]*)(?<!\d\n)(?:(?<=\d)(?=\n(?!\d)|\Z)|(?<!\d)(?=\n|\Z))"
+)
 _MARKS = frozenset(".,;:!?…—–-\"“”'()[]{}«»„‚")
 """Written punctuation that a synthesizer is given, for the prosody."""
 _PAUSES = frozenset(".,;:!?…—–-")
@@ -233,7 +264,7 @@ _ASIDES = re.compile(
 )
 _PARENTHETIC = re.compile(
     r"[(*](?:laughter|laughs?|laughing|chuckles?|applause|inaudible|unintelligible|crosstalk|coughs?|coughing|sighs?"
-    r"|cheering)[)*]",
+    r"|cheering|(?:(?:long|short|brief) )?pauses?)\.?[)*]",
     re.IGNORECASE,
 )
 _INSIDE = re.compile(r"\[(\w+)\](?=\w)|(?<=\w)\[(\w+)\]")
@@ -257,15 +288,21 @@ def read_words(words: Sequence[str], in_brackets: bool = True) -> list[Spoken]:
     shown = _without_asides(words, in_brackets)
     shouting = not any(char.islower() for word in words for char in word)
     plain = [_plain(_INSIDE.sub(r"\1\2", word) if "[" in word else word) for word in shown]
-    result = []
+    result: list[Spoken] = []
     for index, word in enumerate(plain):
+        if index < len(result):
+            continue  # "000" of "1 000"
         previous = plain[index - 1] if index else ""
         if (simple := _SIMPLE.fullmatch(word)) and not _needs_context(simple[1], word, previous):
             result.append(Spoken(word, [((simple[1].lower(),),)]))
             continue
         following = next((other for other in plain[index + 1 :] if other), "")
+        if following[:3].isdigit() and (groups := _groups(plain, index)):
+            result += groups
+            continue
         in_arc = "°" in previous or ("′" in previous and index > 1 and "°" in plain[index - 2])
-        context = _Context(previous, following, shouting, _number_before(plain, index), in_arc)
+        earlier = plain[index - 2] if index > 1 else ""
+        context = _Context(previous, following, shouting, _number_before(plain, index), in_arc, earlier)
         result.append(_read(word, context))
     return result
 
@@ -358,7 +395,8 @@ def _plain(word: str) -> str:
     if word.isascii():
         return html.unescape(word) if "&" in word and ";" in word else word
     word = html.unescape(word) if "&" in word and ";" in word else word
-    word = _VULGAR.sub(" ", _INVISIBLE.sub("", word)).translate(_ALIKE)
+    word = _VULGAR.sub(" ", _INVISIBLE.sub("", word))
+    word = _BUILT.sub(lambda built: f"{built[1].translate(_SUPERSCRIPTS)}/{built[2]}", word).translate(_ALIKE)
     parts = _KEPT.split(word)
     parts[::2] = [unicodedata.normalize("NFKC", part).translate(_ALIKE) for part in parts[::2]]
     plain = "".join(parts).replace("′′", "″")
@@ -410,6 +448,7 @@ def _needs_context(core: str, word: str, previous: str) -> bool:
         or lower in ("st", "dr", "co", "al")
         or previous[-1:].isdigit()
         or (core in _UNITS and core != "in")
+        or not lower.strip("ivxl")
         or not previous[-1:].isascii()
     )
 
@@ -418,7 +457,7 @@ def _number_before(plain: Sequence[str], index: int) -> str:
     """The number that the word before is or ends with, for a unit may follow; "" if there is none."""
     if index == 0:
         return ""
-    previous = plain[index - 1].lstrip("(\"“'~-–±")
+    previous = plain[index - 1].lstrip("(\"“'~-–±+≈")
     if previous.lower() in ("million", "billion", "trillion", "sq.", "square", "cubic", "half"):
         return "2"
     if fraction := re.fullmatch(r"(\d+ )?\d+/\d+", previous):
@@ -438,7 +477,8 @@ def _read(plain: str, context: _Context) -> Spoken:
     for start, piece in _pieces(plain, context):
         written = plain[start : piece.end]
         said = written if piece.said is None else piece.said
-        if text[-1:].isalnum() and said[:1].isalnum() and (in_words or piece.said is not None):
+        is_joined = text[-1:].isalnum() or (text[-1:] == ")" and piece.said is not None)
+        if is_joined and said[:1].isalnum() and (in_words or piece.said is not None):
             text += " "
         text += said or (" " if piece.said is not None and plain[piece.end : piece.end + 1].isalnum() else "")
         in_words = (in_words and not piece.tokens) or piece.said is not None
@@ -460,9 +500,15 @@ def _pieces(plain: str, context: _Context) -> Iterator[tuple[int, _Piece]]:
             position, abbreviation = abbreviation[1].end, None
             continue
         adjacent = glued and start == position
+        if adjacent and _TO.match(plain, start):
+            yield start, _said(start + 1, [(("to",),)])
+            position = start + 1
+            continue
         may_be_unit = number and (adjacent or not plain[:start].strip("-"))
-        unit = _UNIT.match(plain, start) if may_be_unit else None
-        if unit and not adjacent and unit[0] in _LONE_LETTERS and not _is_unit_alone(unit[0], plain, context):
+        hyphen = bool(adjacent and plain[start] == "-")  # "21-cm"
+        unit = _UNIT.match(plain, start + hyphen) if may_be_unit else None
+        is_apart = hyphen or not adjacent
+        if unit and is_apart and unit[0] in _LONE_LETTERS and not _is_unit_alone(unit[0], plain, context):
             unit = None
         if unit and unit[0].lower() in _SCALES and _AFTER_MONEY.search(plain, 0, start):
             unit = None  # "$5m"
@@ -471,7 +517,9 @@ def _pieces(plain: str, context: _Context) -> Iterator[tuple[int, _Piece]]:
         else:
             piece = _piece(match, plain, context, number if adjacent else "")
         yield start, piece
-        glued = bool(match["number"] or match["bottom"] or unit)
+        is_amount = match["number"] or match["bottom"] or match["hour"] or match["power"] or unit
+        in_words = match["letters"] and piece.said and (adjacent or _ROMAN.fullmatch(match[0].upper()))  # "5k", "IV"
+        glued = bool(is_amount or in_words)
         number = "" if unit else match["to"] or match["number"] or ""
         if match["bottom"] and not unit:  # "½ mile", "2½ miles"
             number = "2" if match["whole"] else "1"
@@ -484,6 +532,8 @@ def _piece(match: re.Match[str], plain: str, context: _Context, number: str) -> 
     if match["letters"]:
         return _letters(match, plain, context, number)
     if match["initials"]:
+        if len(match[0]) == 2 and (numeral := _roman(match[0][0], plain[: match.start()], plain[end - 1 :], context)):
+            return _said(end - 1, [numeral])  # "Chapter V."
         letters = tuple(_fold(char) for char in match[0] if char.isalpha())
         is_last = not context.following and match[0].endswith(".") and end == len(plain.rstrip("\"'”)"))
         return _Piece(end, [(letters,)], " ".join(letters).upper() + ("." if is_last else ""))
@@ -504,7 +554,7 @@ def _piece(match: re.Match[str], plain: str, context: _Context, number: str) -> 
         feet, inches = cardinal(int(match["feet"])), cardinal(int(match["inches"]))
         return _said(end, [((*feet, "feet"),), ((*inches, "inches"), inches)])
     if match["power"]:
-        return _said(end, _power(match[0], plain[: match.start()]))
+        return _said(end, _power(match, plain, context))
     if match["per"]:
         return _said(end, [(("per",), ("a",))] if _is_per(plain[: match.start()], plain[end:]) else [])
     if match["range"]:
@@ -540,22 +590,33 @@ def _abbreviation_in_context(core: str, plain: str, context: _Context) -> Sequen
     stem, following, previous = core.removesuffix("."), context.following, context.previous
     named = following.lstrip("\"“'(")[:1].isupper() and _fold(following.strip(".,;:!?'\"")) not in _STARTERS
     if stem == "st" and (core != stem or named or not following[:1].isupper()):
-        is_end = previous[:1].isupper() and plain.rstrip("\"'”)").endswith(",")  # "5 Elm St., Boston"
+        is_end = previous[:1].isupper() and plain.rstrip("\"'”)").endswith(",")  # "5 Elm St., Boston", "5th St. NW"
+        is_end = is_end or _fold(following.strip(".,;:!?\"'”)")).replace(".", "") in _COMPASS
         return ("saint", "street") if named and not is_end else ("street", "saint")
     if stem == "dr" and core != stem:
         return ("doctor", "drive") if named or not previous[:1].isupper() else ("drive", "doctor")
-    if core == "v." and previous[:1].isupper() and named:
+    if "v." in plain and core == "v." and previous[:1].isupper() and named and _fold(previous) not in _PAGED:
         return ("versus", "v")
     if core == "al." and _fold(previous) == "et":
         return ("al",)
     if core == "co." and previous[:1].isupper():
         return ("company", "co")
     has_point = core != stem or (stem in ("no", "nos") and plain.lstrip("\"'(“")[:1] == "N" and not context.shouting)
-    if stem in _BEFORE_DIGITS and has_point and not context.number and re.match(r"[\"'(]*[#$]?\d", following):
-        return (_BEFORE_DIGITS[stem], stem)
+    if stem in _BEFORE_DIGITS and has_point and not context.number:
+        # "Vol. II", "p. xii", but "Larry P. v. Riles"
+        numeral = re.split("[-–—]", following.strip(".,;:!?)\"'”"))[0].upper()
+        is_numeral = _ROMAN.fullmatch(numeral) and numeral != "I" and numeral not in _NO_NUMERALS
+        is_numeral = is_numeral and not following.istitle() and _is_short_of_counted(stem) and "P." not in plain
+        if is_numeral or re.match(r"[\"'(]*[#$]?\d", following):
+            return (_BEFORE_DIGITS[stem], stem)
     if core == "no." and re.match(r"[A-Z]?\d", following):
         return ("number", "no")
     return ()
+
+
+def _is_short_of_counted(stem: str) -> bool:
+    """Whether an abbreviation without its point is one of a thing with a number: "vol", "p", "nos"."""
+    return _BEFORE_DIGITS.get(stem, "").removesuffix("s") in _COUNTED
 
 
 def _letters(match: re.Match[str], plain: str, context: _Context, number: str) -> _Piece:
@@ -567,15 +628,19 @@ def _letters(match: re.Match[str], plain: str, context: _Context, number: str) -
         number = ""  # "B2B"
     if number and folded in ("am", "pm"):
         return _Piece(end, [(tuple(folded),)], " ".join(folded).upper())
-    money = re.search(rf"([{_SIGNS_OF_MONEY}])[\d.,–-]+$", plain[: match.start()])
-    if number and folded in _SCALES and (money or folded not in ("m", "b") or written.isupper()):
-        unit = (_CURRENCIES[money[1]][1],) if money else ()
-        return _said(end, [((_SCALES[folded], *unit), (_SCALES[folded],), (folded,))])
+    in_word = _BEFORE_SCALE.search(plain, 0, match.start())  # "$5bn", "$10-billion"
+    money = in_word or (_BEFORE_SCALE.search(context.previous) if _is_scale(spoken) else None)
+    if money and (number or _is_scale(spoken)) and spoken in _SCALES:
+        before = context.previous if in_word else context.earlier
+        units = _unit_of_money(money[1], before, plain[end:], context, plain[: match.start()].endswith("-"))
+        scale = _SCALES[spoken]
+        return _said(end, [tuple(dict.fromkeys((*((scale, *unit) for unit in units), (scale,), (folded,))))])
+    if number and folded in _SCALES and (folded not in ("m", "b") or written.isupper()):
+        is_letter = folded == "k" and (number == "401" or _fold(context.following.strip(".,;:!?")) in _SPELLED_K)
+        readings: Token = ((_SCALES[folded],), (folded,))
+        return _said(end, [readings[::-1] if is_letter else readings])
     if number and folded == "x":
         return _said(end, [(("times",), ("x",))])
-    if _is_scale(spoken) and re.search(rf"[{_SIGNS_OF_MONEY}]\.?\d[\d.,]*(?:[-–]\d[\d.,]*)?$", context.previous):
-        sign = re.findall(rf"[{_SIGNS_OF_MONEY}]", context.previous)[-1]
-        return _said(end, [((spoken, _CURRENCIES[sign][1]), (spoken,))])
     if folded == "no" and re.match(r"\s?\d", plain[end:]):
         return _said(end, [(("number",),)])
     if folded in _BEFORE_DIGITS and folded not in ("c", "v") and re.match(r"\.\d", plain[end:]):  # "p.12", not "C.1"
@@ -583,7 +648,7 @@ def _letters(match: re.Match[str], plain: str, context: _Context, number: str) -
     if any(char in _GREEK for char in written.lower()):  # "Δx"
         apart = "".join(f" {char} " if char in _GREEK else char for char in written.lower())
         return _said(end, [(tuple(re.sub("[^a-z' ]", "", _fold(apart)).split()),)])
-    if numeral := _roman(written, plain[end:], context):
+    if numeral := _roman(written, plain[: match.start()], plain[end:], context):
         return _said(end, [numeral])
     word = (re.sub("[^a-z']", "", spoken),)
     stem = written.removesuffix("'s").removesuffix("s") if len(written) > 2 else written
@@ -598,29 +663,48 @@ def _is_scale(word: str) -> bool:
     return word in ("hundred", "thousand", "million", "billion", "trillion")
 
 
-def _roman(written: str, rest: str, context: _Context) -> Token | None:
-    """Readings of a Roman numeral: after a name an ordinal (Henry VIII), else a number (Chapter IV)."""
+def _roman(written: str, head: str, rest: str, context: _Context) -> Token | None:
+    """Readings of a Roman numeral: after a king's name an ordinal (Henry VIII), else a number (Apple II)."""
     numeral = written.removesuffix("'s")
     if (century := re.fullmatch("([IVXLCDM]{2,})(?:th|st|nd|rd)", written)) and _ROMAN.fullmatch(century[1]):
         return (ordinal(cardinal(sum(_roman_values(century[1])))),)
+    if war := re.fullmatch("WW(I{1,2})", numeral):
+        said = tuple((*words, *cardinal(len(war[1]))) for words in (("world", "war"), ("w", "w")))
+        return tuple((*reading[:-1], reading[-1] + written.removeprefix(numeral)) for reading in said)
+    before = "(" if head.endswith("(") else context.previous.strip("\"'“(")  # "intravenous (IV)"
+    stem = before.lower().rstrip(".")
+    stem = stem if stem in _COUNTED else stem.removesuffix("s")
+    is_short = _is_short_of_counted(stem) and (before[-1:] == "." or stem in ("p", "pp")) and before not in ("P", "P.")
+    counted = is_short or (stem in _COUNTED and not (before[-1:] == "." and len(numeral) == 1))
+    if re.fullmatch("[ivx]{3,}|ii", numeral) or (
+        counted and re.fullmatch("[ivxl]+", numeral) and (len(numeral) > 1 or stem in _PAGED)
+    ):
+        numeral = numeral.upper()
     if not (numeral.isascii() and _ROMAN.fullmatch(numeral)):
         return None
-    before = context.previous.strip("\"'“(")
-    counted, named = before.lower().rstrip(".") in _COUNTED, before[:1].isupper() and before.isalpha()
-    is_century = _fold(context.following).startswith("centur")
-    if len(numeral) == 1:
-        ends = rest[:1] in tuple(",.;:)'") or _fold(context.following.strip(".,;:!?")) in _AFTER_NAMES
-        is_numeral = numeral in "IVX" and (counted or (named and before.lower() in _NAMED and (numeral != "I" or ends)))
+    named = before[:1].isupper() and before.isalpha()
+    by_name = not {_fold(before), _fold(context.earlier)}.isdisjoint(_NAMED)
+    regnal = named and (by_name or re.fullmatch(r"[A-Z]\.", context.earlier) is not None)  # "John D. Rockefeller III"
+    following = _fold(context.following.strip(".,;:!?\"'“”"))
+    is_initial = rest[:1] == "." and context.following[:1].isupper() and following not in _STARTERS
+    is_century = following.startswith("centur")
+    if written == "I":
+        ends = rest[:1] in tuple(",.;:)'") or following in _AFTER_NAMES
+        of_thing = counted and not is_short and (named or stem in _BEFORE_I)
+        is_numeral = of_thing or (ends and (counted or (named and _fold(before) in _NAMED and not is_initial)))
+    elif len(numeral) == 1:
+        of_king = named and _fold(before) in _NAMED and not is_initial and (numeral, before) != ("X", "Malcolm")
+        is_numeral = numeral in "IVX" and (counted or of_king)
     else:
-        stands = len(numeral) > 2 or named or not before or is_century
+        stands = len(numeral) > 2 or numeral == "II" or named or not before or is_century
         is_plain = len(numeral) > 3 or not set(numeral) & set("LCDM")
-        is_numeral = counted or (numeral not in _NO_NUMERALS and is_plain and stands)
+        is_numeral = numeral not in _NO_NUMERALS and (counted or (is_plain and stands))
     if not is_numeral:
         return None
     number = sum(_roman_values(numeral))
-    plain: Token = (*_in_pairs(number), cardinal(number)) if number >= 1000 else (cardinal(number),)
-    regnal: Token = (("the", *ordinal(cardinal(number))),)
-    first = (*regnal, *plain) if named and not counted else (*plain, *regnal)
+    in_digits: Token = (*_in_pairs(number), cardinal(number)) if number >= 1000 else (cardinal(number),)
+    ordinals: Token = (("the", *ordinal(cardinal(number))),)
+    first = (*ordinals, *in_digits) if regnal and not counted else (*in_digits, *ordinals)
     first = (tuple(ordinal(cardinal(number))), *first) if is_century else first
     spelled: Token = ((numeral.lower(),), tuple(numeral.lower()))
     if written.endswith("'s"):
@@ -687,11 +771,12 @@ def _is_per(before: str, after: str) -> bool:
 def _quantity(match: re.Match[str], plain: str, context: _Context) -> list[Token]:
     """A number, a range or an amount of money; what follows in the word (a unit) is not in it."""
     currency, rest = match["currency"] or match["money"], plain[match.end() :]
-    followed = _scale_follows(rest, context)
+    followed = _scale_follows(rest, context) or bool(currency and _is_called(currency, context.following))
     # "$5-10" has its unit behind the second number.
+    single = _stands_before_noun(context.previous, rest, context.following)
     is_money = match["currency"] and not followed and (not match["to"] or match["money"])
     if is_money:
-        tokens = _money(match["number"], currency, match["country"])
+        tokens = _money(match["number"], currency, match["country"], single)
     else:
         as_year = not (currency or _unit_follows(rest, context))
         tokens = _number(match["number"], match["suffix"] or "", context, as_year)
@@ -700,7 +785,7 @@ def _quantity(match: re.Match[str], plain: str, context: _Context) -> list[Token
         tokens[0] = _prefixed(names.get(match["sign"], ("about", "approximately")), tokens[0])
     if match["to"]:
         last = (
-            _money(match["to"], currency, match["country"])
+            _money(match["to"], currency, match["country"], single)
             if currency and not followed
             else _number(match["to"], match["suffix"] or "", context, as_year=len(match["number"]) == 4)
         )
@@ -717,10 +802,10 @@ def _prefixed(prefixes: Sequence[str], token: Token) -> Token:
 
 
 def _scale_follows(rest: str, context: _Context) -> bool:
-    """Whether the amount goes on ("$3 million", "$5bn"), so that its currency comes later."""
-    if glued := re.match(r"[A-Za-z]+", rest):
-        return glued[0].lower() in _SCALES
-    return not rest and _is_scale(context.following.lower().strip(".,;:!?)\"'”"))
+    """Whether the amount goes on ("$3 million", "$5bn", "$10-billion"), so that its currency comes later."""
+    if glued := re.match(r"(-?)([A-Za-z]+)", rest):
+        return _is_scale(glued[2].lower()) if glued[1] else glued[2].lower() in _SCALES
+    return not rest and _is_scale(re.split("[^a-z]", context.following.lower(), maxsplit=1)[0])
 
 
 def _unit_follows(rest: str, context: _Context) -> bool:
@@ -729,26 +814,40 @@ def _unit_follows(rest: str, context: _Context) -> bool:
     return bool((unit := _UNIT.match(context.following)) and unit[0] not in _LONE_LETTERS - {"m"})
 
 
-def _money(number: str, sign: str, country: str | None) -> list[Token]:
+def _money(number: str, sign: str, country: str | None, single: bool) -> list[Token]:
+    """An amount of money; `single`: its unit is first in the singular, as before a noun ("a five dollar bill")."""
     one, many, cents = _CURRENCIES[sign]
     prefix = tuple(_COUNTRIES.get((country or "").lower(), "").split())
     whole, _, small = number.replace(",", "").partition(".")
     amount = int(whole or 0)
-    unit = (*prefix, one if amount == 1 and not small else many if amount != 1 else one)
-    if small and len(small) == 2 and cents:
-        if int(small) == 0:
-            return [tuple((*reading, *unit) for reading in _integer(whole, as_year=False))]
+    names = (one, many) if single or (amount == 1 and len(small) in (0, 2)) else (many, one)
+    units = list(dict.fromkeys((*prefix, name) for name in names))
+    if small and len(small) == 2 and cents and int(small) > 0:
         cent = (*cardinal(int(small)), cents.removesuffix("s") if int(small) == 1 and cents == "cents" else cents)
         if amount == 0:
             return [(cent,)]
-        dollars = (*cardinal(amount), *unit)
+        dollars = (*cardinal(amount), *units[0])
         return [((*dollars, "and", *cent), (*dollars, *cent), (*cardinal(amount), *cardinal(int(small))))]
-    if small:
-        return [((*cardinal(amount), *_decimals(small), *prefix, many),)]
-    readings = _integer(number, as_year=False)
+    if small and not (len(small) == 2 and cents):
+        return [tuple((*cardinal(amount), *_decimals(small), *unit) for unit in units)]
+    readings = _integer(whole if small else number, as_year=False)
     if len(readings) == 1 and len(whole) > 4:
-        return [*[((word,),) for word in readings[0]], (unit,)]
-    return [tuple((*reading, *unit) for reading in readings)]
+        return [*[((word,),) for word in readings[0]], tuple(units)]
+    return [tuple((*reading, *unit) for unit in units for reading in readings)]
+
+
+def _unit_of_money(sign: str, before: str, rest: str, context: _Context, hyphen: bool) -> list[Reading]:
+    """What follows a scale: dollars, before a noun dollar, nothing if the text says it ("$5 billion dollars")."""
+    if _is_called(sign, context.following):
+        return [()]
+    names = _CURRENCIES[sign][:2]
+    single = hyphen or _stands_before_noun(before, rest, context.following)
+    return [(name,) for name in dict.fromkeys(names if single else names[::-1])]
+
+
+def _is_called(sign: str, word: str) -> bool:
+    """Whether a word is the name of a currency: "$5 dollars"."""
+    return _fold(word.strip(".,;:!?)\"'”")) in _CURRENCIES[sign][:2]
 
 
 def _number(number: str, suffix: str, context: _Context, as_year: bool) -> list[Token]:
@@ -804,6 +903,39 @@ def _in_pairs(number: int) -> list[Reading]:
     if low >= 10:
         return [(*cardinal(high), *cardinal(low)), (*hundreds, *cardinal(low))]
     return [(*cardinal(high), "oh", *cardinal(low)), (*hundreds, *cardinal(low)), (*hundreds, "and", *cardinal(low))]
+
+
+def _groups(plain: Sequence[str], index: int) -> list[Spoken]:
+    """What is said for each word of a number with spaces between its thousands: "1 000 000"; none if it is no such one.
+
+    Raises:
+        BadInput: it may be one number or several, as "12 345".
+    """
+    match = _GROUPED.match("\n".join(plain[index : index + 6]))
+    previous = _fold(plain[index - 1].rstrip(".")) if index else ""
+    if (
+        not match
+        or previous[-1:].isdigit()
+        or previous in _COUNTED
+        or previous in _BEFORE_DIGITS
+        or previous in _MONTHS
+    ):
+        return []
+    first, *groups = match["digits"].split("\n")
+    if "000" not in groups and (len(groups) == 1 or len(first) == 3):
+        raise BadInput(f"'{' '.join([first, *groups])}' may be one number or several")
+    scales = ("", "thousand", "million", "billion", "trillion")[len(groups) :: -1]
+    tokens: list[list[Token]] = []
+    for group, scale in zip((first, *groups), scales, strict=True):
+        both = {(*cardinal(int(group), conjunction), *scale.split()): None for conjunction in (False, True)}
+        tokens.append([tuple(both)] if int(group) else [])
+    if sign := match["sign"]:
+        tokens[-1].append(((_CURRENCIES[sign][1],),))
+    said = [_said(0, each).said or "" for each in tokens]
+    last = max(place for place, text in enumerate(said) if text)
+    said[0] = match["before"] + said[0]
+    said[last] += match["after"]
+    return [Spoken(text, each) for text, each in zip(said, tokens, strict=True)]
 
 
 def _fraction(match: re.Match[str], context: _Context) -> list[Token]:
@@ -866,12 +998,36 @@ def _date(written: str) -> Token:
     return (in_words, british, one_by_one)
 
 
-def _power(written: str, before: str) -> list[Token]:
-    """A power of a number of one or two digits, a letter or a bracket; behind anything else the mark of a footnote."""
-    power = written.removeprefix("^").translate(_SUPERSCRIPTS)
-    base = re.search(r"(?:(?<![\d.,])\d{1,2}|(?<![^\W\d_])[^\W\d_]{1,2}|\))$", before)
-    if not base or not re.fullmatch(r"-?\d{1,2}|n", power):
+_BASE = re.compile(
+    r"(?<![\d.,\w])(?<!\d[–-])(?P<ten>10)$|(?P<number>(?<![\d.,])\d{1,2})$|(?P<any>\d|\))$"
+    r"|(?<![^\W\d_]|['.])(?!(?<=\d)(?:s|st|nd|rd|th)$)(?:(?P<letter>[^\W\d_]|[b-df-hj-np-tv-xzα-ω]{2}"
+    rf"|{'|'.join(unit for unit in _UNITS if unit.isalpha() and unit != 'in')})|(?P<pair>[^\W\d_]{{2}}))$"
+)
+
+
+def _power(match: re.Match[str], plain: str, context: _Context) -> list[Token]:
+    """A power, or nothing: the mark of a footnote.
+
+    "¹" is no power. "x²", "mc²", "km²", "10⁵" and what is negative are. On other numbers, brackets and pairs of letters
+    it is a power in a formula: beside "^", "=", "+", "times". Elsewhere a footnote belongs to words, amounts of money,
+    dates, numbers of things ("Chapter 5²") and long numbers ("1812³"); on short ones it may be either.
+
+    Raises:
+        BadInput: either.
+    """
+    before, power = plain[: match.start()], match[0].removeprefix("^").translate(_SUPERSCRIPTS)
+    base = _BASE.search(before)
+    if not base or not re.fullmatch(r"-?\d{1,2}|n", power) or match[0] == "¹":
         return []
+    in_formula = re.search(r"[\^=+×÷*<>≈≤≥≠√]", plain) or any(
+        _OPERATOR.fullmatch(word.lower()) for word in (context.previous, context.following)
+    )
+    if not (in_formula or base["ten"] or base["letter"] or power[0] in "-n"):
+        previous = _fold(context.previous.rstrip("."))
+        is_apart = previous in _COUNTED or previous in _BEFORE_DIGITS or previous in _MONTHS
+        if not base["number"] or is_apart or re.search(rf"[{_SIGNS_OF_MONEY}#§]\d+$", before):
+            return []
+        raise BadInput(f"'{match[0]}' in '{plain[:40]}' may be a power or the mark of a footnote")
     if power in ("2", "3"):
         return [((("squared",) if power == "2" else ("cubed",)),)]
     if power == "n":
@@ -884,8 +1040,8 @@ def _power(written: str, before: str) -> list[Token]:
 
 def _is_unit_alone(unit: str, plain: str, context: _Context) -> bool:
     """Whether a short unit that stands by itself behind a number is one: "5 m", "5 in." and no "5 in the morning"."""
-    if unit in ("in", "s", "h", "l", "L", "V", "W"):
-        return unit == "in" and plain.startswith("in.") and context.following[:1].islower()
+    if unit in ("in", "s", "h", "l") or (unit in ("L", "V", "W") and "-" not in plain):
+        return unit == "in" and "in." in plain and context.following[:1].islower()
     return True
 
 
@@ -893,14 +1049,16 @@ def _unit(match: re.Match[str], number: str, plain: str, context: _Context) -> _
     name, end = _UNITS[match["unit"]], match.end()
     if match["unit"] in "′″" and (context.in_arc or "°" in plain):  # 41°24′12″
         name = "minute" if match["unit"] == "′" else "second"
-    words = [{"²": "square", "³": "cubic"}[match["power"]]] if match["power"] else []
-    one = re.fullmatch(r"1(?:\.0*)?", number) is not None
+    before = context.previous if plain[: match.start()].strip("-\"'(“") else context.earlier
+    single = plain[match.start() - 1 : match.start()] == "-"
+    single = single or _stands_before_noun(before, plain[end:], context.following, is_money=False)
     first, *rest = name.split()
-    words += [first if one else _PLURALS.get(first, f"{first}s"), *rest]
-    if match["unit"] in ("kWh",):
-        words = ["kilowatt", "hour" if one else "hours"]
-    if match["per"]:
-        words += ["per", *(["square"] if match["under"] == "²" else []), *_UNITS[match["per"]].split()]
+    plural = first if first.endswith("hertz") else _PLURALS.get(first, f"{first}s")
+    many = ["kilowatt", "hours"] if name == "kilowatt hour" else [plural, *rest]
+    under = _UNITS[match["per"]] if match["per"] else ""
+    per = ["per", *_powered(under.split(), under, match["under"])] if under else []
+    forms = [(*_powered(words, name, match["power"]), *per) for words in (name.split(), many)]  # "a 5 km run", "5 km"
+    said, other = forms if single or re.fullmatch(r"1(?:\.0*)?", number) else forms[::-1]
     if (
         match["unit"] in _POINTED_UNITS
         and plain[end : end + 1] == "."
@@ -908,6 +1066,27 @@ def _unit(match: re.Match[str], number: str, plain: str, context: _Context) -> _
     ):
         end += 1
     letters = _fold(re.sub("[^A-Za-z]", "", match["unit"]))
-    singular = tuple(name.split())
-    readings: list[Reading] = [tuple(words), singular, *([tuple(letters), (letters,)] if letters else [])]
-    return _Piece(end, [tuple(dict.fromkeys(readings))], " ".join(words))
+    readings: list[Reading] = [said, other, *([tuple(letters), (letters,)] if letters else [])]
+    return _Piece(end, [tuple(dict.fromkeys(readings))], " ".join(said))
+
+
+def _powered(words: list[str], name: str, power: str | None) -> list[str]:
+    """Square meters, but seconds squared."""
+    if not power:
+        return words
+    if name.endswith(_LENGTHS):
+        return ["square" if power in "²2" else "cubic", *words]
+    return [*words, "squared" if power in "²2" else "cubed"]
+
+
+def _stands_before_noun(before: str, rest: str, following: str, is_money: bool = True) -> bool:
+    """Whether an amount between two words stands before its noun, so that its unit has no plural: "an 80 km ride".
+
+    So it does behind "a", and joined to a word: "a $5-bill", but "$5-a-day". Behind "the" it is not to be seen ("the
+    $500 received"), but for bills and coins.
+    """
+    if rest:
+        return bool(re.match("-(?!(?:a|an|per|plus|odd)\\b)[A-Za-z]", rest))
+    noun = _fold(following.strip(".,;:!?)\"'”"))
+    is_noun = noun.replace("-", "").isalpha() and noun not in _STARTERS
+    return is_noun and (before.lower().strip("\"'(“") in ("a", "an") or (is_money and noun in _CASH))

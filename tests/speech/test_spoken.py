@@ -58,34 +58,35 @@ def test_ordinals() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("text", "first", "others"),
     [
-        ("1905", "nineteen oh five"),
-        ("1984,", "nineteen eighty four"),
-        ("2005", "two thousand five"),
-        ("1980s", "nineteen eighties"),
-        ("21st", "twenty first"),
-        ("3.14", "three point one four"),
-        ("$5", "five dollars"),
-        ("$1", "one dollar"),
-        ("£2.50", "two pounds and fifty pence"),
-        ("10:30", "ten thirty"),
-        ("1/2", "one half"),
-        ("007", "zero zero seven"),
-        ("Mr.", "mister"),
-        ("St.", "street"),
-        ("U.S.", "u s"),
-        ("US", "us"),
-        ("FBI's", "f b i's"),
-        ("café,", "cafe"),
-        ("O’Neill’s", "o'neill's"),
-        ("&", "and"),
+        ("1905", "nineteen oh five", ["nineteen hundred five", "nineteen hundred and five", "one nine zero five"]),
+        ("1984,", "nineteen eighty four", ["one thousand nine hundred eighty four"]),
+        ("2005", "two thousand five", ["two thousand and five", "twenty oh five"]),
+        ("1980s", "nineteen eighties", ["one thousand nine hundred eighties"]),
+        ("21st", "twenty first", []),
+        ("3.14", "three point one four", []),
+        ("$5", "five dollars", ["five dollar"]),
+        ("$1", "one dollar", ["one dollars"]),
+        ("£2.50", "two pounds and fifty pence", ["two pounds fifty pence", "two fifty"]),
+        ("10:30", "ten thirty", []),
+        ("1/2", "a half", ["one half"]),
+        ("007", "zero zero seven", ["oh oh seven"]),
+        ("Mr.", "mister", []),
+        ("St.", "street", ["saint"]),
+        ("U.S.", "u s", []),
+        ("US", "u s", ["us"]),
+        ("FBI's", "f b i's", []),
+        ("café,", "cafe", []),
+        ("O’Neill’s", "o'neill's", []),
+        ("&", "and", []),
     ],
 )
-def test_a_token_can_be_read_as(text: str, expected: str) -> None:
+def test_a_token_is_read_as_the_first_or_as_others(text: str, first: str, others: list[str]) -> None:
     # Other text, so that capitals mean something.
     (token,) = readings(f"as {text}")[1:]
-    assert expected in token
+    assert token[0] == first
+    assert set(others) <= set(token[1:])
 
 
 def test_words_split_where_a_pause_may_be() -> None:
@@ -98,8 +99,8 @@ def test_words_split_where_a_pause_may_be() -> None:
 
 def test_millions_of_dollars_are_said_after_the_million() -> None:
     amount, scale = readings("$3 million")
-    assert "three" in amount
-    assert "million dollars" in scale
+    assert amount == ["three"]
+    assert scale == ["million dollars", "million dollar", "million"]
 
 
 def test_capitals_throughout_are_no_acronyms() -> None:
@@ -284,19 +285,112 @@ def test_what_stands_beside_a_number_decides_how_it_is_read(written: str, said: 
     assert " ".join(each.text for each in read_words(written.split())) == said
 
 
+@pytest.mark.parametrize(
+    ("written", "right"),
+    [
+        # Fractions of superscripts and subscripts.
+        ("so ²⁄₃ of 3²⁄₃ miles, 1¹⁄₂ cups, ¹⁄₄ cup", "so two thirds of three and two thirds miles, one and a half "
+         "cups, a quarter cup"),
+        ("H₂O and x² at 1/2", "H two O and x squared at a half"),
+        # Units: no plural of hertz; powers as signs, digits and one character.
+        ("a 3 GHz chip at 2.4GHz, 50 MHz and 3 km", "a three gigahertz chip at two point four gigahertz, "
+         "fifty megahertz and three kilometers"),
+        ("5 ㎡, 5 m2, 5 km2, 9.8 m/s², 5.4 g/cm3, 10 kg/m³", "five square meters, five square meters, five square "
+         "kilometers, nine point eight meters per second squared, five point four grams per cubic centimeter, ten "
+         "kilograms per cubic meter"),
+        ("3 V2 rockets, an M2 chip", "three V two rockets, an M two chip"),
+        ("+20 ℃ or -20 °C, 5 mail 20", "plus twenty degrees celsius or minus twenty degrees celsius, five mail twenty"),
+        ("a 21-cm line, an 80-km (50-mi) ride, a 9-V cell", "a twenty one centimeter line, an eighty kilometer (fifty "
+         "mile) ride, a nine volt cell"),
+        ("a 5-in-1 tool, a 3-D film, 5 km runs", "a five-in-one tool, a three-D film, five kilometers runs"),
+        # Ranges of amounts, and hyphens that are none.
+        ("1–2½ cups, 1½-2 cups, ½–¾ cup", "one to two and a half cups, one and a half to two cups, a half to three "
+         "quarters cup"),
+        ("10%-20%, 20°-30°, 5km-10km, 10:30-11:45", "ten percent to twenty percent, twenty degrees to thirty degrees, "
+         "five kilometers to ten kilometers, ten thirty to eleven forty five"),
+        ("14th–18th, 1690s–1790s, 10k-20k, US$20–US$30", "fourteenth to eighteenth, sixteen nineties to seventeen "
+         "nineties, ten thousand to twenty thousand, twenty dollars to thirty dollars"),
+        ("1-1/2 cups, α-2, F-16, 747-400, -5°", "one and a half cups, alpha-two, F-sixteen, seven hundred forty seven "
+         "four hundred, minus five degrees"),
+        # Numerals: ordinals of kings, numbers of things, letters.
+        ("Elizabeth II, John Paul II, John D. Rockefeller III, Leo X", "Elizabeth the second, John Paul the second, "
+         "John D Rockefeller the third, Leo the tenth"),
+        ("Malcolm X, Apple II, Vatican II, MHC II, angiotensin II", "Malcolm X, Apple two, Vatican two, MHC two, "
+         "angiotensin two"),
+        ("by example. I will, my part I pray, World War I was, type I cells", "by example. I will, my part I pray, "
+         "World War one was, type one cells"),
+        ("chapter iv, page xii, pp. ix–x, vol. ii, No. II, book v", "chapter four, page twelve, pages nine to ten, "
+         "volume two, Number two, book five"),
+        ("figure x, class mix, in vivo, ill (iv)", "figure x, class mix, in vivo, ill (iv)"),
+        ("after WWII. In WWI's end, ASCII", "after world war two. In world war one's end, ASCII"),
+        ("the volume (V), UX vs. CX, an X", "the volume (V), UX versus CX, an X"),
+        ("King George V. He, George I. Sanchez, Helen V. Milner", "King George the fifth. He, George I. Sanchez, Helen "
+         "V Milner"),
+        ("Division v. Smith, P. v. Riles, Act v. Scene ii", "Division versus Smith, P versus Riles, Act five. "
+         "Scene two"),
+        # Money before its noun.
+        ("a $5 bill, a $10-billion deal, a $2 million house", "a five dollar bill, a ten-billion dollar deal, a two "
+         "million dollar house"),
+        ("the $500 received, a $5-a-day pass, $50 million-a-year", "the five hundred dollars received, a five "
+         "dollars-a-day pass, fifty million dollars-a-year"),
+        ("$5 dollars, $800 billion dollars, a $1 million to", "five dollars, eight hundred billion dollars, a one "
+         "million dollars to"),
+        # Thousands apart, letters, streets.
+        ("1 000 000 men, £5 000 000. Then 12 345 678 on page 5 100 ran", "one million men, five million pounds. Then "
+         "twelve million three hundred forty five thousand six hundred seventy eight on page five one hundred ran"),
+        ("5 000, 6 000", "five thousand, six thousand"),
+        ("4K TV, a 10K race, 401K, 5k men, $4K", "four k TV, a ten k race, four hundred one k, five thousand men, four "
+         "thousand dollars"),
+        ("at 5th St. NW or St. Nicholas", "at fifth Street NW or Saint Nicholas"),
+        ("(pause) so (Applause.) it (the pause) is", "so it (the pause) is"),
+    ],
+)  # fmt: skip
+def test_kinds_that_were_read_wrongly_and_their_neighbours(written: str, right: str) -> None:
+    assert said(written) == right
+
+
+def test_a_raised_number_is_a_power_a_footnote_or_refused() -> None:
+    powers = "x² mc² km² 10² 10⁻³ 5 m² 3² = 9 and 2^10 (a + b)² = x AB² + BC²"
+    assert said(powers) == (
+        "x squared mc squared km squared ten squared ten to the minus three five square meters three squared equals "
+        "nine and two to the tenth (a plus b) squared equals x AB squared plus BC squared"
+    )
+    notes = "12¹ $5¹ $5² 1812³, Chapter 5² May 5² US² it² king's² 5th² (in 1901)²"
+    assert said(notes) == (
+        "twelve five dollars five dollars eighteen twelve, Chapter five May five US it king's fifth "
+        "(in nineteen oh one)"
+    )
+    assert unsaid_signs(notes) == "¹¹²³²²²²²²²"
+    for text in ("there were 25² of them", "aged 16³ then"):
+        with pytest.raises(BadInput, match="may be a power or the mark of a footnote"):
+            read_words(text.split())
+
+
+@pytest.mark.parametrize("text", ["it has 12 345 people", "they said 100 200 300 then"])
+def test_numbers_that_may_be_one_or_several_are_refused(text: str) -> None:
+    with pytest.raises(BadInput, match="may be one number or several"):
+        read_words(text.split())
+
+
+def test_the_times_of_spaced_thousands_belong_to_their_words() -> None:
+    one, *groups, men = read_words(["1", "000", "000", "men"])
+    assert (one.text, men.text) == ("one million", "men")
+    assert [(group.text, group.tokens, group.unsaid) for group in groups] == [("", [], "")] * 2
+
+
 def test_written_words_of_the_cases_have_their_right_reading(cases: Path) -> None:
     for line in (cases / "text" / "spoken_tokens.jsonl").read_text().splitlines():
         case = json.loads(line)
         if "BadInput" in case["right"]:
-            try:
+            if "leave out" in case["right"]:
                 assert first_readings(case["written"]) == "", case
-            except BadInput:
                 continue
-            assert "leave out" in case["right"]
+            with pytest.raises(BadInput, match="no English reading"):
+                read_words(case["written"].split())
             continue
         right = re.split(" / |; |\\(", case["right"])
-        possible = [" ".join(words).removeprefix("chapter ") for words in itertools.product(*readings(case["written"]))]
-        assert any(one.strip() in possible for one in right), (case, possible)
+        first = first_readings(case["written"]).removeprefix("chapter ")
+        assert first in [one.strip() for one in right], case
 
 
 def test_texts_of_the_cases_are_said_right(cases: Path) -> None:
