@@ -46,8 +46,8 @@ MAX_OFFSET = 0.05
 """A constant offset is removed where it exceeds this share of the signal's own level."""
 MIN_MIX = 0.1
 """Least power of a mix, in that of unrelated channels: below it they cancel each other."""
-MIX_WINDOW = 2**14
-"""Samples that are mixed and judged by themselves: 0.3 to 1 s, as channels may cancel in part of a recording only."""
+MIX_WINDOW = 2**13
+"""Samples that are mixed and judged by themselves: 0.2 to 1 s, as channels may cancel in part of a recording only."""
 MIN_HEARD = 0.01
 """Power of a window, in the mean one, that may hold speech; a hum in pauses may well cancel."""
 PAUSE_FRAME_SECS = 0.02

@@ -23,8 +23,8 @@ from salad_ray.store import filesystem, find_files
 from salad_ray.tables import Reject, Utterance, digest
 
 MANIFESTS = tuple(f".jsonl{end}" for end in readers.COMPRESSIONS)
-_CUTS = re.compile(r"cuts[^/]*\.(json|ya?ml)$")
-"""Other formats that Lhotse writes; other files of these ends are seldom manifests."""
+_CUTS = re.compile(r"(cuts|supervisions|manifest)[^/]*\.(json|ya?ml)$")
+"""Other formats of Lhotse and NeMo; other files of these ends are seldom manifests."""
 NUM_PROBES = 50
 MAX_PROBES = 2_000
 """Of a corpus' recordings that are looked for before it counts as one without audio."""
@@ -115,8 +115,9 @@ def _unread(fs: fsspec.AbstractFileSystem, files: Iterable[str], path: str, sour
     """Files beside those that are read, which may hold records, too."""
     read = {url for source in sources for url in (source.url, source.archive)}
     within = {one.removeprefix(path).lstrip("/"): one for one in files if url_of(fs, one) not in read}
-    others = [name for name in sorted(within) if _CUTS.search(name) or not readers.HARMLESS.search(name.lower())]
-    others = [name for name in others if not fs.isdir(within[name])]
+    names = [name for name in within if not readers.HARMLESS.search(name.lower()) and name[-5:] != ".json"]
+    names = sorted({*names, *filter(_CUTS.search, within)})
+    others = [name for name in names if not fs.isdir(within[name])]
     found = [Source(sources[0].corpus, "unread", url_of(fs, within[name])) for name in others[: readers.MAX_NAMED]]
     return [*found[:-1], replace(found[-1], num_more=len(others) - len(found))] if found else []
 

@@ -44,7 +44,7 @@ BROKEN = (EOFError, zlib.error, lzma.LZMAError, OSError)
 HARMLESS = re.compile(
     r"(^|/)(\.|_success|_(common_)?metadata|_(committed|started)_"
     r"|(readme|licen[cs]e|copying|notice|change(s|log)|citation|authors|contributing|(md5|sha\d+)(sums?)?|checksums?)"
-    r"[\w-]*(\.(txt|rst|html|cff|bib))?$|((dataset_?)?infos?|config|metadata|stats|state)\.json$)"
+    r"[\w-]*(\.(txt|rst|html|cff|bib))?$)"
     r"|\.(md|crc|md5|sha\d+|asc|sig|py|sh|ipynb|ya?ml|toml|cfg|ini|png|jpe?g|gif|svg|webp|mp4|mkv|avi|mov|webm"
     r"|wav|flac|mp3|ogg|opus|m4a|aac|aiff?|wma|sph)$"
 )
@@ -287,6 +287,7 @@ def _unpacked_zstd(file: BinaryIO) -> Iterator[bytes]:
         num_others += len(block)
         yield block
     if not num_others:
+        yield b"\n"  # lest a last line without one be lost with the error
         raise EOFError("its end is followed by bytes that are no Zstandard")
 
 
@@ -331,6 +332,7 @@ def _rest(block: bytes, file: BinaryIO, magic: bytes) -> Iterator[bytes]:
         if is_json:
             yield block
         elif magic in block:
+            yield b"\n"  # lest a last line without one be lost with the error
             raise EOFError("its end is followed by other bytes, and these perhaps by another compressed file")
         block = file.read(READ_BYTES)
 
