@@ -46,6 +46,10 @@ MAX_OFFSET = 0.05
 """A constant offset is removed where it exceeds this share of the signal's own level."""
 MIN_MIX = 0.1
 """Least power of a mix, in that of unrelated channels: below it they cancel each other."""
+MIX_WINDOW = 2**13
+"""Samples that are mixed and judged by themselves: 0.2 to 1 s, as channels may cancel in part of a recording only."""
+MIN_HEARD = 0.01
+"""Power of a window, in the mean one, that may hold speech; a hum in pauses may well cancel."""
 PAUSE_FRAME_SECS = 0.02
 PAUSE_POWER = 1e-4
 END_TOLERANCE_SECS = 0.1
@@ -81,7 +85,11 @@ _UNDECODED = [
     (0, b"\x1aE\xdf\xa3", "WebM or Matroska"),
     (0, b"0&\xb2u", "WMA"),
     (0, b"#!AMR", "AMR"),
+    (28, b"\x7fFLAC", "FLAC in Ogg"),
+    (28, b"Speex", "Speex"),
 ]
+# What may follow the samples of a WAV though it breaks off itself: chunks, and tags that are none.
+_BEHIND_WAV = re.compile(rb"LIST|RIF[FX]|data|id3 |ID3|TAG|APET|bext|iXML|_PMX|cue |fact|JUNK")
 _WAV_CODECS = {0x55: "MP3", 0xFF: "AAC", 0x1600: "AAC", 0x1601: "AAC", 0x161: "WMA", 0x162: "WMA"}
 
 
@@ -275,8 +283,7 @@ def check_samples(samples: np.ndarray, quality: QualityConfig, lossy: bool = Fal
         raise BadInput(f"{np.count_nonzero(~np.isfinite(samples))} samples are NaN or infinite")
     # A constant offset is as silent as zeros.
     level = float(mono(samples).std(dtype=np.float64))
-    of_channels = float(samples.var(axis=0, dtype=np.float64).mean())
-    if level**2 < MIN_MIX * of_channels / samples.shape[1] and of_channels**0.5 >= 10 ** (quality.min_level_dbfs / 20):
+    if _channels_cancel(samples, 10 ** (quality.min_level_dbfs / 10)):
         raise BadInput("its channels are in opposite phase: mixed, they cancel each other; keep one of them")
     if level < 10 ** (quality.min_level_dbfs / 20):
         dbfs = f"{20 * np.log10(level):.0f} dBFS" if level > 0 else "all samples equal"
@@ -287,6 +294,17 @@ def check_samples(samples: np.ndarray, quality: QualityConfig, lossy: bool = Fal
     clipped = max(_clipped_share(channel) for channel in samples.T)
     if clipped > quality.max_clipped_share:
         raise BadInput(f"clipped: {clipped:.1%} of the samples at full scale, above {quality.max_clipped_share:.1%}")
+
+
+def _channels_cancel(samples: np.ndarray, min_power: float) -> bool:
+    """Whether the mix of samples (num_samples, num_channels) loses what its channels hold, anywhere."""
+    if samples.shape[1] == 1:
+        return False
+    windows = np.array_split(samples, max(1, len(samples) // MIX_WINDOW))
+    powers = np.array([window.var(axis=0, dtype=np.float64).mean() for window in windows])
+    mixes = np.array([window.mean(axis=1, dtype=np.float32).var(dtype=np.float64) for window in windows])
+    is_heard = powers >= max(min_power, MIN_HEARD * powers.mean())
+    return bool((is_heard & (mixes < MIN_MIX * powers / samples.shape[1])).any())
 
 
 def check_duration(duration_secs: float, quality: QualityConfig) -> None:
@@ -361,35 +379,56 @@ def open_recording(source: str | bytes | None, end_secs: float | None = None) ->
         size = binary.seek(0, io.SEEK_END)
         if size == 0:
             raise BadInput("empty file")
-        head = _head(binary)
+        begin, head = _head(binary)
         if name := next((name for at, magic, name in _UNDECODED if head.startswith(magic, at)), None):
             raise BadInput(f"{name} cannot be decoded here; convert it to FLAC or MP3")
         is_mpeg = len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0
         if is_mpeg and not head[1] & 0x06:  # ADTS has MPEG's mark and a layer that MPEG has not
             raise BadInput("AAC cannot be decoded here; convert it to FLAC or MP3")
-        watched = _Watched(binary)
+        watched = _Watched(binary, 0, _tags_begin(binary, size)) if is_mpeg else _Watched(binary, begin, size)
         try:
-            with _open_mp3(watched, head) if is_mpeg else _open_sndfile(watched, size, end_secs) as recording:
+            with _open_mp3(watched, head) if is_mpeg else _open_sndfile(watched, end_secs) as recording:
                 yield recording
         finally:
             if watched.error is not None:  # rather than that the recording is truncated
                 raise watched.error
 
 
-def _head(binary: BinaryIO) -> bytes:
-    """The first bytes of a file behind its ID3 tags and the zeros that some programs leave."""
-    position, head = 0, b"ID3"
+def _head(binary: BinaryIO) -> tuple[int, bytes]:
+    """Where a file begins behind its ID3 tags, and its first bytes there, less the zeros that some programs leave."""
+    binary.seek(0)
+    position, head = 0, binary.read(_HEAD_BYTES)
     while head[:3] == b"ID3":
+        position += 10 + _synchsafe(head[6:10])
         binary.seek(position)
         head = binary.read(_HEAD_BYTES)
-        position += 10 + sum(byte << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=False))
     binary.seek(0)
-    return head if any(head[:8]) else head.lstrip(b"\0")
+    return position, head if any(head[:8]) else head.lstrip(b"\0")
+
+
+def _synchsafe(data: bytes) -> int:
+    return sum(byte << shift for byte, shift in zip(data, (21, 14, 7, 0), strict=False))
+
+
+def _tags_begin(binary: BinaryIO, size: int) -> int:
+    """Where the tags behind an MP3 begin, or its size: a picture in one may look like frames."""
+    while size > 0:
+        binary.seek(max(0, size - 128))
+        tail = binary.read(min(size, 128))
+        if tail[:3] == b"TAG":
+            size -= 128
+        elif tail[-32:-24] == b"APETAGEX":  # of which the header is not counted
+            size -= max(32, int.from_bytes(tail[-20:-16], "little")) + 32 * (tail[-9] >> 7)
+        elif tail[-10:-7] == b"3DI":
+            size -= 20 + _synchsafe(tail[-4:])
+        else:
+            return size
+    return 0
 
 
 @contextmanager
-def _open_sndfile(watched: _Watched, size: int, end_secs: float | None) -> Iterator[Recording]:
-    missing = _missing_frames(watched, size)
+def _open_sndfile(watched: _Watched, end_secs: float | None) -> Iterator[Recording]:
+    missing = _missing_frames(watched)
     watched.seek(0)
     try:
         with soundfile.SoundFile(watched) as file:
@@ -442,6 +481,8 @@ def _parts(watched: _Watched, kind: str) -> list[bytes]:
         watched.seek(0)
         data = watched.read(size)
         parts = [data[start:end] for start, end in zip(starts, [*starts[1:], size], strict=True)]
+        if kind == "OGG":  # between them there may be tags
+            parts = [part[: _ogg_end(io.BytesIO(part), len(part))[0]] for part in parts]
     watched.seek(position)
     return parts
 
@@ -559,23 +600,33 @@ def _holds(packet: av.Packet, *marks: bytes) -> bool:
 
 
 class _Watched:
-    """A file that remembers why it could not be read: decoders take any error for the end of the file."""
+    """Bytes [begin, end) of a file that remember why they could not be read: decoders take any error for the end."""
 
-    def __init__(self, binary: Any) -> None:
-        self.binary, self.seek, self.tell = binary, binary.seek, binary.tell
+    def __init__(self, binary: Any, begin: int, end: int) -> None:
+        self.binary, self.begin, self.end = binary, begin, end
         self.error: OSError | None = None
+        self.seek(0)
+
+    @property
+    def size(self) -> int:
+        return self.end - self.begin
+
+    def tell(self) -> int:
+        return int(self.binary.tell()) - self.begin
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        origin = (0, self.tell() if whence == io.SEEK_CUR else 0, self.size)[whence]
+        return int(self.binary.seek(self.begin + origin + offset)) - self.begin
 
     def read(self, size: int = -1) -> bytes:
         if size < 0:
-            position = self.tell()
-            size = self.seek(0, io.SEEK_END) - position
-            self.seek(position)
+            size = max(0, self.size - self.tell())
         buffer = bytearray(size)
         return bytes(memoryview(buffer)[: self.readinto(buffer)])
 
     def readinto(self, buffer: Any) -> int:
         try:
-            return int(self.binary.readinto(buffer))
+            return int(self.binary.readinto(memoryview(buffer)[: max(0, self.size - self.tell())]))
         except OSError as error:
             self.error = error
             return 0
@@ -659,51 +710,94 @@ def _read(recording: Recording, start: int, num_frames: int | None, most: int | 
     return samples
 
 
-def _missing_frames(binary: BinaryIO | _Watched, size: int) -> int | None:
+def _missing_frames(watched: _Watched) -> int | None:
     """Frames announced by a WAV header beyond the end of the file; None for an Ogg stream without its last page.
 
-    FLAC needs no look: libsndfile announces what its header does and fails or falls short while reading.
+    What follows the last page of an Ogg stream is no part of it from here on. FLAC needs no look: libsndfile announces
+    what its header does and fails or falls short while reading.
     """
-    binary.seek(0)
-    magic = binary.read(12)
-    if magic[:4] == b"RIFF" and magic[8:] == b"WAVE":
-        return _missing_in_wav(binary, size)
-    if magic[:4] == b"OggS" and not _ogg_ends(binary, size):
-        return None
+    watched.seek(0)
+    magic = watched.read(12)
+    if magic[:4] in (b"RIFF", b"RIFX") and magic[8:] == b"WAVE":
+        return _missing_in_wav(watched, watched.size, "<" if magic[:4] == b"RIFF" else ">")
+    if magic[:4] == b"OggS":
+        end, is_last = _ogg_end(watched, watched.size)
+        watched.end = watched.begin + end
+        return 0 if is_last else None
     return 0
 
 
-def _missing_in_wav(binary: BinaryIO | _Watched, size: int) -> int:
-    """Raises `BadInput` for what libsndfile would call damaged, or empty, though it is neither."""
-    block_align = 1
-    position = 12
+def _missing_in_wav(binary: _Watched, size: int, order: str) -> int:
+    """Raises `BadInput` for what libsndfile would call damaged, empty or shorter than it is.
+
+    Args:
+        order: of the bytes, as in `struct`.
+    """
+    block_align = byte_rate = 0
+    position, has_samples = 12, False
     while position + 8 <= size:
         binary.seek(position)
-        name, length = struct.unpack("<4sI", binary.read(8))
-        if name == b"RIFF":
-            raise BadInput(f"another recording follows in the same file at byte {position:,}; split the file there")
+        name, length = struct.unpack(f"{order}4sI", binary.read(8))
+        position += 8
+        if name in (b"RIFF", b"RIFX"):
+            raise BadInput(f"another recording follows in the same file at byte {position - 8:,}; split the file there")
         if name == b"fmt ":
-            codec, block_align = struct.unpack("<H10xH", binary.read(14).ljust(14, b"\0"))
+            codec, byte_rate, block_align = struct.unpack(f"{order}H6xIH", binary.read(14).ljust(14, b"\0"))
             if codec in _WAV_CODECS:
                 raise BadInput(f"{_WAV_CODECS[codec]} in a WAV file cannot be decoded here; convert it to FLAC or MP3")
-        rest = size - position - 8
-        if name == b"data" and length == 0 and rest > 0 and position + 8 + 12 <= size:
-            follows = binary.read(4)
-            if not follows.isalpha():
-                raise BadInput(f"its header says that there are no samples, but {rest:,} bytes follow; write it again")
-        if name == b"data" and length > rest:
-            streamed = length >= _STREAMED_WAV_BYTES
-            return 0 if streamed else -(-(length - rest) // max(1, block_align))
-        position += 8 + length + length % 2
+        if name == b"data":
+            if has_samples:
+                raise BadInput("its samples lie in several chunks; write it again")
+            if length > size - position:
+                streamed = length >= _STREAMED_WAV_BYTES
+                return 0 if streamed else -(-(length - size + position) // max(1, block_align))
+            has_samples = True
+            end = _wav_chunk_behind(binary, position + length, length % 2, order)
+            if end is None and _holds_samples(binary, position + length, END_TOLERANCE_SECS * byte_rate):
+                says = f"{length:,} bytes of samples" if length else "no samples"
+                rest = size - position - length
+                raise BadInput(f"its header says that there are {says}, but {rest:,} bytes follow; write it again")
+            if end is None:
+                return 0
+            position = end
+        else:
+            position += length + length % 2
     return 0
 
 
-def _ogg_ends(binary: BinaryIO | _Watched, size: int) -> bool:
-    """Whether the last page is complete and marked as the end of its stream (RFC 3533, section 6)."""
-    binary.seek(max(0, size - _OGG_PAGE_BYTES))
-    tail = binary.read()
-    page = tail[tail.rfind(b"OggS") :]
-    if len(page) < 27 or not page[5] & 4:
-        return False
-    num_segments = page[26]
-    return len(page) >= 27 + num_segments + sum(page[27 : 27 + num_segments])
+def _wav_chunk_behind(binary: _Watched, position: int, pad: int, order: str) -> int | None:
+    """Where a chunk follows the samples that end at `position`, or the end of the file; None: something else does."""
+    for place in (position + pad, position):  # some programs leave the byte of padding out
+        binary.seek(place)
+        head = binary.read(8)
+        if len(head) < 8 or _BEHIND_WAV.match(head):
+            return place
+        if re.match(rb"[ -~]{4}", head) and place + 8 + struct.unpack(f"{order}I", head[4:])[0] <= binary.size:
+            return place
+    return None
+
+
+def _holds_samples(binary: _Watched, position: int, tolerance: float) -> bool:
+    """Whether what is no chunk may be samples that the header does not count, and not a few bytes, or zeros."""
+    binary.seek(position)
+    blocks = iter(lambda: binary.read(2**16), b"")
+    return binary.size - position > tolerance and any(block.strip(b"\0") for block in blocks)
+
+
+def _ogg_end(binary: Any, size: int) -> tuple[int, bool]:
+    """Where the last page of an Ogg file ends, and whether it is whole and the end of its stream (RFC 3533, section 6).
+
+    Behind it there may be tags of any size.
+    """
+    at, position = -1, size
+    while at < 0 and position > 0:
+        position = max(0, position - _OGG_PAGE_BYTES)
+        binary.seek(position)
+        block = binary.read(_OGG_PAGE_BYTES + 5)
+        at = max((found.start() for found in re.finditer(rb"OggS\0[\0-\7]", block)), default=-1)
+    binary.seek(max(0, position + at))
+    page = binary.read(27 + 255)
+    if at < 0 or len(page) < 27 or len(page) < 27 + page[26]:
+        return size, False
+    end = position + at + 27 + page[26] + sum(page[27 : 27 + page[26]])
+    return min(end, size), end <= size and bool(page[5] & 4)

@@ -23,8 +23,8 @@ from salad_ray.store import filesystem, find_files
 from salad_ray.tables import Reject, Utterance, digest
 
 MANIFESTS = tuple(f".jsonl{end}" for end in readers.COMPRESSIONS)
-_CUTS = re.compile(r"cuts[^/]*\.(json|ya?ml)$")
-"""Other formats that Lhotse writes; other files of these ends are seldom manifests."""
+_CUTS = re.compile(r"(cuts|supervisions|manifest)[^/]*\.(json|ya?ml)$")
+"""Other formats of Lhotse and NeMo; other files of these ends are seldom manifests."""
 NUM_PROBES = 50
 MAX_PROBES = 2_000
 """Of a corpus' recordings that are looked for before it counts as one without audio."""
@@ -49,6 +49,8 @@ class Source:
     """Folder that audio paths are relative to."""
     archive: str = ""
     """Emilia's older layout: the tar.gz beside the jsonl."""
+    num_more: int = 0
+    """Further files that are not read."""
 
 
 def corpus_name(corpus: CorpusConfig) -> str:
@@ -92,7 +94,8 @@ def find_sources(corpus: CorpusConfig) -> list[Source]:
     name = corpus_name(corpus)
     if kind == "folder":
         readers.check_folder(corpus.path)
-        return [Source(name, kind, f"{url_of(fs, path)}/{readers.TABLE}")]
+        tables = [Source(name, kind, f"{url_of(fs, path)}/{readers.TABLE}")]
+        return tables + _unread(fs, fs.ls(path, detail=False), path, tables)
     if kind == "kaldi":
         root = _root(fs, path, kaldi.recordings_of(url_of(fs, path)), corpus)
         return [Source(name, kind, url_of(fs, path), root)]
@@ -105,18 +108,18 @@ def find_sources(corpus: CorpusConfig) -> list[Source]:
     recordings = chain.from_iterable(lhotse_cuts.recordings_of(url_of(fs, one)) for one in manifests)
     root = _root(fs, manifests[0].rpartition("/")[0], recordings, corpus)
     sources = [Source(name, kind, url_of(fs, one), root) for one in manifests]
-    return sources + _unread(fs, files, sources)
+    return sources + _unread(fs, files, "" if "*" in path else path, sources)
 
 
-def _unread(fs: fsspec.AbstractFileSystem, files: Iterable[str], sources: Sequence[Source]) -> list[Source]:
+def _unread(fs: fsspec.AbstractFileSystem, files: Iterable[str], path: str, sources: Sequence[Source]) -> list[Source]:
     """Files beside those that are read, which may hold records, too."""
     read = {url for source in sources for url in (source.url, source.archive)}
-    others = [one for one in sorted(files) if readers.UNREAD.search(one.lower()) or _CUTS.search(one)]
-    return [
-        Source(sources[0].corpus, "unread", url_of(fs, one))
-        for one in others
-        if url_of(fs, one) not in read and not fs.isdir(one)
-    ]
+    within = {one.removeprefix(path).lstrip("/"): one for one in files if url_of(fs, one) not in read}
+    names = [name for name in within if not readers.HARMLESS.search(name.lower()) and name[-5:] != ".json"]
+    names = sorted({*names, *filter(_CUTS.search, within)})
+    others = [name for name in names if not fs.isdir(within[name])]
+    found = [Source(sources[0].corpus, "unread", url_of(fs, within[name])) for name in others[: readers.MAX_NAMED]]
+    return [*found[:-1], replace(found[-1], num_more=len(others) - len(found))] if found else []
 
 
 def url_of(fs: fsspec.AbstractFileSystem, path: str) -> str:
@@ -155,8 +158,8 @@ def scan(source: Source, corpus: CorpusConfig, max_member_bytes: int, unpack_url
     for row in _records(source, corpus, max_member_bytes, unpack_url):
         if isinstance(row, Reject):
             yield Reject(row.stage, _legible(row.key), _legible(row.reason))
-        elif not _is_unicode(row):
-            yield Reject(INGEST, _legible(row.utt_id), "not valid Unicode (UTF-8, without lone surrogates)")
+        elif fault := _fault(row):
+            yield Reject(INGEST, _legible(row.utt_id), fault)
         elif not seen.add(row.utt_id):
             yield Reject(INGEST, row.utt_id, "an utterance of this id was read already")
         else:
@@ -164,18 +167,17 @@ def scan(source: Source, corpus: CorpusConfig, max_member_bytes: int, unpack_url
             yield replace(row, split=split, license=_license(row, source, corpus))
 
 
-def _is_unicode(row: Utterance) -> bool:
-    """Whether a table can hold the row: JSON can name half a character, and a tar any bytes."""
+def _fault(row: Utterance) -> str:
+    """Why a table cannot hold the row, or no program its texts: JSON can name half a character, and a tar any bytes."""
     texts = (row.utt_id, row.text, row.pre_text, row.recording_id, row.speaker, row.source, row.language, row.domain)
-    try:
-        "".join((*texts, row.license, row.uri or "")).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    together = "".join((*texts, row.license, row.uri or ""))
+    if "\0" in together:
+        return "its id, its transcript or what else it says holds a NUL, which ends a text for many programs"
+    return "" if _legible(together) == together else "not valid Unicode (UTF-8, without lone surrogates)"
 
 
 def _legible(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
 
 
 def _records(
@@ -192,7 +194,8 @@ def _records(
     elif source.format == "lhotse":
         yield from lhotse_cuts.read_cuts(source.url, source.corpus, source.root, corpus.text, corpus.allow_outside)
     elif source.format == "unread":
-        yield Reject(INGEST, f"{source.corpus}/{source.url}", "a file that is not read; convert it")
+        more = f" ({source.num_more:,} more such files are there)" if source.num_more else ""
+        yield Reject(INGEST, f"{source.corpus}/{source.url}", f"a file that is not read; convert it{more}")
     elif source.archive:
         unpacked = f"{unpack_url}/{source.corpus}/{path_name(source.url)}.tar"
         yield from emilia.read_raw(source.url, source.archive, unpacked, source.corpus, max_member_bytes)
@@ -283,7 +286,7 @@ def _emilia_sources(fs: fsspec.AbstractFileSystem, path: str, name: str, shown: 
     for one in archives:
         beside = url_of(fs, one.removesuffix(".jsonl") + ".tar.gz") if one.endswith(".jsonl") else ""
         sources.append(Source(name, "emilia", url_of(fs, one), archive=beside))
-    return sources + _unread(fs, files, sources)
+    return sources + _unread(fs, files, path, sources)
 
 
 def _root(

@@ -37,18 +37,29 @@ READ_BYTES = 2**16
 """Of a compressed file that are decompressed at once."""
 XZ_BYTES = 2**28
 """Of memory for an xz file; its highest level needs 65 MiB."""
-COMPRESSIONS = ("", ".gz", ".zst", ".bz2", ".xz")
+COMPRESSIONS = ("", ".gz", ".zst", ".bz2", ".xz", ".lzma")
 """Ends of names of files that `decompressed` reads."""
 BROKEN = (EOFError, zlib.error, lzma.LZMAError, OSError)
 """What reading `decompressed` raises for a file that breaks off or is damaged; an `OSError` may be the storage's."""
-UNREAD = re.compile(
-    r"\.((csv|tsv|arrow|feather|avro|orc|warc|tar)(\.\w+)?|tgz|zip|7z|(jsonl?|ndjson|txt|parquet)\.(gz|zst|bz2|xz|lz4|br|zip|7z))$"
+HARMLESS = re.compile(
+    r"(^|/)(\.|_success|_(common_)?metadata|_(committed|started)_"
+    r"|(readme|licen[cs]e|copying|notice|change(s|log)|citation|authors|contributing|(md5|sha\d+)(sums?)?|checksums?)"
+    r"[\w-]*(\.(txt|rst|html|cff|bib))?$)"
+    r"|\.(md|crc|md5|sha\d+|asc|sig|py|sh|ipynb|ya?ml|toml|cfg|ini|png|jpe?g|gif|svg|webp|mp4|mkv|avi|mov|webm"
+    r"|wav|flac|mp3|ogg|opus|m4a|aac|aiff?|wma|sph)$"
 )
-"""Ends of files that may hold records, too, and beside files that are read would be missed by nobody."""
+"""Names, in lower case, of files that hold no records; any other one beside files that are read is told."""
+MAX_NAMED = 20
+"""Files that are not read, and told each by its name."""
 INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\u2060\ufeff\u200e\u200f\u202a\u202b\u202c\u202d\u202e"))
 """Soft hyphen, zero-width spaces, marks of direction: nothing of them is said. Joiners stay: they change letters."""
 # A field as pandas writes it where it holds a quotation mark, which is then doubled.
 _QUOTED = re.compile(r'(?:^|\t)"(?:[^"\t\n]|"")*""(?:[^"\t\n]|"")*"(?=\t|\r?$)', re.MULTILINE)
+
+_ZSTD = b"\x28\xb5\x2f\xfd"
+_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
+# A record of JSON at the beginning of a line.
+_RECORD = re.compile(rb'(?:\A|\n)(?:\xef\xbb\xbf)?\s*\{\s*"')
 
 # How corpora spell languages, beside codes such as en, EN or en-GB.
 LANGUAGES = {
@@ -169,11 +180,12 @@ def _leads_out(place: str, root: str) -> bool:
 
 
 def lines_of(stream: BinaryIO) -> Iterator[tuple[int, bytes | BadInput]]:
-    """Numbered lines of a file, in bounded memory, less its byte order mark; in place of one too long, what it is."""
+    """Numbered lines of a file, in bounded memory, less byte order marks, which files that were joined have at several
+    places; in place of a line that is too long, what it is."""
     number = 0
     while line := stream.readline(MAX_LINE_BYTES):
         number += 1
-        line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+        line = line.removeprefix(b"\xef\xbb\xbf")
         if len(line) < MAX_LINE_BYTES or line.endswith(b"\n"):
             yield number, line
             continue
@@ -205,17 +217,21 @@ def decompressed(file: BinaryIO) -> BinaryIO:
     file.seek(0)
     if start[:2] == b"\x1f\x8b":
         return io.BufferedReader(_Chunks(inflated(file)), READ_BYTES)
-    if start[:4] == b"\x28\xb5\x2f\xfd":
-        return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd"), READ_BYTES)
+    if start[:4] == _ZSTD or _SKIPPABLE.match(start):
+        return io.BufferedReader(_Chunks(_unpacked_zstd(file)), READ_BYTES)
     if re.match(rb"BZh[1-9]", start):
         return io.BufferedReader(_Chunks(_unpacked(file, bz2.BZ2Decompressor, b"BZh")), READ_BYTES)
     if start == b"\xfd7zXZ\0":
         return io.BufferedReader(_Chunks(_unpacked(file, partial(lzma.LZMADecompressor, memlimit=XZ_BYTES), start)))
+    if start[:3] == b"]\0\0":  # xz's forerunner, .lzma
+        unpack = partial(lzma.LZMADecompressor, lzma.FORMAT_ALONE, memlimit=XZ_BYTES)
+        return io.BufferedReader(_Chunks(_unpacked(file, unpack, start[:3])), READ_BYTES)
     return file
 
 
 def inflated(file: BinaryIO) -> Iterator[bytes]:
-    """The content of a gzip, of one or more members; bytes behind them that are no gzip are left, as gzip does.
+    """The content of a gzip, of one or more members; bytes behind them that are no gzip are left, as gzip does, unless
+    they are lines of JSON, which somebody appended.
 
     Raises:
         EOFError: it breaks off.
@@ -227,7 +243,8 @@ def inflated(file: BinaryIO) -> Iterator[bytes]:
             if not has_begun and not (block := block.lstrip(b"\0")):  # tapes and some programs pad with zeros
                 break
             if not has_begun and not b"\x1f\x8b".startswith(block[:2]):
-                return _check_rest(block, file, b"\x1f\x8b\x08")
+                yield from _rest(block, file, b"\x1f\x8b\x08")
+                return
             has_begun = True
             yield inflate.decompress(block, READ_BYTES)
             block = inflate.unconsumed_tail
@@ -246,7 +263,8 @@ def _unpacked(file: BinaryIO, decompressor: Callable[[], Any], magic: bytes) -> 
                 if not (block := block.lstrip(b"\0")):
                     break
                 if not magic.startswith(block[: len(magic)]):
-                    return _check_rest(block, file, magic)
+                    yield from _rest(block, file, magic)
+                    return
                 unpack = decompressor()
             yield unpack.decompress(block, READ_BYTES)
             block = b""
@@ -256,9 +274,65 @@ def _unpacked(file: BinaryIO, decompressor: Callable[[], Any], magic: bytes) -> 
         raise EOFError("it breaks off before the end of what is compressed")
 
 
-def _check_rest(block: bytes, file: BinaryIO, magic: bytes) -> None:
+def _unpacked_zstd(file: BinaryIO) -> Iterator[bytes]:
+    """The same of Zstandard; other bytes behind it are told, as many of its files have no checksum."""
+    rest: list[bytes] = []
+    stream = pa.CompressedInputStream(pa.PythonFile(_Chunks(_zstd_frames(file, rest)), "r"), "zstd")
+    while chunk := stream.read(READ_BYTES):
+        yield chunk
+    if not rest:
+        return
+    num_others = 0
+    for block in _rest(rest[0] + file.read(READ_BYTES), file, _ZSTD):
+        num_others += len(block)
+        yield block
+    if not num_others:
+        yield b"\n"  # lest a last line without one be lost with the error
+        raise EOFError("its end is followed by bytes that are no Zstandard")
+
+
+def _zstd_frames(file: BinaryIO, rest: list[bytes]) -> Iterator[bytes]:
+    """The frames of a Zstandard file (RFC 8878, section 3.1), block by block, for Arrow's decoder stops at other bytes
+    and loses what it holds; less the frames to be skipped, which pzstd writes, and zeros.
+
+    Args:
+        rest: is given the first bytes that are no frame.
+    """
+    while start := file.read(4):
+        if _SKIPPABLE.match(start):
+            left = int.from_bytes(file.read(4), "little")
+            while left and (skipped := file.read(min(left, READ_BYTES))):
+                left -= len(skipped)
+        elif start == _ZSTD:
+            header = file.read(1)
+            flags = header[0] if header else 0
+            size = (not flags & 32) + (0, 1, 2, 4)[flags & 3] + (flags >> 5 & 1, 2, 4, 8)[flags >> 6]
+            yield start + header + file.read(size)
+            is_last = False
+            while not is_last and len(block := file.read(3)) == 3:
+                number = int.from_bytes(block, "little")
+                is_last = bool(number & 1)
+                yield block + file.read(1 if number >> 1 & 3 == 1 else number >> 3)
+            if is_last and flags & 4:
+                yield file.read(4)
+        elif any(start):
+            rest.append(start)
+            return
+
+
+def _rest(block: bytes, file: BinaryIO, magic: bytes) -> Iterator[bytes]:
+    """What follows the end of what is compressed: lines of JSON as they are, else nothing.
+
+    Raises:
+        EOFError: it holds a further compressed file.
+    """
+    block += file.read(READ_BYTES)
+    is_json = _RECORD.search(block) is not None
     while block:
-        if magic in block:
+        if is_json:
+            yield block
+        elif magic in block:
+            yield b"\n"  # lest a last line without one be lost with the error
             raise EOFError("its end is followed by other bytes, and these perhaps by another compressed file")
         block = file.read(READ_BYTES)
 
@@ -312,7 +386,7 @@ def _not_found(fs: fsspec.AbstractFileSystem, folder: str, parent: str, name: st
 
 def _decode(data: bytes, table: str) -> str:
     try:
-        return data.decode("utf-8-sig")
+        return data.decode("utf-8-sig").replace("\n\ufeff", "\n")  # of tables that were joined
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise ConfigError(

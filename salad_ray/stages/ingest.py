@@ -304,6 +304,7 @@ def _deal(
     """
     started = time.monotonic()
     stage.begin()
+    _say_unread(stage, [source for _, sources in found for source in sources])
     items = [
         {"source": json.dumps(asdict(source)), "corpus": corpus.model_dump_json()}
         for corpus, sources in found
@@ -343,6 +344,16 @@ def _deal(
     manifest = stage.finish(**counts, **facts, seconds=round(time.monotonic() - started, 2))
     check_strict(config, stage)
     return manifest
+
+
+def _say_unread(stage: Stage, sources: Sequence[Source | TextSource]) -> None:
+    """Name the files beside those that are read; each is a reject, too."""
+    unread = [one for one in sources if (one.kind if isinstance(one, TextSource) else one.format) == "unread"]
+    if unread:
+        number = len(unread) + sum(one.num_more for one in unread)
+        names = ", ".join(one.url.rpartition("/")[2] for one in unread)
+        more = ", …" if number > len(unread) else ""
+        say(f"{stage.label}: {number:,} files of other kinds are not read: {names}{more}")
 
 
 def _counted(

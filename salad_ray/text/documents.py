@@ -27,8 +27,9 @@ from salad_ray.names import INGEST
 from salad_ray.speech.readers import (
     BROKEN,
     COMPRESSIONS,
+    HARMLESS,
     MAX_LINE_BYTES,
-    UNREAD,
+    MAX_NAMED,
     decompressed,
     language_code,
     lines_at,
@@ -37,9 +38,9 @@ from salad_ray.store import BROKEN_LINK, filesystem, find_files, is_of_storage, 
 from salad_ray.tables import BadInput, Reject
 
 ENDS: dict[str, tuple[str, ...]] = {
-    "parquet": (".parquet",),
+    "parquet": (".parquet", ".parq", ".pq"),
     "jsonl": (
-        *(f"{kind}{end}" for kind in (".jsonl", ".ndjson") for end in COMPRESSIONS),
+        *(f"{kind}{end}" for kind in (".jsonl", ".jsonlines", ".jl", ".ndjson") for end in COMPRESSIONS),
         *(f".json{end}" for end in COMPRESSIONS[1:]),
     ),
 }
@@ -85,6 +86,8 @@ class TextSource:
     stamp: str
     """Size, and time or tag, of the file when it was found."""
     row_groups: tuple[int, int] | None = None
+    num_more: int = 0
+    """Further files that are not read."""
 
 
 def text_corpus_name(corpus: WebTextConfig) -> str:
@@ -120,15 +123,20 @@ def find_text_sources(corpus: WebTextConfig) -> list[TextSource]:
     if not files:
         raise ConfigError(_nothing_there(corpus, url))
     sources = []
-    kinds = {file: _kind(file, corpus.format, sole=len(files) == 1 or "*" in path) for file in sorted(files)}
+    is_sole = len(files) == 1 or "*" in path
+    kinds = {file: _kind(_within(path, file), corpus.format, is_sole) for file in sorted(files)}
     unclear = [file for file, kind in kinds.items() if kind is None and file.lower().endswith(".json")]
     if corpus.format == "auto":
         with ThreadPoolExecutor(FOOTER_THREADS) as pool:  # a small read each, slow over a network
             kinds |= zip(unclear, pool.map(lambda file: _kind_of_json(_url_of(fs, file), corpus), unclear), strict=True)
+    others = [file for file, kind in kinds.items() if kind == "unread"]
+    named, num_more = others[:MAX_NAMED], len(others[MAX_NAMED:])
     for file, kind in kinds.items():
-        if kind is not None:
+        if kind is not None and (kind != "unread" or file in named):
             known = "unread" if files[file]["type"] == BROKEN_LINK else kind
-            sources.append(TextSource(_url_of(fs, file), known, _within(path, file), _stamp(files[file])))
+            more = num_more if kind == "unread" and file == named[-1] else 0
+            name, stamp = _within(path, file), _stamp(files[file])
+            sources.append(TextSource(_url_of(fs, file), known, name, stamp, num_more=more))
     if all(source.kind == "unread" for source in sources):
         ends = ENDS["parquet"] + ENDS["jsonl"] if corpus.format == "auto" else ENDS[corpus.format]
         raise ConfigError(
@@ -149,9 +157,10 @@ def read_documents(source: TextSource, corpus: WebTextConfig) -> Iterator[Docume
     """
     name = text_corpus_name(corpus)
     if source.kind == "unread":
-        ends = ", ".join(ENDS["parquet"] + ENDS["jsonl"])
-        reason = source.stamp if source.stamp == BROKEN_LINK else f"it is none of {ends}; convert it"
-        yield Reject(INGEST, f"{name}/{source.name}", f"a file that is not read: {reason}")
+        reason = "its name is none of Parquet or JSON lines (.parquet, .jsonl, .jsonl.gz, …); convert it"
+        reason = source.stamp if source.stamp == BROKEN_LINK else reason
+        more = f" ({source.num_more:,} more such files are there)" if source.num_more else ""
+        yield Reject(INGEST, _legible(f"{name}/{source.name}"), f"a file that is not read: {reason}{more}")
         return
     for place, row in _parquet_rows(source, corpus) if source.kind == "parquet" else _json_rows(source):
         key = f"{name}/{_text_of(row.get(corpus.id_column)) or place}" if isinstance(row, dict) else f"{name}/{place}"
@@ -160,7 +169,7 @@ def read_documents(source: TextSource, corpus: WebTextConfig) -> Iterator[Docume
                 raise row
             yield _document(key, row, corpus)
         except BadInput as error:
-            yield Reject(INGEST, _legible(key), _legible(str(error)))
+            yield Reject(INGEST, _legible(key).replace("\0", "\\0"), _legible(str(error)))
 
 
 def _document(doc_id: str, row: Mapping[str, Any], corpus: WebTextConfig) -> Document:
@@ -172,6 +181,8 @@ def _document(doc_id: str, row: Mapping[str, Any], corpus: WebTextConfig) -> Doc
         raise BadInput(f"its '{corpus.text_column}' is {reason}")
     if not text.strip():
         raise BadInput(f"its '{corpus.text_column}' is empty")
+    if "\0" in doc_id:
+        raise BadInput("its id holds a NUL, which ends a text for many programs")
     document = Document(
         doc_id=doc_id,
         text=text,
@@ -444,13 +455,17 @@ def _stamp(info: Mapping[str, Any]) -> str:
 
 
 def _kind(file: str, wanted: str, sole: bool) -> Literal["parquet", "jsonl", "unread"] | None:
-    """A file's format; its ending decides, but for a single file or a pattern the config may. None: holds no text."""
+    """A file's format; its ending decides, but for a single file or a pattern the config may.
+
+    None: it holds no text, is of a format that is not wanted, or of one that its content tells.
+    """
     file = file.lower()
     if wanted != "jsonl" and (file.endswith(ENDS["parquet"]) or (sole and wanted == "parquet")):
         return "parquet"
     if wanted != "parquet" and (file.endswith(ENDS["jsonl"]) or (sole and wanted == "jsonl")):
         return "jsonl"
-    return "unread" if wanted == "auto" and UNREAD.search(file) else None
+    is_known = file.endswith((".json", *ENDS["parquet"], *ENDS["jsonl"]))
+    return None if is_known or HARMLESS.search(file) else "unread"
 
 
 def _kind_of_json(url: str, corpus: WebTextConfig) -> Literal["jsonl", "unread"] | None:

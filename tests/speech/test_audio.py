@@ -415,6 +415,77 @@ def test_a_wav_whose_header_was_never_completed_is_not_called_empty() -> None:
     assert "no samples, but 96,000 bytes follow" in reason(bytes(data))
 
 
+LIST = b"LIST" + struct.pack("<I", 12) + b"INFOISFT" + bytes(4)
+
+
+def with_data_size(data: bytes, size: int) -> bytes:
+    at = data.index(b"data") + 4
+    return data[:at] + struct.pack("<I", size) + data[at + 4 :]
+
+
+@pytest.mark.parametrize("size", [2, 1000, 1001, 90_000])  # the last as where it is counted modulo 2^32
+def test_a_wav_of_more_samples_than_its_header_counts_is_refused(size: int) -> None:
+    data = with_data_size(encoded(speech_like(3.0)), size)
+    assert f"{size:,} bytes of samples, but {96_000 - size:,} bytes follow" in reason(data)
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        *(LIST, LIST + b"abcd" + struct.pack("<I", 4) + bytes(4), LIST[:9], b"_PMX" + struct.pack("<I", 2**20)),
+        *(bytes(50_000), b"\xff" * 100, b"TAG" + bytes(125), b"ID3\3\0\0\0\0\x4e\x20" + b"\xff" * 10_000),
+    ],
+)
+def test_what_follows_the_samples_of_a_wav_is_not_taken_for_some(behind: bytes) -> None:
+    assert len(heard(encoded(chirp()) + behind, text="some words that were said here")) == 3 * RATE
+
+
+def test_odd_samples_may_lack_their_padding() -> None:
+    data = encoded(chirp()[: 2 * RATE + 1], codec=("WAV", "PCM_24"))
+    size = 3 * (2 * RATE + 1)
+    data = data[: data.index(b"data") + 8 + size] + LIST
+    assert len(heard(data, text="some words that were said here")) == 2 * RATE + 1
+
+
+def test_a_wav_behind_a_tag_or_of_the_other_byte_order_is_seen_to_break_off() -> None:
+    data = encoded(chirp())
+    tag = b"ID3\3\0\0\0\0\x0f\x76" + bytes(2038)
+    assert len(heard(tag + data, text="some words that were said here")) == 3 * RATE
+    assert "truncated" in reason(tag + data[:60_000])
+    file = io.BytesIO()
+    soundfile.write(file, chirp(), RATE, format="WAV", subtype="PCM_16", endian="BIG")
+    assert file.getvalue()[:4] == b"RIFX"
+    assert len(heard(file.getvalue(), text="some words that were said here")) == 3 * RATE
+    assert "truncated" in reason(file.getvalue()[:60_000])
+
+
+def test_samples_in_two_chunks_say_so() -> None:
+    assert "several chunks" in reason(encoded(chirp()) + b"data" + struct.pack("<I", 1000) + bytes(1000))
+
+
+APE = b"APETAGEX" + struct.pack("<IIII", 2000, 70_032, 1, 0x80000000) + bytes(8)
+PICTURE = np.random.default_rng(5).bytes(70_000)
+
+
+@pytest.mark.parametrize("tail", [b"TAG" + bytes(125), APE + PICTURE + APE, bytes(70_000), b"ID3" + PICTURE])
+@pytest.mark.parametrize("codec", [("OGG", "VORBIS"), ("OGG", "OPUS")])
+def test_tags_around_an_ogg_file_are_no_part_of_it(codec: tuple[str, str], tail: bytes) -> None:
+    text = "some words that were said here"
+    data = encoded(speech_like(3.0), codec=codec)
+    tag = b"ID3\3\0\0\0\0\x0f\x76" + bytes(2038)
+    plain = heard(data, text)
+    np.testing.assert_array_equal(heard(data + tail, text), plain)
+    np.testing.assert_array_equal(heard(tag + data, text), plain)
+    assert len(heard(data + tail + data + tail, text)) == 2 * len(plain)
+    assert "breaks off" in reason(data[: len(data) * 2 // 3] + tail)
+
+
+def test_a_picture_behind_an_mp3_is_not_taken_for_frames() -> None:
+    data = encoded(speech_like(3.0), codec=("MP3", "MPEG_LAYER_III"))
+    text = "some words that were said here"
+    np.testing.assert_array_equal(heard(data + APE + PICTURE + APE, text), heard(data, text))
+
+
 def test_a_flac_without_a_length_is_read_where_the_table_gives_it() -> None:
     data = bytearray(encoded(chirp(), codec=("FLAC", "PCM_16")))
     data[21] &= 0xF0
@@ -430,6 +501,7 @@ def test_a_flac_without_a_length_is_read_where_the_table_gives_it() -> None:
         (b"\x1aE\xdf\xa3" + bytes(500), "WebM"),
         (b"\0\0\0\x20ftypisom" + bytes(500), "MP4"),
         (b"#!AMR\n" + bytes(500), "AMR"),
+        (b"OggS\0\2" + bytes(20) + b"\1\x33\x7fFLAC\1" + bytes(500), "FLAC in Ogg"),
         (encoded(chirp()).replace(b"\x01\x00\x01\x00", b"\xff\x00\x01\x00", 1), "AAC in a WAV"),
     ],
 )
@@ -452,6 +524,24 @@ def test_gsm_in_a_wav_is_decoded() -> None:
 def test_channels_that_cancel_each_other_are_refused(codec: tuple[str, str], residue: float) -> None:
     noise = residue * np.random.default_rng(1).standard_normal(3 * RATE)
     assert "opposite phase" in reason(encoded(np.stack([chirp(), noise - chirp()], axis=1), codec=codec))
+
+
+@pytest.mark.parametrize(("rate", "begin"), [(16000, 0), (16000, 2), (44100, 3), (8000, 1)])
+def test_channels_that_cancel_each_other_for_a_while_are_refused(rate: int, begin: int) -> None:
+    left = np.tile(speech_like(1.0, rate)[: rate // 2], 12)
+    right = left.copy()
+    right[begin * rate : (begin + 3) * rate] *= -0.97
+    assert "opposite phase" in reason(encoded(np.stack([left, right], axis=1), rate), "many words " * 5)
+
+
+def test_channels_that_differ_or_hum_in_pauses_do_not_cancel() -> None:
+    rng = np.random.default_rng(3)
+    left, right = speech_like(6.0), np.roll(speech_like(6.0), 40) + 0.05 * rng.standard_normal(6 * RATE)
+    hum = 0.002 * np.sin(2 * np.pi * 50 * np.arange(6 * RATE) / RATE)
+    left, right = left.copy(), right.copy()
+    left[2 * RATE : 4 * RATE] = right[2 * RATE : 4 * RATE] = 0
+    heard(encoded(np.stack([left + hum, right - hum], axis=1)), "many words " * 5)
+    heard(encoded(rng.normal(0, 0.1, (6 * RATE, 2))), "many words " * 5)
 
 
 def test_one_channel_of_six_is_enough() -> None:

@@ -503,6 +503,39 @@ def test_files_of_other_kinds_beside_manifests_and_tars_are_told(tmp_path: Path)
     assert all(source_stamp(source) for source in find_sources(CorpusConfig(path=str(tmp_path))))
 
 
+def test_every_other_file_beside_a_table_is_told(tmp_path: Path) -> None:
+    (tmp_path / "transcripts.tsv").write_text("utt_id\taudio\ttext\na\ta.wav\tone\n")
+    for name in ("transcripts2.tsv", "part-00001", "x.pq", "README", "a.wav", "info.json"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "audio").mkdir()
+    utterances, rejects = read(tmp_path)
+    assert [row.utt_id for row in utterances] == ["c/a"]
+    assert [key.rpartition("/")[2] for key in rejects] == ["part-00001", "transcripts2.tsv", "x.pq"]
+
+
+@pytest.mark.parametrize("field", ["id", "text", "speaker"])
+def test_a_nul_in_what_a_manifest_says_costs_its_row(tmp_path: Path, field: str) -> None:
+    bad = cut(id="a")
+    (bad if field == "id" else bad["supervisions"][0])[field] = "one\0two"
+    manifest(tmp_path, bad, cut(id="b"))
+    utterances, rejects = read(tmp_path)
+    assert [row.utt_id for row in utterances] == ["c/b"]
+    assert list(rejects) == ["c/one\\0two" if field == "id" else "c/a"]
+    assert all("NUL" in reason for reason in rejects.values())
+
+
+@pytest.mark.parametrize("column", [0, 2, 3])
+def test_a_nul_in_a_table_costs_its_row(tmp_path: Path, column: int) -> None:
+    fields = ["a", "a.wav", "one", "s"]
+    fields[column] += "\0x"
+    (tmp_path / "transcripts.tsv").write_text(
+        "utt_id\taudio\ttext\tspeaker\n" + "\t".join(fields) + "\nb\tb.wav\ttwo\ts\n"
+    )
+    utterances, rejects = read(tmp_path)
+    assert [row.utt_id for row in utterances] == ["c/b"]
+    assert len(rejects) == 1
+
+
 def test_tars_in_linked_folders_are_found(shared_data: Path, tmp_path: Path) -> None:
     (tmp_path / "EN").symlink_to(shared_data / "formats/emilia/Emilia/EN")
     (tmp_path / "EN-B000001.tar.bz2").write_bytes(b"x")

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import io
+import lzma
+import struct
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +15,7 @@ import pyarrow as pa
 import pytest
 
 from salad_ray.config import ConfigError
-from salad_ray.speech.readers import decompressed, inflated, inside, normalize_text, read_folder, split_of
+from salad_ray.speech.readers import decompressed, inflated, inside, lines_of, normalize_text, read_folder, split_of
 from salad_ray.tables import BadInput
 
 
@@ -200,6 +203,74 @@ def test_zstandard_is_read_by_its_first_bytes(frames: int) -> None:
     assert decompressed(io.BytesIO(packed)).read() == LINES * frames
     with pytest.raises(OSError, match="runcated"):
         decompressed(io.BytesIO(packed[:-50])).read()
+
+
+SKIPPABLE = struct.pack("<II", 0x184D2A53, 9) + b"123456789"
+
+
+def test_all_frames_of_zstandard_are_read() -> None:
+    """Also behind frames to be skipped, as pzstd writes them, of no bytes, of one block that repeats, and zeros."""
+    packed = pa.compress(LINES, "zstd", asbytes=True)
+    stored = b"\x28\xb5\x2f\xfd\x20\x05" + (5 << 3 | 1).to_bytes(3, "little") + b"abcd\n"
+    repeated = b"\x28\xb5\x2f\xfd\x20\x05" + (5 << 3 | 2 | 1).to_bytes(3, "little") + b"x"
+    whole = LINES + b"abcd\n" + b"xxxxx" + LINES
+    for data in (
+        SKIPPABLE + packed + stored + SKIPPABLE + repeated + packed + SKIPPABLE,
+        packed + stored + repeated + SKIPPABLE * 3 + packed + bytes(600),
+    ):
+        assert decompressed(io.BytesIO(data)).read() == whole
+
+
+def given(data: bytes) -> tuple[bytes, str]:
+    """What is read, and what is said at its end."""
+    stream, got = decompressed(io.BytesIO(data)), b""
+    try:
+        while line := stream.readline():
+            got += line
+    except EOFError as error:
+        return got, str(error)
+    return got, ""
+
+
+def test_bytes_behind_zstandard_are_told_and_cost_nothing() -> None:
+    packed = pa.compress(LINES, "zstd", asbytes=True)
+    for junk, words in (
+        (b"junk", "no Zstandard"),
+        (b"x" * 200_000, "no Zstandard"),
+        (SKIPPABLE + b"junk", "no Zstandard"),
+        (b"junk" + packed, "perhaps by another"),
+    ):
+        got, said = given(packed + junk)
+        assert got.rstrip() == LINES.rstrip()
+        assert words in said
+        assert given(pa.compress(b"a\nb", "zstd", asbytes=True) + junk)[0] == b"a\nb\n"
+
+
+@pytest.mark.parametrize("packing", ["gzip", "zstd", "bz2", "xz"])
+@pytest.mark.parametrize("size", [1, 5000])
+def test_lines_of_json_that_were_appended_to_a_compressed_file_are_read(packing: str, size: int) -> None:
+    compress = {
+        "gzip": gzip.compress,
+        "zstd": lambda data: pa.compress(data, "zstd", asbytes=True),
+        "bz2": bz2.compress,
+        "xz": lzma.compress,
+    }[packing]
+    more = b'\xef\xbb\xbf{"text": "appended"}\n' * size
+    assert given(compress(LINES) + more) == (LINES + more, "")
+    assert given(compress(LINES) + b'rn": 1}\n' + more) == (LINES + b'rn": 1}\n' + more, "")
+
+
+def test_lzma_is_read() -> None:
+    packed = lzma.compress(LINES, lzma.FORMAT_ALONE)
+    assert given(packed) == (LINES, "")
+    assert "breaks off" in given(packed[:-20])[1]
+
+
+def test_byte_order_marks_of_joined_files_are_no_part_of_a_line(tmp_path: Path) -> None:
+    data = b'\xef\xbb\xbf{"a": 1}\n\xef\xbb\xbf{"a": "\xef\xbb\xbf"}\n'
+    assert [line for _, line in lines_of(io.BytesIO(data))] == [b'{"a": 1}\n', b'{"a": "\xef\xbb\xbf"}\n']
+    folder = write_table(tmp_path, "\ufeffutt_id\taudio\ttext", "a\ta.wav\tone", "\ufeffb\tb.wav\ttwo")
+    assert [row.utt_id.rpartition("/")[2] for row in read_folder(folder, "")[0]] == ["a", "b"]
 
 
 # ---- corpora that were read wrongly

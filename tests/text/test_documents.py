@@ -332,7 +332,7 @@ PACKINGS: dict[str, Callable[[bytes], bytes]] = {
 @pytest.mark.parametrize("end", [".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".jsonl.bz2", ".ndjson.xz", ".JSONL"])
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_a_file_is_what_its_bytes_say(tmp_path: Path, end: str, packing: str) -> None:
-    data = b"\xef\xbb\xbf" + write_jsonl(tmp_path / "plain", rows()).read_bytes()
+    data = b"\xef\xbb\xbf" + write_jsonl(tmp_path / "plain.md", rows()).read_bytes()
     (tmp_path / f"a{end}").write_bytes(PACKINGS[packing](data))
     found, rejects = read(tmp_path)
     assert [row.text for row in found] == [row["text"] for row in rows()]
@@ -357,6 +357,53 @@ def test_files_of_other_kinds_that_hold_text_are_told(tmp_path: Path) -> None:
     assert len(found) == len(rows())
     assert set(rejects) == {f"web/{name}" for name in ("b.jsonl.lz4", "c.csv", "d.txt.xz", "e.warc.gz")}
     assert all("not read" in reason for reason in rejects.values())
+
+
+def test_every_other_file_is_told_but_those_that_hold_no_records(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", rows())
+    told = [
+        *("b.jsonl.1", "c.part", "d.wet.gz", "e.rar", "f.h5", "part-00001", "g.txt", "h.jsonl.Z", "notice_board.csv"),
+        "deep/_rows",
+    ]
+    harmless = [
+        *("README", "README.txt", "LICENSE", "licence-data.txt", "x.md", ".hidden", ".cache/x/y.txt", "_SUCCESS"),
+        *("SHA256SUMS", "sha256sums.txt", "md5sum.txt", "checksums.txt", "a.jsonl.md5", "load.py", "logo.png", "a.wav"),
+    ]
+    for name in (*told, *harmless):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    found, rejects = read(tmp_path)
+    assert len(found) == len(rows())
+    assert set(rejects) == {f"web/{name}" for name in told}
+    assert set(read(tmp_path, format="jsonl")[1]) == set(rejects)
+    write_parquet(tmp_path / "z.parquet", rows())
+    assert set(read(tmp_path, format="jsonl")[1]) == set(rejects)
+
+
+def test_of_many_other_files_some_are_named_and_all_counted(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", rows())
+    for number in range(100):
+        (tmp_path / f"{number:03}.txt").write_bytes(b"x")
+    _, rejects = read(tmp_path)
+    assert list(rejects) == [f"web/{number:03}.txt" for number in range(20)]
+    assert "(80 more such files are there)" in rejects["web/019.txt"]
+
+
+@pytest.mark.parametrize("end", [".jl", ".jsonlines", ".jl.gz", ".jsonl.lzma"])
+def test_json_lines_of_other_names_are_read(tmp_path: Path, end: str) -> None:
+    data = write_jsonl(tmp_path / "a.md", rows()).read_bytes()
+    packed = {".gz": gzip.compress, "zma": lambda text: lzma.compress(text, lzma.FORMAT_ALONE)}.get(end[-3:], bytes)
+    (tmp_path / f"a{end}").write_bytes(packed(data))
+    write_parquet(tmp_path / "b.pq", rows())
+    found, rejects = read(tmp_path)
+    assert (len(found), rejects) == (2 * len(rows()), {})
+
+
+def test_an_id_with_a_nul_is_a_reject(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"id": "a\0b", "text": "A line."}, {"id": "c", "text": "A line."}])
+    found, rejects = read(tmp_path)
+    assert [row.doc_id for row in found] == ["web/c"]
+    assert list(rejects) == ["web/a\\0b"]
 
 
 def test_json_lines_may_be_called_json(tmp_path: Path) -> None:
