@@ -102,8 +102,18 @@ def measure(num_nodes: int, num_spoken: int, num_web: int) -> dict[str, float]:
 def spilled(address: str) -> float:
     """MiB of all nodes, which Ray says by its command alone, and only if there are some."""
     command = [str(Path(sys.executable).with_name("ray")), "memory", "--stats-only", "--address", address]
-    told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    found = re.search(r"Spilled (\d+) MiB", told)
+    return spilled_of(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+
+def spilled_of(told: str) -> float:
+    """MiB, of what `ray memory --stats-only` prints; it leaves the line out as long as nothing was spilled.
+
+    Raises:
+        ValueError: this is something else.
+    """
+    if "Plasma memory usage" not in told:
+        raise ValueError(f"`ray memory --stats-only` printed no use of memory: {told!r}")
+    found = re.search(r"^Spilled (\d+) MiB", told, re.MULTILINE)
     return float(found[1]) if found else 0.0
 
 

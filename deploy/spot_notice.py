@@ -35,9 +35,13 @@ def ask(path: str, method: str = "GET", **headers: str) -> str:
 
 
 def notice() -> dict[str, str] | None:
-    """Such as {"action": "terminate", "time": "2026-01-01T00:02:00Z"}; None as long as there is none."""
+    """Such as {"action": "terminate", "time": "2026-01-01T00:02:00Z"}; None as long as there is none.
+
+    Raises:
+        OSError: whoever answers does not do it as AWS does; another cloud's service has no such token.
+    """
+    token = ask("api/token", "PUT", X_aws_ec2_metadata_token_ttl_seconds="60")
     try:
-        token = ask("api/token", "PUT", X_aws_ec2_metadata_token_ttl_seconds="60")
         found: dict[str, str] = json.loads(ask("meta-data/spot/instance-action", X_aws_ec2_metadata_token=token))
     except urllib.error.HTTPError as error:
         if error.code == 404:

@@ -40,7 +40,7 @@ def test_every_step_has_readers_or_is_an_end(name: str) -> None:
 
 
 def test_every_declared_stage_has_its_module_and_the_other_way_round() -> None:
-    helpers = {"common", "shards", "ray_cluster", "ray_private", "training", "__init__"}
+    helpers = {"common", "shards", "ray_cluster", "training", "__init__"}
     modules = {path.stem for path in (ROOT / "salad_ray" / "stages").glob("*.py")} - helpers
     assert modules == set(STAGES)
 

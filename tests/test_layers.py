@@ -14,7 +14,7 @@ BASE = {
     *("config", "configfile", "credentials", "flow", "names", "runs", "tables", "store"),
     *("s3", "console", "lease", "__init__"),
 }  # fmt: skip
-ON_RAY = {"distill.trainer", "distill.worker", "scaling.sweep"}
+ON_RAY = {"distill.trainer", "distill.worker", "ray_private", "scaling.sweep"}
 ON_DEEPSPEED = {"distill.engine"}
 TOP = {"pipeline", "cli"}
 HEAVY = {"ray", "deepspeed"}
@@ -100,7 +100,7 @@ def test_rays_private_api_is_used_in_one_file() -> None:
 
 @pytest.mark.parametrize("module", [name for name in modules() if name.startswith("stages.")])
 def test_stages_meet_only_through_tables(module: str) -> None:
-    shared = {"stages.common", "stages.shards", "stages.ray_cluster", "stages.ray_private", "stages.training"}
+    shared = {"stages.common", "stages.shards", "stages.ray_cluster", "stages.training"}
     others = {name for name in own_imports(module) if name.startswith("stages.")} - shared
     assert not others, f"{module} imports the stages {others}"
 

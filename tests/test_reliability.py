@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clusters import Head, Node, head, node, wait_for
+from clusters import ROOT, Head, Node, head, node, wait_for
 from factories import small_world_config, table_of, untrained_copy
 from object_store import BUCKET, s3_server
 
@@ -343,3 +343,78 @@ def test_a_job_whose_run_is_on_an_object_store_outlives_one_of_its_nodes(
             assert cluster.head.request("jobs/far")["status"] == "SUCCEEDED", log
         assert "64 kept" in log
         assert content(config, place) == content(finished_run, place)
+
+
+LEFT_OUT = """
+import os, sys, time
+from pathlib import Path
+import ray
+from salad_ray.configfile import parse_config
+from salad_ray.flow import Step
+from salad_ray.runs import Places, Run
+from salad_ray.stages import shards
+from salad_ray.stages.common import Stage, Work, run_works
+from salad_ray.stages.shards import ShardPart, machines_with, own_node
+from salad_ray.tables import Passage, to_arrow
+
+folder, address = Path(sys.argv[1]), sys.argv[2]
+shards.LEFT_OUT_SECS = 4.0
+
+class Works:
+    '''The bad machine fails; the good one makes a shard for each failure, and then stands still.'''
+    def __call__(self, shard):
+        bad = (folder / "bad").read_text()
+        if own_node() == bad:
+            (folder / "failed").touch()
+            raise OSError(28, "No space left on device")
+        if bad and (folder / "begun").exists():
+            (folder / "again").touch()
+            time.sleep(3600)
+        while bad and not (folder / "failed").exists():
+            time.sleep(0.1)
+        yield ShardPart(to_arrow(Passage, [Passage(passage_id=shard, doc_id="d", text="t")]), 1, 1)
+
+config = parse_config({"run_dir": str(folder / "run"), "ray": {"address": address}})
+run = Run(config, Places(config.run_dir, "run", {"web/rows": "key"}))
+say = shards.say
+def told(line, **facts):
+    if "left out from now on" in line:
+        (folder / "begun").touch()
+    say(line, **facts)
+shards.say = told
+items = {f"part-{number:05d}": f"{number}" for number in range(6)}
+run_works(run, [Work(Stage.of(run, Step("rows", "web", ("rows",))), items, Works)])
+"""
+"""A stage of six shards on a good and a bad machine."""
+
+
+@pytest.mark.parametrize("mended", [True, False])
+def test_a_machine_that_is_left_out_is_taken_back_when_all_others_are_gone(
+    cluster: Cluster, tmp_path: Path, mended: bool
+) -> None:
+    """On a cluster that does not grow: a stage that nobody can make would else wait for ever."""
+    bad, good = cluster.nodes
+    (tmp_path / "bad").write_text(cluster.row_of(bad)["node_id"])
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        driver = subprocess.Popen(
+            [sys.executable, "-c", LEFT_OUT, str(tmp_path), f"127.0.0.1:{cluster.head.port}"],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=cluster.head.env | {"PYTHONPATH": str(ROOT)},
+        )
+    try:
+        wait_for((tmp_path / "again").exists, "the pass without the bad machine")
+        if mended:
+            (tmp_path / "bad").write_text("")
+        good.kill()
+        assert (driver.wait(300) == 0) == mended, log.read_text()
+    finally:
+        driver.kill()
+        driver.wait()
+    told = log.read_text()
+    assert "which is left out from now on" in told
+    assert "as no other machine is there; those left out are taken back" in told
+    assert ("shards cannot be made" in told) != mended, told
+    assert ("No space left on device" in told.split("taken back")[1]) != mended
+    assert Path(tmp_path, "run/web/rows/key/manifest.json").exists() == mended

@@ -65,9 +65,9 @@ from salad_ray.model.layers import attention_widths
 from salad_ray.model.loading import load_tokenizer, tokenizer_hash
 from salad_ray.model.speech_lm import EncoderSpec, ModelError, SpeechLM, load_text_lm, weights_fingerprint
 from salad_ray.names import TEXT
+from salad_ray.ray_private import LOGGER_OF_REPORTS
 from salad_ray.sequences.batch import Batch, without_labels
 from salad_ray.sequences.loader import LaneReader
-from salad_ray.stages.ray_private import LOGGER_OF_REPORTS
 from salad_ray.store import StoreError, for_ray, scratch_folder
 from salad_ray.tables import Table, TableError, delete_file, local_folder, put_folder, read_json, write_json
 

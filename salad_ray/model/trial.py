@@ -66,7 +66,7 @@ def try_out(llm: PreTrainedModel, context: int | None = None) -> dict[str, Any]:
         ModelError: what failed. The caller knows the model's path.
     """
     attention = llm.config._attn_implementation
-    if attention not in ("eager", "sdpa"):  # flash kernels want a GPU and 16 bit; they are measured at the start
+    if attention not in ("eager", "sdpa"):  # depends on device and precision: distill/start.py measures those of a run
         attention = "sdpa" if type(llm)._supports_sdpa else "eager"
     key = (type(llm).__name__, llm.config.to_json_string(use_diff=False), attention, str(context))
     if key not in _outcomes:

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 
 from salad_ray.config import Config
-from salad_ray.stages.ray_private import LOGGERS_OF_ERRORS, listen_on_loopback
+from salad_ray.ray_private import LOGGERS_OF_ERRORS, listen_on_loopback
 from salad_ray.stages.shards import StageError, first_line
 from salad_ray.store import aws_settings
 

@@ -33,6 +33,7 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import ray
+from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayError, RayTaskError
 from ray.util.metrics import Counter, Gauge
 
@@ -74,6 +75,9 @@ EMPTY_PASSES = 6
 """Passes in a row that are broken off before anything is done; each may lose twice as many shards as the one before."""
 MAX_LOST = 8
 """Shards lost with their processes at which a pass is broken off to see whether that is systematic; doubles then."""
+LEFT_OUT_SECS = 3600.0
+"""Without a shard on a cluster that does not grow, after which machines that are left out are taken back, if no other
+is there; doubles if one is, since a shard may take that long."""
 MAX_EARLY_REJECTED = 0.95
 """Share of the rows of the first shards; beyond it the rest is not even begun."""
 WAIT_SECS = 120.0
@@ -666,6 +670,7 @@ class Passes:
         self.counts, self.pace = Counts(config, tasks, self.machines), Pace(tasks, num_gpus)
         self.left_out: list[str] = []
         """Ray's ids of machines on which most fails."""
+        self.left_out_secs = LEFT_OUT_SECS
         self.max_lost, self.num_lost, self.num_empty = MAX_LOST, 0, 0
         self.num_actors = 0
         """How many there may be now."""
@@ -694,6 +699,8 @@ class Passes:
             self._lost(min(self.max_lost, len(unseen)), first_line(error))
             self.max_lost *= 2
             self._require_some(num_rows - len(unseen), first_line(error))
+        except ExecutionTimeoutError:
+            self._take_back()
         else:
             self._missed(unseen)
             self._leave_out(self.counts.end_pass())
@@ -740,6 +747,8 @@ class Passes:
                 )
         results.context.max_errored_blocks = self.max_lost  # items whose processes keep dying; they are missing still
         results.context.max_consecutive_actor_init_deaths = num_actors  # a machine on which none can start is not all
+        if self.left_out and self.config.ray.max_actors is None:
+            results.context.execution_no_progress_timeout_s = self.left_out_secs
         return results, num_actors
 
     def _take(self, result: dict[str, Any]) -> None:
@@ -776,6 +785,16 @@ class Passes:
         for each in sorted(set(machines) - set(self.left_out)):
             say(f"{self.tasks[0].label}: most fails on machine {names.get(each, each)}, which is left out from now on")
         self.left_out = machines
+
+    def _take_back(self) -> None:
+        """For too long no shard was made: all other machines are gone, or it takes that long."""
+        label, secs = self.tasks[0].label, self.left_out_secs
+        if set(self.machines()) <= set(self.left_out):
+            say(f"{label}: no shard in {secs:.0f} s, as no other machine is there; those left out are taken back")
+            self.left_out = []
+        else:
+            say(f"{label}: no shard in {secs:.0f} s; what is missing is begun again, and given twice as long")
+            self.left_out_secs *= 2
 
     def _missed(self, items: set[tuple[int, str]]) -> None:
         """Each process that was to make one of these died."""

@@ -1,7 +1,8 @@
 """What is used of Ray's private API, since no public one does it: seen in Ray 2.60.0, to be looked at with each other.
 
 Nothing else imports it (`tests/test_layers.py`). Of public names that Ray may still change, `shards.py` uses the label
-`ray.io/node-id`, and `deploy/spot_notice.py` the command `ray drain-node`.
+`ray.io/node-id` and the limit `execution_no_progress_timeout_s` with its error, and `deploy/spot_notice.py` the command
+`ray drain-node`.
 """
 
 from __future__ import annotations
