@@ -24,7 +24,7 @@ define INSTALL
 @places=$$($(PIP) config list | sed -nE "s/\\\\n/ /g; s/^.*\.(index-url|extra-index-url|find-links)='(.*)'/\1 \2/p" | \
 	while read -r option values; do printf -- "--$$option=%s\n" $$values; done); \
 { test -x $(BIN)/uv || $(PIP) install --quiet uv; } && \
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --index-strategy unsafe-best-match $$places $(1) || \
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --index-strategy unsafe-best-match $$places $(1) || \
 	$(PIP) install --quiet $(1)
 endef
 
