@@ -162,6 +162,7 @@ def test_what_would_be_wrong_in_silence_is_refused_by_its_reason(
         ("ModernBertDecoder", "", {"local_attention": 8}, "has no decoder that gives hidden states by itself"),
         ("Gemma4", "Gemma4TextConfig", PER_LAYER | {"head_dim": 16, "global_head_dim": 16,
          "layer_types": ["sliding_attention"] * 3 + ["full_attention"]}, "reads nothing but token ids"),
+        ("Electra", "", {"embedding_size": 16, "is_decoder": True}, "has layers between hidden states and head"),
         ("Falcon", "", {"alibi": True, "multi_query": False}, r"samples apart \(off by \d standard deviations\)"),
     ],
 )  # fmt: skip
