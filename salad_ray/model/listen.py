@@ -127,9 +127,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[list[in
         raise ConfigError(f"the prompt '{prompt}' must hold {SPEECH} once, where the recording is to be heard")
     [head] = tokenize([before.rstrip(" ")], tokenizer)
     prefix, ids = prefix_ids(tokenizer), head.ids.tolist()
-    if ids[: len(prefix)] == prefix:  # a prompt that says `<s>` by itself
-        prefix = []
-    return prefix + ids, _continuation(tokenizer, after.rstrip(" "))
+    said = next((num for num in range(len(prefix), 0, -1) if ids[:num] == prefix[-num:]), 0)  # a prompt's own `<s>`
+    return prefix + ids[said:], _continuation(tokenizer, after.rstrip(" "))
 
 
 def _continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

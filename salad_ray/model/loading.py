@@ -172,30 +172,41 @@ def load_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a text LLM, which makes the ids that its tokenizer.json says.
 
     Transformers takes the class from other files, and some classes put a splitting of their own in the place of the
-    file's. Where ids differ, the file is loaded as it is.
+    file's, or cannot be built from it. Where ids differ, or the class fails, the file is loaded as it is.
 
     Raises:
         ModelError: there is none, its ids cannot be had, or its files contradict each other about BOS.
     """
     require_readable(path, "Qwen/Qwen2.5-3B")
-    tokenizer = _tokenizer(transformers.AutoTokenizer, path, revision, use_fast=True)
+    own = _tokenizer_of_file(path, revision)
+    try:
+        tokenizer = _tokenizer(transformers.AutoTokenizer, path, revision, use_fast=True)
+    except ModelError:
+        if own is None:
+            raise
+        tokenizer = _tokenizer(transformers.PreTrainedTokenizerFast, path, revision)
     if not tokenizer.is_fast:
         raise ModelError(f"{path}: its tokenizer gives no character offsets; add a fast tokenizer (tokenizer.json)")
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where there are no files
         raise ModelError(f"{path}: holds no tokenizer; save one there with tokenizer.save_pretrained")
-    own = _tokenizer_of_file(path, revision)
     if own is None:
         return tokenizer
     if _behaviour(tokenizer.backend_tokenizer) != _behaviour(own):
         tokenizer = _tokenizer(transformers.PreTrainedTokenizerFast, path, revision)
-    ids = [(text, tokenizer(text, verbose=False)["input_ids"], own.encode(text).ids) for text in HARD_TEXTS]
-    differ = [text for text, found, wanted in ids if found != wanted]
+    texts = [*HARD_TEXTS, *(f"a {token} b" for token in tokenizer.get_added_vocab())]  # some are in no tokenizer.json
+    ids = zip(texts, tokenizer(texts, verbose=False)["input_ids"], own.encode_batch(texts), strict=True)
+    differ = [text for text, found, wanted in ids if found != wanted.ids]
     if differ:
         raise ModelError(
             f"{path}: its tokenizer, loaded as {type(tokenizer).__name__}, makes other ids of {differ[0]!r} than its "
             "tokenizer.json; save both anew with tokenizer.save_pretrained"
         )
-    if _promises_bos(path, revision) and tokenizer.bos_token_id not in (None, *tokenizer("a")["input_ids"]):
+    promised = _promises_bos(path, revision)
+    if promised and tokenizer.bos_token_id is None:
+        raise ModelError(
+            f"{path}: its tokenizer_config.json says add_bos_token, but names no bos_token; correct one of them"
+        )
+    if promised and tokenizer.bos_token_id not in tokenizer("a")["input_ids"]:
         raise ModelError(
             f"{path}: its tokenizer_config.json says add_bos_token, but its tokenizer.json adds no BOS; correct one of "
             "them"
@@ -207,7 +218,7 @@ def _tokenizer(kind: Any, path: str, revision: str | None, **settings: Any) -> A
     try:
         with quiet():
             return kind.from_pretrained(path, revision=revision, trust_remote_code=False, **settings)
-    except UNUSABLE as error:
+    except (*UNUSABLE, AttributeError, UnboundLocalError) as error:  # some classes fail on another's vocabulary
         raise ModelError(f"{path}: its tokenizer cannot be loaded ({reason(error)})") from None
 
 

@@ -72,5 +72,4 @@ def _older_rope(config: dict[str, Any]) -> dict[str, Any]:
 
 def _with_known_class(config: dict[str, Any]) -> dict[str, Any]:
     """`PreTrainedTokenizerFast` reads tokenizer.json as it is, in all versions."""
-    known = {"TokenizersBackend": "PreTrainedTokenizerFast"}
-    return config | {"tokenizer_class": known.get(config.get("tokenizer_class", ""), config.get("tokenizer_class"))}
+    return config | {"tokenizer_class": "PreTrainedTokenizerFast"}

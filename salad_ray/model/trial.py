@@ -145,7 +145,8 @@ def _measured(llm: PreTrainedModel, length: int, seed: int) -> dict[str, float]:
     with _or_else(ModelError(f"{kind} reads nothing but token ids, and speech has no token ids; use another model")):
         alone = torch.cat([_hidden(llm, [each]) for each in embedded])
         spoken = torch.cat([_own(llm, inputs_embeds=each) for each in speech])
-    found = {"embeddings": _off(alone, read), "logits": _off(head.logits(alone), own)}
+    with _or_else(ModelError(f"{kind} has layers between hidden states and head; use another model")):  # Electra
+        found = {"embeddings": _off(alone, read), "logits": _off(head.logits(alone), own)}
     with _or_else(ModelError(_unusable(llm, "it cannot read a row of several"))):
         packed, heard = (head.logits(_hidden(llm, samples)) for samples in (embedded, speech))
     found["packed"] = max(_off(packed, own), _off(heard, spoken))

@@ -49,6 +49,18 @@ SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embe
 SHAPE |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
+CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "GPT2Tokenizer", "GPT2TokenizerFast", "Qwen2Tokenizer")
+CLASSES += ("GemmaTokenizerFast", "GPTNeoXTokenizerFast", "CodeGenTokenizer", "T5TokenizerFast", "TokenizersBackend")
+TEXTS = [
+    TEXT,
+    "  two  spaces\n\n\tand tabs \n",
+    "naïve cafe\u0301 你好\uff0c世界 😀",
+    "x=1;\ny += 2.50 # $3,000.75 1812³",
+    "a",
+]
+CHAT = "{% for each in messages %}<s>{{ each.role }}: {{ each.content }}</s>\n{% endfor %}"
+
+
 def token_ids() -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (1, PLACES[-1] + 1), generator=torch.Generator().manual_seed(0))
 
@@ -62,6 +74,15 @@ def read(folder: Path) -> dict[str, Any]:
     logits = llm.float().eval()(token_ids(), use_cache=False).logits[0, PLACES]
     own = AutoModelForCausalLM.from_pretrained(folder, torch_dtype="auto").dtype
     return {"logits": logits, "dtype": str(own), "ids": AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"]}
+
+
+def read_tokenizer(folder: Path) -> dict[str, Any]:
+    """What the installed version makes of texts and of a chat."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": TEXT}], tokenize=False)
+    return {"ids": [tokenizer(text)["input_ids"] for text in TEXTS], "chat": chat}
 
 
 @pytest.fixture(scope="module")
@@ -97,19 +118,52 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def older(saved: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def saved_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Of every class, one whose digits are single in tokenizer.json, whatever its class would do; as we save it."""
+    from factories import make_tokenizer
+    from tokenizers import Regex, pre_tokenizers, processors
+
+    from salad_ray.model.loading import load_tokenizer
+    from salad_ray.model.older import write_older_keys
+
+    folder, found = tmp_path_factory.mktemp("tokenizers"), {}
+    for name in CLASSES:
+        made, saved = folder / name, folder / f"{name}-saved"
+        tokenizer: Any = make_tokenizer("byte_level")
+        digits = pre_tokenizers.Split(Regex(r"\d"), "isolated")
+        rest = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, rest])
+        bos = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        tokenizer.backend_tokenizer.post_processor = bos
+        tokenizer.chat_template = CHAT
+        tokenizer.save_pretrained(made)
+        path = made / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": name}))
+        for each in (made, saved):
+            each.mkdir(exist_ok=True)
+            (each / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": VOCABULARY}))
+        load_tokenizer(str(made), None).save_pretrained(saved)
+        write_older_keys(saved)
+        found[name] = saved
+    return found
+
+
+@pytest.fixture(scope="module")
+def older(
+    saved: dict[str, Path], saved_tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     """What transformers 4 makes of them, by name."""
     default = Path(__file__).resolve().parents[2] / ".venv" / "transformers4"
     place = Path(os.environ.get("SALAD_TRANSFORMERS4", default))
     if not place.is_dir():
         pytest.skip(f"no transformers 4 at {place}; `make transformers4` installs it")
-    target = tmp_path_factory.mktemp("older") / "found.pt"
+    target, all_folders = tmp_path_factory.mktemp("older") / "found.pt", saved | saved_tokenizers
     subprocess.run(
-        [sys.executable, __file__, str(target), *(str(folder) for folder in saved.values())],
+        [sys.executable, __file__, str(target), *(str(folder) for folder in all_folders.values())],
         env=os.environ | {"PYTHONPATH": str(place)},
         check=True,
     )
-    return dict(zip(saved, torch.load(target, weights_only=True), strict=True))
+    return dict(zip(all_folders, torch.load(target, weights_only=True), strict=True))
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "Llama-own-head"])
@@ -121,6 +175,21 @@ def test_an_older_version_reads_the_same_model(name: str, saved: dict[str, Path]
     assert then["dtype"] == now["dtype"]
     # Ours, since transformers 5 gives Qwen2 a pre-tokenizer of its own whatever tokenizer.json says.
     assert then["ids"] == load_tokenizer(str(saved[name]), None)(TEXT)["input_ids"]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_an_older_version_reads_the_same_tokens_and_chats(
+    name: str, saved_tokenizers: dict[str, Path], older: dict[str, Any]
+) -> None:
+    from salad_ray.model.loading import load_tokenizer
+
+    ours, folder = load_tokenizer(str(saved_tokenizers[name]), None), saved_tokenizers[name]
+    assert ours("12345", add_special_tokens=False)["input_ids"] == [
+        *(ours(digit, add_special_tokens=False)["input_ids"][0] for digit in "12345")
+    ]
+    assert older[name]["ids"] == [ours(text)["input_ids"] for text in TEXTS] == read_tokenizer(folder)["ids"]
+    chat = ours.apply_chat_template([{"role": "user", "content": TEXT}], tokenize=False)
+    assert older[name]["chat"] == chat == f"<s>user: {TEXT}</s>\n"
 
 
 def test_this_version_reads_the_same_rope_beside_older_keys(tmp_path: Path) -> None:
@@ -215,4 +284,6 @@ def test_a_head_of_its_own_is_not_called_tied(saved: dict[str, Path]) -> None:
 
 
 if __name__ == "__main__":
-    torch.save([read(Path(folder)) for folder in sys.argv[2:]], sys.argv[1])
+    places = [Path(folder) for folder in sys.argv[2:]]
+    found = [(read if (place / "model.safetensors").exists() else read_tokenizer)(place) for place in places]
+    torch.save(found, sys.argv[1])

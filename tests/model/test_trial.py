@@ -162,6 +162,7 @@ def test_what_would_be_wrong_in_silence_is_refused_by_its_reason(
         ("ModernBertDecoder", "", {"local_attention": 8}, "has no decoder that gives hidden states by itself"),
         ("Gemma4", "Gemma4TextConfig", PER_LAYER | {"head_dim": 16, "global_head_dim": 16,
          "layer_types": ["sliding_attention"] * 3 + ["full_attention"]}, "reads nothing but token ids"),
+        ("Electra", "", {"embedding_size": 16, "is_decoder": True}, "has layers between hidden states and head"),
         ("Falcon", "", {"alibi": True, "multi_query": False}, r"samples apart \(off by \d standard deviations\)"),
     ],
 )  # fmt: skip
@@ -397,6 +398,10 @@ def save_tokenizer(folder: Path, bos: bool, **settings: Any) -> Tokenizer:
         ("LlamaTokenizerFast", "qwen2"),
         ("GPTNeoXTokenizerFast", "gpt_neox"),
         ("GemmaTokenizerFast", "gemma"),
+        ("T5TokenizerFast", "llama"),  # these cannot be built of another's vocabulary
+        ("XLMRobertaTokenizer", "llama"),
+        ("PegasusTokenizer", "llama"),
+        ("BigBirdTokenizer", "llama"),
     ],
 )
 def test_ids_and_bos_are_those_of_tokenizer_json(kind: str, model_type: str, bos: bool, tmp_path: Path) -> None:
@@ -410,6 +415,29 @@ def test_a_bos_that_is_promised_and_not_added_is_refused(tmp_path: Path) -> None
     save_tokenizer(tmp_path, False, tokenizer_class="PreTrainedTokenizerFast", add_bos_token=True)
     with pytest.raises(ModelError, match=r"says add_bos_token, but its tokenizer\.json adds no BOS"):
         load_tokenizer(str(tmp_path), None)
+
+
+def test_a_bos_that_is_promised_and_has_no_name_is_refused(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"add_bos_token": True, "bos_token": None}
+    save_tokenizer(tmp_path, False, tokenizer_class="PreTrainedTokenizerFast", **settings)
+    with pytest.raises(ModelError, match=r"says add_bos_token, but names no bos_token"):
+        load_tokenizer(str(tmp_path), None)
+
+
+def test_a_token_that_tokenizer_json_does_not_know_is_refused(tmp_path: Path) -> None:
+    added = {"382": {"content": "<tool>", "special": False, "normalized": False, "lstrip": False, "rstrip": False}}
+    added["382"] |= {"single_word": False}
+    save_tokenizer(tmp_path, False, tokenizer_class="PreTrainedTokenizerFast", added_tokens_decoder=added)
+    with pytest.raises(ModelError, match=r"makes other ids of 'a <tool> b' than its tokenizer\.json"):
+        load_tokenizer(str(tmp_path), None)
+
+
+def test_a_prompt_that_begins_with_one_of_two_bos_has_two(tmp_path: Path) -> None:
+    tokenizer: Any = make_tokenizer("byte_level")
+    two = processors.TemplateProcessing(single="<s> <s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.backend_tokenizer.post_processor = two
+    for prompt in ("{speech}", "<s>{speech}", "<s><s>{speech}"):
+        assert prompt_ids(tokenizer, prompt) == ([1, 1], [])
 
 
 def test_a_prompt_that_begins_with_bos_has_one(tmp_path: Path) -> None:
