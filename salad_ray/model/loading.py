@@ -193,7 +193,10 @@ def load_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerBase:
         return tokenizer
     if _behaviour(tokenizer.backend_tokenizer) != _behaviour(own):
         tokenizer = _tokenizer(transformers.PreTrainedTokenizerFast, path, revision)
-    texts = [*HARD_TEXTS, *(f"a {token} b" for token in tokenizer.get_added_vocab())]  # some are in no tokenizer.json
+    added = tokenizer.get_added_vocab().keys() - {
+        tokenizer.pad_token
+    }  # some are in no tokenizer.json; no text has pads
+    texts = [*HARD_TEXTS, *(f"a {token} b" for token in sorted(added))]
     ids = zip(texts, tokenizer(texts, verbose=False)["input_ids"], own.encode_batch(texts), strict=True)
     differ = [text for text, found, wanted in ids if found != wanted.ids]
     if differ:

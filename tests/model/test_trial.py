@@ -432,6 +432,11 @@ def test_a_token_that_tokenizer_json_does_not_know_is_refused(tmp_path: Path) ->
         load_tokenizer(str(tmp_path), None)
 
 
+def test_a_pad_token_that_tokenizer_json_does_not_know_does_no_harm(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path, False, tokenizer_class="PreTrainedTokenizerFast", pad_token="<nothing>")
+    assert load_tokenizer(str(tmp_path), None).pad_token == "<nothing>"
+
+
 def test_a_prompt_that_begins_with_one_of_two_bos_has_two(tmp_path: Path) -> None:
     tokenizer: Any = make_tokenizer("byte_level")
     two = processors.TemplateProcessing(single="<s> <s> $A", special_tokens=[("<s>", 1)])
