@@ -236,7 +236,10 @@ def _tokenizer_of_file(path: str, revision: str | None) -> Tokenizer | None:
     file = cached_file(path, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False)
     if file is None:
         return None
-    tokenizer = Tokenizer.from_file(str(file))
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
+        raise ModelError(f"{path}: its tokenizer cannot be loaded (tokenizer.json: {reason(error)})") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
