@@ -85,7 +85,7 @@ def test_what_a_user_can_mend_is_one_sentence_and_exit_code_1(
 def test_a_dry_run_of_the_paper_needs_no_weights(name: str) -> None:
     done = salad("run", f"configs/{name}.yaml", "--dry-run")
     assert done.returncode == 0
-    assert "ingest natural → ingest heldout → align natural → " in done.stdout
+    assert "ingest natural → ingest heldout → ingest text → align natural → " in done.stdout
     assert "→ select active → synthesize active → encode active → pack active → stage2 →" in done.stdout
 
 

@@ -28,7 +28,7 @@ from salad_ray.model.speech_lm import EncoderSpec, SpeechLM
 from salad_ray.names import STAGE1
 from salad_ray.sequences.batch import stacked
 from salad_ray.sequences.interleave import prefix_ids, tokenize
-from salad_ray.speech.audio import check_samples, load_audio, mono
+from salad_ray.speech.audio import check_samples, load_audio, mono, require_mixable
 from salad_ray.tables import BadInput, local_folder, read_json
 
 SPEECH = "{speech}"
@@ -231,7 +231,9 @@ def _resampled(samples: np.ndarray, sampling_rate: int | None, wanted_rate: int)
         raise BadInput(f"samples of type {samples.dtype} must be floats in [−1, 1] or signed integers")
     if not samples.size:
         raise BadInput("no samples")
-    audio = mono(samples.astype(np.float32).reshape(len(samples), -1))
+    channels = samples.astype(np.float32).reshape(len(samples), -1)
+    require_mixable(channels)
+    audio = mono(channels)
     return audio if sampling_rate == wanted_rate else soxr.resample(audio, sampling_rate, wanted_rate)
 
 

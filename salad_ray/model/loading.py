@@ -191,15 +191,9 @@ def load_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerBase:
         raise ModelError(f"{path}: holds no tokenizer; save one there with tokenizer.save_pretrained")
     if own is None:
         return tokenizer
-    if _behaviour(tokenizer.backend_tokenizer) != _behaviour(own):
+    if not _follows(tokenizer, own):
         tokenizer = _tokenizer(transformers.PreTrainedTokenizerFast, path, revision)
-    added = tokenizer.get_added_vocab().keys() - {
-        tokenizer.pad_token
-    }  # some are in no tokenizer.json; no text has pads
-    texts = [*HARD_TEXTS, *(f"a {token} b" for token in sorted(added))]
-    ids = zip(texts, tokenizer(texts, verbose=False)["input_ids"], own.encode_batch(texts), strict=True)
-    differ = [text for text, found, wanted in ids if found != wanted.ids]
-    if differ:
+    if differ := _differing(tokenizer, own):
         raise ModelError(
             f"{path}: its tokenizer, loaded as {type(tokenizer).__name__}, makes other ids of {differ[0]!r} than its "
             "tokenizer.json; save both anew with tokenizer.save_pretrained"
@@ -223,6 +217,23 @@ def _tokenizer(kind: Any, path: str, revision: str | None, **settings: Any) -> A
             return kind.from_pretrained(path, revision=revision, trust_remote_code=False, **settings)
     except (*UNUSABLE, AttributeError, UnboundLocalError) as error:  # some classes fail on another's vocabulary
         raise ModelError(f"{path}: its tokenizer cannot be loaded ({reason(error)})") from None
+
+
+def _follows(tokenizer: PreTrainedTokenizerBase, own: Tokenizer) -> bool:
+    try:
+        found = _behaviour(tokenizer.backend_tokenizer)
+    except Exception:  # noqa: BLE001 - such as "Unk token <unk> not found", which the class has put in place of the file's
+        return False
+    return found == _behaviour(own) and not _differing(tokenizer, own)
+
+
+def _differing(tokenizer: PreTrainedTokenizerBase, own: Tokenizer) -> list[str]:
+    """Texts of which a tokenizer makes other ids than its tokenizer.json: hard ones, and what was added to it."""
+    used = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token}
+    unused = {tokenizer.pad_token} - used  # no text has it, and padding is masked
+    texts = [*HARD_TEXTS, *(f"a {token} b" for token in sorted(tokenizer.get_added_vocab().keys() - unused))]
+    ids = zip(texts, tokenizer(texts, verbose=False)["input_ids"], own.encode_batch(texts), strict=True)
+    return [text for text, found, wanted in ids if found != wanted.ids]
 
 
 def _promises_bos(path: str, revision: str | None) -> bool:

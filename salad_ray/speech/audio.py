@@ -110,12 +110,14 @@ def load_audio(
         Audio, float32 (num_samples,), and its sampling rate.
 
     Raises:
-        BadInput: missing, not audio, truncated, shorter than the cut, or of more than `MAX_SAMPLES` samples.
+        BadInput: missing, not audio, truncated, shorter than the cut, of more than `MAX_SAMPLES` samples, or of
+            channels that cancel each other.
         OSError: of the network or a disk, which says nothing of the recording.
     """
     with open_recording(source, offset_secs + duration_secs if duration_secs else None) as recording:
         rate = recording.rate
         samples = _read(recording, *_cut(recording, offset_secs, duration_secs or 0.0))
+    require_mixable(samples)
     audio = mono(samples)
     if sampling_rate is None or sampling_rate == rate:
         return audio, rate
@@ -283,8 +285,7 @@ def check_samples(samples: np.ndarray, quality: QualityConfig, lossy: bool = Fal
         raise BadInput(f"{np.count_nonzero(~np.isfinite(samples))} samples are NaN or infinite")
     # A constant offset is as silent as zeros.
     level = float(mono(samples).std(dtype=np.float64))
-    if _channels_cancel(samples, 10 ** (quality.min_level_dbfs / 10)):
-        raise BadInput("its channels are in opposite phase: mixed, they cancel each other; keep one of them")
+    require_mixable(samples, quality.min_level_dbfs)
     if level < 10 ** (quality.min_level_dbfs / 20):
         dbfs = f"{20 * np.log10(level):.0f} dBFS" if level > 0 else "all samples equal"
         raise BadInput(f"silent: {dbfs}, below min_level_dbfs={quality.min_level_dbfs:g}")
@@ -296,15 +297,16 @@ def check_samples(samples: np.ndarray, quality: QualityConfig, lossy: bool = Fal
         raise BadInput(f"clipped: {clipped:.1%} of the samples at full scale, above {quality.max_clipped_share:.1%}")
 
 
-def _channels_cancel(samples: np.ndarray, min_power: float) -> bool:
-    """Whether the mix of samples (num_samples, num_channels) loses what its channels hold, anywhere."""
-    if samples.shape[1] == 1:
-        return False
+def require_mixable(samples: np.ndarray, min_level_dbfs: float = QualityConfig().min_level_dbfs) -> None:
+    """Raises `BadInput` where the mix of samples (num_samples, num_channels) loses what its channels hold."""
+    if samples.shape[1] == 1 or not len(samples):
+        return
     windows = np.array_split(samples, max(1, len(samples) // MIX_WINDOW))
     powers = np.array([window.var(axis=0, dtype=np.float64).mean() for window in windows])
     mixes = np.array([window.mean(axis=1, dtype=np.float32).var(dtype=np.float64) for window in windows])
-    is_heard = powers >= max(min_power, MIN_HEARD * powers.mean())
-    return bool((is_heard & (mixes < MIN_MIX * powers / samples.shape[1])).any())
+    is_heard = powers >= max(10 ** (min_level_dbfs / 10), MIN_HEARD * powers.mean())
+    if (is_heard & (mixes < MIN_MIX * powers / samples.shape[1])).any():
+        raise BadInput("its channels are in opposite phase: mixed, they cancel each other; keep one of them")
 
 
 def check_duration(duration_secs: float, quality: QualityConfig) -> None:

@@ -58,6 +58,7 @@ _QUOTED = re.compile(r'(?:^|\t)"(?:[^"\t\n]|"")*""(?:[^"\t\n]|"")*"(?=\t|\r?$)',
 
 _ZSTD = b"\x28\xb5\x2f\xfd"
 _SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
+_COMPRESSED = re.compile(rb"\x1f\x8b\x08|\x28\xb5\x2f\xfd|BZh[1-9]1AY&SY|\xfd7zXZ\0")
 # A record of JSON at the beginning of a line.
 _RECORD = re.compile(rb'(?:\A|\n)(?:\xef\xbb\xbf)?\s*\{\s*"')
 
@@ -243,7 +244,7 @@ def inflated(file: BinaryIO) -> Iterator[bytes]:
             if not has_begun and not (block := block.lstrip(b"\0")):  # tapes and some programs pad with zeros
                 break
             if not has_begun and not b"\x1f\x8b".startswith(block[:2]):
-                yield from _rest(block, file, b"\x1f\x8b\x08")
+                yield from _rest(block, file)
                 return
             has_begun = True
             yield inflate.decompress(block, READ_BYTES)
@@ -263,7 +264,7 @@ def _unpacked(file: BinaryIO, decompressor: Callable[[], Any], magic: bytes) -> 
                 if not (block := block.lstrip(b"\0")):
                     break
                 if not magic.startswith(block[: len(magic)]):
-                    yield from _rest(block, file, magic)
+                    yield from _rest(block, file)
                     return
                 unpack = decompressor()
             yield unpack.decompress(block, READ_BYTES)
@@ -283,7 +284,7 @@ def _unpacked_zstd(file: BinaryIO) -> Iterator[bytes]:
     if not rest:
         return
     num_others = 0
-    for block in _rest(rest[0] + file.read(READ_BYTES), file, _ZSTD):
+    for block in _rest(rest[0] + file.read(READ_BYTES), file):
         num_others += len(block)
         yield block
     if not num_others:
@@ -320,7 +321,7 @@ def _zstd_frames(file: BinaryIO, rest: list[bytes]) -> Iterator[bytes]:
             return
 
 
-def _rest(block: bytes, file: BinaryIO, magic: bytes) -> Iterator[bytes]:
+def _rest(block: bytes, file: BinaryIO) -> Iterator[bytes]:
     """What follows the end of what is compressed: lines of JSON as they are, else nothing.
 
     Raises:
@@ -331,7 +332,7 @@ def _rest(block: bytes, file: BinaryIO, magic: bytes) -> Iterator[bytes]:
     while block:
         if is_json:
             yield block
-        elif magic in block:
+        elif _COMPRESSED.search(block):
             yield b"\n"  # lest a last line without one be lost with the error
             raise EOFError("its end is followed by other bytes, and these perhaps by another compressed file")
         block = file.read(READ_BYTES)

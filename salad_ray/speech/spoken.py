@@ -98,6 +98,7 @@ _UNITS = {
     "kB": "kilobyte", "KB": "kilobyte", "MB": "megabyte", "GB": "gigabyte", "TB": "terabyte", "dB": "decibel",
     "kcal": "kilocalorie", "cal": "calorie", "kJ": "kilojoule", "kPa": "kilopascal", "hPa": "hectopascal",
     "mmHg": "millimeter of mercury", "ppm": "part per million", "ha": "hectare", "mol": "mole", "Ω": "ohm",
+    "kΩ": "kilohm", "MΩ": "megohm", "kbit": "kilobit", "Mbit": "megabit", "Gbit": "gigabit",
     "°C": "degree celsius", "°F": "degree fahrenheit", "°": "degree", "%": "percent", "′": "foot", "″": "inch",
 }
 _PLURALS = {"foot": "feet", "inch": "inches", "percent": "percent"}
@@ -209,9 +210,9 @@ _PIECE = re.compile(
     |(?P<digits>(?<![\w.])(?:\+?\d{{1,2}}[-.])?(?:\d{{3}}[-.])?\d{{3}}-\d{{4}}(?![\w-])|(?<![\w-])\d+(?:-\d+){{2,}})
     |(?P<version>\d+(?:\.\d+){{2,}})
     |(?:(?P<whole>\d+)(?:[ ]|-(?=\d/[2-8](?!\d)|\d\d?/(?:10|12|16|32|64)(?!\d))))?
-     (?P<top>(?<![\d/.,])\d{{1,3}})/(?P<bottom>\d{{1,4}})(?:ths?(?!{_LETTER}))?(?![\d/])
+     (?P<top>(?<![\d/.,])\d{{1,3}})/(?P<bottom>\d{{1,4}})(?:(?:th|rd|nd)s?(?!{_LETTER}))?(?![\d/])
     |(?P<hour>(?<![\d:])\d{{1,2}}):(?P<minute>[0-5]\d)(?::(?P<second>[0-5]\d))?(?!\d)
-    |(?P<feet>\d+)'(?P<inches>\d+)(?:"|''|″)
+    |(?P<feet>\d+)['′](?P<inches>\d+)(?:"|''|″)
     |(?P<sign>(?<![\w.,)\]%'’])[-–±+~≈](?=[{_SIGNS_OF_MONEY}]?\.?\d))?
      (?:(?P<country>(?<!\w)(?:US|AU?|CA?|HK|NZ))?(?P<currency>[{_SIGNS_OF_MONEY}]))?
      (?P<number>{_NUM})
@@ -245,6 +246,8 @@ _GROUPED = re.compile(
     rf"(?P<before>[\"“(]*)(?P<sign>[{_SIGNS_OF_MONEY}])?(?P<digits>[1-9]\d{{0,2}}(?:\n\d{{3}}){{1,4}})"
     r"(?P<after>[.,;:!?)\"”]*)(?<!\d\n)(?:(?<=\d)(?=\n(?!\d)|\Z)|(?<!\d)(?=\n|\Z))"
 )
+_HALF_GROUPED = re.compile(rf"[\"“(]*[{_SIGNS_OF_MONEY}]?[1-9]\d{{0,2}}\n(?:000(?!\w)|\d{{3}}[^\w]+\d)")
+"""As "1 000.5", "10 000–20 000", "1 000 1 000"."""
 _MARKS = frozenset(".,;:!?…—–-\"“”'()[]{}«»„‚")
 """Written punctuation that a synthesizer is given, for the prosody."""
 _PAUSES = frozenset(".,;:!?…—–-")
@@ -911,15 +914,13 @@ def _groups(plain: Sequence[str], index: int) -> list[Spoken]:
     Raises:
         BadInput: it may be one number or several, as "12 345".
     """
-    match = _GROUPED.match("\n".join(plain[index : index + 6]))
     previous = _fold(plain[index - 1].rstrip(".")) if index else ""
-    if (
-        not match
-        or previous[-1:].isdigit()
-        or previous in _COUNTED
-        or previous in _BEFORE_DIGITS
-        or previous in _MONTHS
-    ):
+    if previous[-1:].isdigit() or previous in _COUNTED or previous in _BEFORE_DIGITS or previous in _MONTHS:
+        return []
+    match = _GROUPED.match("\n".join(plain[index : index + 6]))
+    if not match:
+        if _HALF_GROUPED.match("\n".join(plain[index : index + 2])):
+            raise BadInput(f"'{' '.join(plain[index : index + 2])}' may be one number or several")
         return []
     first, *groups = match["digits"].split("\n")
     if "000" not in groups and (len(groups) == 1 or len(first) == 3):

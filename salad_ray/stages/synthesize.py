@@ -12,12 +12,12 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from salad_ray.config import Config, ConfigError
+from salad_ray.config import Config, ConfigError, QualityConfig
 from salad_ray.evaluation.benchmarks import read_recording
 from salad_ray.flow import Step
 from salad_ray.names import BENCHMARK, HELDOUT, SYNTHESIZE
 from salad_ray.runs import Run
-from salad_ray.speech.audio import check_duration, check_speech, encode_audio, load_audio
+from salad_ray.speech.audio import check_duration, check_samples, check_speech, encode_audio, load_audio
 from salad_ray.stages.common import Ahead, Stage, Work, condition_of, count_unsaid, hours_by_corpus
 from salad_ray.stages.shards import ShardPart, StageError, WindowWorker, keep_or_reject
 from salad_ray.synthesis.espeak import EspeakSynthesizer
@@ -136,6 +136,7 @@ class SpeakShard(WindowWorker):
         data = read_recording(passage.uri)
         audio, rate = load_audio(data)
         check_duration(len(audio) / rate, self.config.synthesize.gates)
+        check_samples(audio[:, None], QualityConfig(max_clipped_share=1.0), lossy=True)  # loud is no reason to refuse
         return Utterance(
             utt_id=passage.passage_id,
             passage_id=passage.passage_id,

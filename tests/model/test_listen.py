@@ -342,6 +342,7 @@ def test_a_recording_that_is_not_there(model: SpeechLM, tmp_path: Path) -> None:
         (np.zeros(0), RATE, "no samples"),
         (np.zeros(RATE), RATE, "silent"),
         (np.full(RATE, np.inf), RATE, "infinite"),
+        (np.stack([tone(), -tone()], axis=1), RATE, "opposite phase"),
         (np.ones((2, RATE)), RATE, r"must be \(num_samples,\)"),
         (np.ones((2, 2, 2)), RATE, r"must be \(num_samples,\)"),
         (np.ones(RATE, np.uint8), RATE, "uint8"),

@@ -402,6 +402,8 @@ def save_tokenizer(folder: Path, bos: bool, **settings: Any) -> Tokenizer:
         ("XLMRobertaTokenizer", "llama"),
         ("PegasusTokenizer", "llama"),
         ("BigBirdTokenizer", "llama"),
+        ("BertTokenizerFast", "llama"),  # these fail when they encode
+        ("GemmaTokenizerFast", "llama"),
     ],
 )
 def test_ids_and_bos_are_those_of_tokenizer_json(kind: str, model_type: str, bos: bool, tmp_path: Path) -> None:
@@ -435,6 +437,22 @@ def test_a_token_that_tokenizer_json_does_not_know_is_refused(tmp_path: Path) ->
 def test_a_pad_token_that_tokenizer_json_does_not_know_does_no_harm(tmp_path: Path) -> None:
     save_tokenizer(tmp_path, False, tokenizer_class="PreTrainedTokenizerFast", pad_token="<nothing>")
     assert load_tokenizer(str(tmp_path), None).pad_token == "<nothing>"
+
+
+@pytest.mark.parametrize("role", ["bos_token", "eos_token", "unk_token"])
+def test_a_pad_token_that_is_also_another_and_is_not_known_is_refused(role: str, tmp_path: Path) -> None:
+    settings = {role: "<nothing>", "pad_token": "<nothing>"}
+    save_tokenizer(tmp_path, False, tokenizer_class="PreTrainedTokenizerFast", **settings)
+    with pytest.raises(ModelError, match="makes other ids of 'a <nothing> b'"):
+        load_tokenizer(str(tmp_path), None)
+
+
+def test_gpt2_s_own_token_is_added_to_no_other_vocabulary(tmp_path: Path) -> None:
+    own = save_tokenizer(
+        tmp_path, False, tokenizer_class="GPT2Tokenizer", bos_token=None, eos_token=None, unk_token=None
+    )
+    text = "a <|endoftext|> b"
+    assert load_tokenizer(str(tmp_path), None)(text)["input_ids"] == own.encode(text).ids
 
 
 def test_a_prompt_that_begins_with_one_of_two_bos_has_two(tmp_path: Path) -> None:

@@ -531,7 +531,10 @@ def test_channels_that_cancel_each_other_for_a_while_are_refused(rate: int, begi
     left = np.tile(speech_like(1.0, rate)[: rate // 2], 12)
     right = left.copy()
     right[begin * rate : (begin + 3) * rate] *= -0.97
-    assert "opposite phase" in reason(encoded(np.stack([left, right], axis=1), rate), "many words " * 5)
+    data = encoded(np.stack([left, right], axis=1), rate)
+    assert "opposite phase" in reason(data, "many words " * 5)
+    with pytest.raises(BadInput, match="opposite phase"):  # also where nothing else is checked
+        load_audio(data)
 
 
 def test_channels_that_differ_or_hum_in_pauses_do_not_cancel() -> None:

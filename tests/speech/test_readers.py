@@ -260,6 +260,16 @@ def test_lines_of_json_that_were_appended_to_a_compressed_file_are_read(packing:
     assert given(compress(LINES) + b'rn": 1}\n' + more) == (LINES + b'rn": 1}\n' + more, "")
 
 
+@pytest.mark.parametrize("packing", ["gzip", "bz2", "xz"])
+def test_another_compression_behind_the_first_is_told(packing: str) -> None:
+    compress = {"gzip": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+    more = [pack(LINES) for name, pack in compress.items() if name != packing]
+    for each in (*more, pa.compress(LINES, "zstd", asbytes=True)):
+        read, error = given(compress[packing](LINES) + each)
+        assert read.rstrip(b"\n") == LINES.rstrip(b"\n")
+        assert "another compressed file" in error
+
+
 def test_lzma_is_read() -> None:
     packed = lzma.compress(LINES, lzma.FORMAT_ALONE)
     assert given(packed) == (LINES, "")

@@ -292,6 +292,9 @@ def test_what_stands_beside_a_number_decides_how_it_is_read(written: str, said: 
         ("so ²⁄₃ of 3²⁄₃ miles, 1¹⁄₂ cups, ¹⁄₄ cup", "so two thirds of three and two thirds miles, one and a half "
          "cups, a quarter cup"),
         ("H₂O and x² at 1/2", "H two O and x squared at a half"),
+        ("2/3rds of it, 5′10″ tall", "two thirds of it, five feet ten inches tall"),
+        ("3 kΩ at 100 Mbit/s", "three kilohms at one hundred megabits per second"),
+        ("page 3 100.5 is 12 200-page books", "page three one hundred point five is twelve two hundred-page books"),
         # Units: no plural of hertz; powers as signs, digits and one character.
         ("a 3 GHz chip at 2.4GHz, 50 MHz and 3 km", "a three gigahertz chip at two point four gigahertz, "
          "fifty megahertz and three kilometers"),
@@ -366,7 +369,10 @@ def test_a_raised_number_is_a_power_a_footnote_or_refused() -> None:
             read_words(text.split())
 
 
-@pytest.mark.parametrize("text", ["it has 12 345 people", "they said 100 200 300 then"])
+@pytest.mark.parametrize("text", [
+    "it has 12 345 people", "they said 100 200 300 then", "about 10 000–20 000 people", "5 000-6 000", "1 000,50",
+    "at $1 000.5 now", "1 000 1 000",
+])  # fmt: skip
 def test_numbers_that_may_be_one_or_several_are_refused(text: str) -> None:
     with pytest.raises(BadInput, match="may be one number or several"):
         read_words(text.split())
