@@ -132,7 +132,7 @@ def test_a_killed_process_is_replaced_and_each_passage_is_there_once(tmp_path: P
     assert not pieces.exists()
 
 
-def test_a_benchmarks_own_recording_is_of_a_length_that_can_be_heard(tmp_path: Path) -> None:
+def test_a_benchmarks_own_recording_can_be_heard(tmp_path: Path) -> None:
     config = spoken_config(tmp_path, gates={"max_duration_secs": 2.0})
     tables = [a_table(tmp_path, "benchmark", name) for name in ("passages", "utterances")]
     worker = SpeakShard(config, "benchmark", *tables, load_synthesizer(config, config.synthesize.voices, "cpu").weights)
@@ -143,6 +143,9 @@ def test_a_benchmarks_own_recording_is_of_a_length_that_can_be_heard(tmp_path: P
     assert worker._recording(row).duration_secs == 1
     with pytest.raises(BadInput, match=r"too long: 3\.0 s, above max_duration_secs=2"):
         worker._recording(replace(row, uri=str(tmp_path / "3.flac")))
+    (tmp_path / "silent.flac").write_bytes(encode_audio(np.zeros(16_000), 16_000, "FLAC"))
+    with pytest.raises(BadInput, match="silent"):
+        worker._recording(replace(row, uri=str(tmp_path / "silent.flac")))
 
 
 def test_signs_that_are_not_said_are_counted(tmp_path: Path) -> None:
