@@ -313,6 +313,21 @@ def test_of_a_multimodal_llm_the_text_model_is_taken_alone(name: str, text: str,
             assert (llm(input_ids=ids).logits - own).abs().max() <= 1e-5 * own.std()
 
 
+def test_fuyu_is_taken_for_its_persimmon(tmp_path: Path) -> None:
+    """It sees without a vision tower, by a linear layer beside the text model."""
+    torch.manual_seed(0)
+    shape = SHAPE | {"num_hidden_layers": 2, "patch_size": 4, "num_channels": 1, "image_size": 8}
+    whole = transformers.FuyuForCausalLM(transformers.FuyuConfig(text_config=SHAPE, **shape)).eval()
+    whole.save_pretrained(tmp_path)
+    make_tokenizer("byte_level").save_pretrained(tmp_path)
+    llm = load_text_lm(str(tmp_path), None)
+    assert type(llm).__name__ == "PersimmonForCausalLM"
+    ids = torch.randint(3, 400, (1, 50), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        own = whole(input_ids=ids).logits
+        assert (llm(input_ids=ids).logits - own).abs().max() <= 1e-5 * own.std()
+
+
 def test_a_weight_of_the_text_model_that_is_missing_is_named_and_one_that_sees_is_not(tmp_path: Path) -> None:
     save_multimodal(tmp_path, "Gemma3", "gemma3_text")
     weights = load_file(tmp_path / "model.safetensors")
