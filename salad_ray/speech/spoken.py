@@ -246,7 +246,9 @@ _GROUPED = re.compile(
     rf"(?P<before>[\"“(]*)(?P<sign>[{_SIGNS_OF_MONEY}])?(?P<digits>[1-9]\d{{0,2}}(?:\n\d{{3}}){{1,4}})"
     r"(?P<after>[.,;:!?)\"”]*)(?<!\d\n)(?:(?<=\d)(?=\n(?!\d)|\Z)|(?<!\d)(?=\n|\Z))"
 )
-_HALF_GROUPED = re.compile(rf"[\"“(]*[{_SIGNS_OF_MONEY}]?[1-9]\d{{0,2}}\n(?:000(?!\w)|\d{{3}}[^\w]+\d)")
+_HALF_GROUPED = re.compile(
+    rf"[\"“(]*[{_SIGNS_OF_MONEY}]?[1-9]\d{{0,2}}\n(?!\d{{3}},\d{{3}})(?:000(?!\w)|\d{{3}}[^\w]+\d)"
+)
 """As "1 000.5", "10 000–20 000", "1 000 1 000"."""
 _MARKS = frozenset(".,;:!?…—–-\"“”'()[]{}«»„‚")
 """Written punctuation that a synthesizer is given, for the prosody."""

@@ -294,6 +294,7 @@ def test_what_stands_beside_a_number_decides_how_it_is_read(written: str, said: 
         ("H₂O and x² at 1/2", "H two O and x squared at a half"),
         ("2/3rds of it, 5′10″ tall", "two thirds of it, five feet ten inches tall"),
         ("3 kΩ at 100 Mbit/s", "three kilohms at one hundred megabits per second"),
+        ("all 3 100,000-ton ships", "all three one hundred thousand-ton ships"),
         ("page 3 100.5 is 12 200-page books", "page three one hundred point five is twelve two hundred-page books"),
         # Units: no plural of hertz; powers as signs, digits and one character.
         ("a 3 GHz chip at 2.4GHz, 50 MHz and 3 km", "a three gigahertz chip at two point four gigahertz, "
